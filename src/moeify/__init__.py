@@ -1,0 +1,64 @@
+"""Execute only the neurons a token needs: dense Transformers as dynamic-k mixtures of experts.
+
+Importing the package registers its checkpoint format with transformers, so that ``from_pretrained`` of a converted model works; nothing
+else happens.
+"""
+
+from importlib.metadata import PackageNotFoundError as _PackageNotFoundError
+from importlib.metadata import version as _version
+
+from .convert import ConvertConfig as ConvertConfig
+from .convert import Manifest as Manifest
+from .convert import convert as convert
+from .convert import manifest_of as manifest_of
+from .convert import rebuild as rebuild
+from .convert import stamp as stamp
+from .convert import to_dense as to_dense
+from .data import DataConfig as DataConfig
+from .errors import CheckpointError as CheckpointError
+from .errors import ConfigError as ConfigError
+from .errors import DataError as DataError
+from .errors import KernelError as KernelError
+from .errors import MoeifyError as MoeifyError
+from .errors import UnsupportedModelError as UnsupportedModelError
+from .evaluate import Curve as Curve
+from .evaluate import accuracy as accuracy
+from .evaluate import agreement as agreement
+from .evaluate import perplexity as perplexity
+from .evaluate import sweep as sweep
+from .hf import register as _register
+from .hf.checkpoint import load_model as load_model
+from .hf.checkpoint import save_checkpoint as save_checkpoint
+from .hf.inputs import example_inputs as example_inputs
+from .kernels import moe_ffn as moe_ffn
+from .layers import MoEFFN as MoEFFN
+from .layers import moe_layers as moe_layers
+from .layers import record_active as record_active
+from .layers import set_impl as set_impl
+from .layers import set_mode as set_mode
+from .layers import set_rule as set_rule
+from .layers import token_mask as token_mask
+from .pipeline import CalibrationConfig as CalibrationConfig
+from .pipeline import convert_checkpoint as convert_checkpoint
+from .pipeline import convert_model as convert_model
+from .pipeline import generate_text as generate_text
+from .pipeline import profile_checkpoint as profile_checkpoint
+from .pipeline import report_checkpoint as report_checkpoint
+from .pipeline import sweep_checkpoint as sweep_checkpoint
+from .select import DynKMass as DynKMass
+from .select import DynKMax as DynKMax
+from .select import Threshold as Threshold
+from .select import TopK as TopK
+from .sites import FFNSite as FFNSite
+from .sites import find_ffn_sites as find_ffn_sites
+from .sparsity import ActivationProfile as ActivationProfile
+from .sparsity import profile_activations as profile_activations
+from .split import ExpertSplit as ExpertSplit
+from .split import split_neurons as split_neurons
+
+try:
+    __version__ = _version("moeify")
+except _PackageNotFoundError:  # run from a source tree that is not installed
+    __version__ = "0.0.0"
+
+_register()

@@ -1,0 +1,453 @@
+"""The command line: options from the configs' docstrings, one call of the pipeline a command, one line for an error.
+
+Nothing is decided here. Results go to stdout, everything else (progress, warnings, errors) to stderr.
+"""
+
+import dataclasses
+import inspect
+import json
+import os
+import sys
+import time
+import traceback
+import types
+import typing
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, Literal, TextIO
+
+import typer
+
+from . import _config
+from ._progress import Progress, Task
+from .convert import ConvertConfig
+from .data import DataConfig
+from .errors import ConfigError, MoeifyError
+from .pipeline import CalibrationConfig
+from .routers import ROUTERS
+from .select import RULES, Rule
+from .split import SPLITS
+from .train.stages import RouterTrainConfig
+
+BAD_INPUT, INTERRUPTED = 2, 130
+_WIDEST = 140
+
+app = typer.Typer(
+    name="moeify",
+    help="Turn dense Transformers into dynamic-k mixtures of experts.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Model = Annotated[str, typer.Argument(help="Hub id, folder or .gguf file of a dense model.")]
+Converted = Annotated[Path, typer.Argument(help="Folder that `moeify convert` wrote.")]
+Seed = Annotated[int | None, typer.Option(help="Seed of everything random, document order included; without it, 0 and the source's order.")]
+
+
+def _signed(
+    function: Callable[..., Any], *, like: Callable[..., Any], drop: Sequence[str] = (), add: Sequence[inspect.Parameter] = ()
+) -> Callable[..., Any]:
+    """``function`` under the name and signature of ``like``, some parameters exchanged: what typer reads."""
+    own = [p for p in inspect.signature(like).parameters.values() if p.name not in drop]
+    # All by keyword, as typer calls: so required options may stand first, whatever config they come from.
+    parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in (*own, *add)]
+    parameters.sort(key=lambda p: p.default is not inspect.Parameter.empty)
+    function.__name__, function.__doc__ = like.__name__, like.__doc__
+    function.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    function.__annotations__ = {p.name: p.annotation for p in parameters}
+    return function
+
+
+def _option_type(hint: Any) -> tuple[type, Callable[[Any], Any] | None, str]:
+    """The type of an option, its parser where "none" is a value, and what help shows as its value."""
+    if typing.get_origin(hint) is Literal:
+        return str, None, "|".join(typing.get_args(hint))  # from_dict names the choices if it is none of them
+    if typing.get_origin(hint) not in (typing.Union, types.UnionType):
+        return hint, None, hint.__name__.upper()
+    (plain,) = (option for option in typing.get_args(hint) if option is not type(None))
+
+    def parse(text: Any) -> Any:
+        if str(text).lower() == "none":
+            return None
+        try:
+            return plain(text)
+        except ValueError as error:
+            raise typer.BadParameter(f"{text!r} is neither {plain.__name__} nor none.") from error
+
+    return plain, parse, plain.__name__.upper()
+
+
+def takes(parameter: str, config: type, *, skip: Sequence[str] = (), **names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Replace a command's ``parameter`` by one option per field of ``config``, helped by the field's docstring.
+
+    Args:
+        parameter: keyword of the command that receives the config.
+        config: config dataclass whose fields are scalars.
+        skip: fields that keep their default.
+        names: option name of a field where it is not the field's own.
+    """
+    docs, hints = _config.field_docs(config), typing.get_type_hints(config)
+    fields = {names.get(f.name, f.name): f for f in dataclasses.fields(config) if f.name not in skip}
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        def command(**values: Any) -> Any:
+            chosen = {field.name: values.pop(option) for option, field in fields.items()}
+            return function(**values, **{parameter: _config.from_dict(config, chosen)})
+
+        options = []
+        for option, field in fields.items():
+            help_text = " ".join(docs[field.name].split())
+            annotation, parser, metavar = _option_type(hints[field.name])
+            info = typer.Option("--" + option.replace("_", "-"), help=help_text, parser=parser, metavar=metavar)
+            default = inspect.Parameter.empty if field.default is dataclasses.MISSING else field.default
+            hint: Any = annotation if default is not None else annotation | None
+            options.append(inspect.Parameter(option, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[hint, info]))
+        return _signed(command, like=function, drop=(parameter,), add=options)
+
+    return decorate
+
+
+def command(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Add a function that returns a JSON-like result to the command line, with ``--json`` and ``--debug``."""
+
+    def run_command(*, json_: bool, debug: bool, **values: Any) -> None:
+        try:
+            result = function(**values)
+        except KeyboardInterrupt as error:
+            raise _Interrupted from error
+        _show(result, as_json=json_)
+
+    as_json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON value.")]
+    debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+    kind = inspect.Parameter.KEYWORD_ONLY
+    flags = [
+        inspect.Parameter("json_", kind, default=False, annotation=as_json),
+        inspect.Parameter("debug", kind, default=False, annotation=debug),
+    ]
+    app.command()(_signed(run_command, like=function, add=flags))
+    return function
+
+
+@command
+@takes("data", DataConfig, skip=("seed",), split="data_split")
+def profile(model: Model, *, data: DataConfig, seed: Seed = None) -> Any:
+    """Measure how sparse the activations of every FFN are."""
+    from .pipeline import profile_checkpoint
+
+    profiles = profile_checkpoint(model, data=dataclasses.replace(data, seed=seed), progress=make_progress())
+    return {name: profile.summary() for name, profile in profiles.items()}
+
+
+@command
+@takes("data", DataConfig, skip=("seed",), split="data_split")
+@takes("calibration", CalibrationConfig, skip=("max_tokens", "window", "router", "seed"))
+@takes("training", RouterTrainConfig, skip=("seed",), epochs="router_epochs", batch_tokens="router_batch_tokens", lr="router_lr")
+def convert(
+    model: Model,
+    *,
+    data: DataConfig,
+    calibration: CalibrationConfig,
+    training: RouterTrainConfig,
+    out: Annotated[Path, typer.Option(help="New folder for the converted checkpoint.")],
+    expert_size: Annotated[int, typer.Option(help=_config.field_docs(ConvertConfig)["expert_size"])] = ConvertConfig.expert_size,
+    router: Annotated[str, typer.Option(help=f"Router: {', '.join(ROUTERS)}.")] = "norm",
+    router_width: Annotated[int | None, typer.Option(help="Hidden width of the norm router.")] = None,
+    split: Annotated[str, typer.Option(help=f"How neurons are grouped into experts: {', '.join(SPLITS)}.")] = "coactivation",
+    rule: Annotated[str, typer.Option(help=f"Selection rule to calibrate: {', '.join(RULES)}.")] = "threshold",
+    policy: Annotated[str | None, typer.Option(help="Exceptions by FFN name: JSON, or the path of a JSON file.")] = None,
+    dtype: Annotated[str, typer.Option(help="Type of the weights: float32, bfloat16 or float16.")] = "float32",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier conversion in the output folder.")] = False,
+    seed: Seed = None,
+) -> Any:
+    """Turn a dense model into a dynamic-k mixture of experts."""
+    from .pipeline import convert_checkpoint
+
+    width = {} if router_width is None else {"width": router_width}
+    config = ConvertConfig(
+        expert_size=expert_size,
+        router=_config.from_dict(_config.lookup(ROUTERS, router, where="--router")[0], width, where="--router"),
+        split=_config.lookup(SPLITS, split, where="--split")(),
+        rule=_runs_all(_config.lookup(RULES, rule, where="--rule")),
+        policy=_json_object(policy, option="--policy"),
+        seed=seed or 0,
+    )
+    data = dataclasses.replace(data, seed=seed)
+    calibration = dataclasses.replace(calibration, router=training, max_tokens=data.max_tokens, window=data.window, seed=seed or 0)
+    return convert_checkpoint(
+        model, out, data=data, config=config, calibration=calibration, dtype=dtype, overwrite=overwrite, progress=make_progress()
+    )
+
+
+@command
+@takes("data", DataConfig, skip=("seed",), split="data_split")
+def sweep(
+    directory: Converted,
+    *,
+    data: DataConfig,
+    rule: Annotated[str | None, typer.Option(help=f"Selection rule: {', '.join(RULES)}; by default the checkpoint's own.")] = None,
+    values: Annotated[str | None, typer.Option(help="Knob values, a,b,c; by default those that give active fractions 0.1 to 1.0.")] = None,
+    targets: Annotated[str | None, typer.Option(help="Instead of values: active fractions, a,b,c, multiples of 0.05.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Windows per forward.")] = 1,
+    out: Annotated[Path | None, typer.Option(help="Where to write curve.json.")] = None,
+    seed: Seed = None,
+) -> Any:
+    """Measure quality against cost at several knob values of one converted model."""
+    from .pipeline import sweep_checkpoint
+
+    numbers = None if values is None else _numbers(values, option="--values")
+    fractions = None if targets is None else _numbers(targets, option="--targets")
+    data = dataclasses.replace(data, seed=seed)
+    return sweep_checkpoint(
+        directory, data=data, rule=rule, values=numbers, targets=fractions, batch_size=batch_size, out=out, progress=make_progress()
+    )
+
+
+@command
+def generate(
+    directory: Converted,
+    prompt: Annotated[str, typer.Argument(help="Text to continue.")],
+    *,
+    max_new_tokens: Annotated[int, typer.Option(help="Most tokens to add.")] = 64,
+    temperature: Annotated[float, typer.Option(help="Sampling temperature; 0 always takes the likeliest token.")] = 0.0,
+    seed: Seed = None,
+) -> Any:
+    """Continue a prompt with a converted model."""
+    from .pipeline import generate_text
+
+    return generate_text(directory, prompt, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed or 0)
+
+
+@command
+def report(
+    directory: Converted,
+    *,
+    curve: Annotated[Path | None, typer.Option(help="curve.json of a sweep; by default the one in or beside the folder.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for report.md, curve.png and curve.svg; by default DIR/report.")] = None,
+) -> Any:
+    """Write a page with the curve, its picture and the routers' quality."""
+    from .pipeline import report_checkpoint
+
+    return report_checkpoint(directory, curve=curve, out=out)
+
+
+@command
+def doctor() -> Any:
+    """Show versions, processor, kernels (chosen or refused, and why), extras and caches."""
+    from .doctor import doctor as examine
+
+    return examine()
+
+
+@command
+def demo(
+    *,
+    out: Annotated[Path, typer.Option(help="New folder for everything that the demo makes.")] = Path("demo-out"),
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output folder of an earlier demo.")] = False,
+    seed: Seed = None,
+) -> Any:
+    """Pre-train a small model, convert it, sweep, save, load it elsewhere and generate: a few minutes on two cores."""
+    from .demo import run_demo
+
+    return run_demo(out, seed=seed or 0, overwrite=overwrite, progress=make_progress())
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one command line; returns the exit code and never raises for bad input."""
+    # Typer brought its own click in with 0.2x and depended on it before; in both, BadParameter < UsageError < ClickException.
+    click_exception: Any = typer.BadParameter.__mro__[2]
+    try:
+        # Not standalone, or typer would print usage errors its own way, over several lines.
+        return app(args=list(arguments) or ["--help"], prog_name="moeify", standalone_mode=False) or 0
+    except click_exception as error:
+        return _fail(error.format_message(), BAD_INPUT)
+    except (_Interrupted, KeyboardInterrupt):
+        return _fail("interrupted; the same command again continues where it stopped.", INTERRUPTED)
+    except (MoeifyError, OSError) as error:
+        if "--debug" in arguments:
+            traceback.print_exc()
+        return _fail(str(error), BAD_INPUT)
+
+
+def main() -> None:
+    """Entry point of the ``moeify`` command."""
+    # The libraries below talk at length on stderr; what matters reaches the user as an error or in the result.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    warnings.formatwarning = lambda message, *_args, **_kwargs: f"warning: {message}\n"
+    sys.exit(run(sys.argv[1:]))
+
+
+def make_progress() -> Progress:
+    """Bars with an ETA where somebody watches, a line now and then where not."""
+    return _Bars() if sys.stderr.isatty() else _Lines(sys.stderr)
+
+
+class _Interrupted(Exception):  # noqa: N818 - Ctrl-C, in a form that typer passes on in every version
+    pass
+
+
+class _Bars:
+    """Progress bars with an ETA on a terminal; nested tasks are shown below each other."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+        from rich.progress import Progress as RichProgress
+
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), "eta", TimeRemainingColumn())
+        self._bars = RichProgress(*columns, console=Console(stderr=True))
+        self._open = 0
+
+    @contextmanager
+    def task(self, label: str, *, total: int) -> Iterator[Task]:
+        """One bar."""
+        if self._open == 0:
+            self._bars.start()
+        self._open += 1
+        bar = self._bars.add_task(label, total=total)
+        try:
+            yield _Advance(lambda steps: self._bars.advance(bar, steps))
+        finally:
+            self._open -= 1
+            if self._open == 0:
+                self._bars.stop()
+
+
+class _Lines:
+    """One line every ten seconds: a log stays readable. Work of under two seconds says nothing."""
+
+    def __init__(self, stream: TextIO, *, every_s: float = 10.0, clock: Callable[[], float] = time.monotonic) -> None:
+        self._stream = stream
+        self._every_s = every_s
+        self._clock = clock
+
+    @contextmanager
+    def task(self, label: str, *, total: int) -> Iterator[Task]:
+        """Lines of one task."""
+        start = self._clock()
+        done, printed = 0, start
+
+        def advance(steps: int) -> None:
+            nonlocal done, printed
+            done += steps
+            now = self._clock()
+            if now - printed >= self._every_s and 0 < done < total:
+                printed = now
+                print(f"{label}: {done}/{total}, {(now - start) * (total - done) / done:.0f} s left", file=self._stream, flush=True)
+
+        yield _Advance(advance)
+        if self._clock() - start >= 2:
+            print(f"{label}: done in {self._clock() - start:.0f} s", file=self._stream, flush=True)
+
+
+class _Advance:
+    def __init__(self, advance: Callable[[int], None]) -> None:
+        self.advance = advance
+
+
+def _numbers(text: str, *, option: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise ConfigError(f"{option} must be numbers separated by commas, got {text!r}.") from error
+
+
+def _json_object(text: str | None, *, option: str) -> dict[str, Any]:
+    if text is None:
+        return {}
+    source = Path(text)
+    try:
+        value = json.loads(source.read_text() if not text.lstrip().startswith("{") and source.is_file() else text)
+    except ValueError as error:
+        raise ConfigError(f"{option} must be a JSON object or the path of one, got {text!r} ({error}).") from error
+    if not isinstance(value, dict):
+        raise ConfigError(f"{option} must be a JSON object, got {text!r}.")
+    return value
+
+
+def _runs_all(rule_type: type[Rule]) -> Any:
+    """The rule with every expert running: where its calibration starts."""
+    value = rule_type.bounds[1] if rule_type.grows else rule_type.bounds[0]
+    return rule_type.at(min(value, float(2**31)))
+
+
+def _fail(message: str, code: int) -> int:
+    print("error: " + " ".join(message.split()), file=sys.stderr)
+    return code
+
+
+def _show(result: Any, *, as_json: bool) -> None:
+    """Print a result: JSON for machines, tables and lines for people."""
+    if as_json:
+        print(json.dumps(result, default=_plain))
+    elif isinstance(result, str):
+        print(result)
+    else:
+        print("\n".join(_lines(result if isinstance(result, Mapping) else {"curve": result})))
+
+
+def _plain(value: Any) -> Any:
+    """JSON value of what `json` does not know: a curve."""
+    return value.to_json()
+
+
+def _lines(value: Mapping[str, Any], indent: str = "") -> Iterator[str]:
+    rows = list(value.values())
+    if len(rows) > 1 and all(isinstance(row, Mapping) for row in rows) and len({tuple(row) for row in rows}) == 1:
+        # the same things measured in many layers
+        yield from (indent + line for line in _table([{"": name, **_flat(row)} for name, row in value.items()]))
+        return
+    for key, item in value.items():
+        if _is_bulk(item):
+            continue
+        if hasattr(item, "to_json"):
+            from .report import curve_markdown
+
+            yield from (indent + line for line in curve_markdown(item).splitlines())
+        elif isinstance(item, Mapping) and item:
+            yield f"{indent}{key}:"
+            yield from _lines(item, indent + "  ")
+        elif isinstance(item, list) and item and all(isinstance(row, Mapping) for row in item):
+            yield f"{indent}{key}:"
+            yield from (f"{indent}  {line}" for line in _table(item))
+        else:
+            yield f"{indent}{key}: {_cell(item)}"
+
+
+def _is_bulk(value: Any) -> bool:
+    """Long rows of numbers, for machines only: --json has them."""
+    if isinstance(value, Mapping):
+        return bool(value) and all(_is_bulk(item) for item in value.values())
+    return isinstance(value, list) and len(value) > 12 and not any(isinstance(item, Mapping) for item in value)
+
+
+def _flat(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested numbers as one cell each: "mean 12, p50 11, p95 20"."""
+    return {k: ", ".join(f"{n} {_cell(x)}" for n, x in v.items()) if isinstance(v, Mapping) else v for k, v in row.items()}
+
+
+def _table(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Rows in columns; where that is wider than anybody's screen, one line a value."""
+    columns = list(rows[0])
+    cells = [columns, *([_cell(row.get(column)) for column in columns] for row in rows)]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
+    if sum(widths) + 2 * len(widths) > _WIDEST:
+        for row in cells[1:]:
+            yield row[0]
+            yield from (f"  {name}: {cell}" for name, cell in zip(columns[1:], row[1:], strict=True))
+        return
+    for line in cells:
+        yield "  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip()
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(_cell, value)) or "none"
+    return str(value)

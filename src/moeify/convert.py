@@ -1,0 +1,304 @@
+"""The only writer of a model's structure: dense -> mixture of experts, back, and again from a manifest.
+
+Letters: D model width, F FFN width, E experts, K feature width.
+
+A conversion permutes neurons in place so that each expert is a contiguous slice, and attaches a `MoEFFN` (router, rule, kernel) to each
+FFN. Names and shapes of the model's own parameters do not change: a converted checkpoint is a valid, equal dense checkpoint with extra
+router tensors (decision D2).
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from . import _config
+from .errors import CheckpointError, ConfigError, UnsupportedModelError
+from .layers import MoEFFN, attach, detach, moe_layers
+from .routers import NormRouterConfig, RouterConfig, build_router
+from .select import RuleConfig, Threshold
+from .sites import FFNSite, permute_neurons, site_weights
+from .split import BalancedKMeans, Coactivation, ContiguousSplit, ExpertSplit, SplitConfig, parameter_features, split_neurons
+
+SCHEMA = 1
+"""Schema of the manifest; a reader refuses a newer one and migrates an older one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertConfig:
+    """How every FFN of a model becomes a mixture of experts."""
+
+    expert_size: int = 8
+    """Neurons per expert (G); where it does not divide the FFN's width, sizes differ by one and none is larger."""
+    router: RouterConfig = field(default_factory=NormRouterConfig)
+    """Router that predicts which experts matter."""
+    split: SplitConfig | None = None
+    """How neurons are grouped into experts; none means co-activation where activations are at hand, else k-means of the weights."""
+    rule: RuleConfig = field(default_factory=lambda: Threshold(theta=0.0))
+    """Selection rule before calibration; theta = 0 runs every expert."""
+    policy: dict[str, dict[str, Any] | None] = field(default_factory=dict)
+    """Exceptions by site name, or by 're:' pattern on it: options to change there, or null to leave the FFN dense. An exact name wins, then
+    the first matching pattern."""
+    seed: int = 0
+    """Seed of the routers' initial weights; added to the split's own seed."""
+
+    def __post_init__(self) -> None:
+        if self.expert_size < 1:
+            raise ConfigError(f"expert_size must be at least 1, got {self.expert_size}.")
+        for key in self.policy:
+            if key.startswith("re:"):
+                try:
+                    re.compile(key[3:])
+                except re.error as error:
+                    raise ConfigError(f"policy {key!r} is not a regular expression: {error}.") from error
+
+    def split_method(self, *, default: SplitConfig) -> SplitConfig:
+        """The split, or ``default`` where none is set, with ``seed`` added to its own."""
+        method = self.split or default
+        return method if isinstance(method, ContiguousSplit) else replace(method, seed=method.seed + self.seed)
+
+    def for_site(self, name: str) -> "ConvertConfig | None":
+        """The options at one site, the policy applied; None where it stays dense.
+
+        Raises:
+            ConfigError: a policy entry has an unknown option.
+        """
+        key = name if name in self.policy else next((k for k in self.policy if k.startswith("re:") and re.fullmatch(k[3:], name)), None)
+        if key is None:
+            return self
+        change = self.policy[key]
+        if change is None:
+            return None
+        base = {k: v for k, v in _config.to_dict(self).items() if k != "policy"}
+        return _config.from_dict(ConvertConfig, base | change, where=f"policy[{key!r}]")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SiteRecord:
+    """One converted FFN, as the manifest stores it."""
+
+    site: FFNSite
+    """Where its weights are."""
+    num_experts: int
+    """E; the experts' slices follow from it (`expert_bounds`)."""
+    router: RouterConfig
+    """Router whose tensors are ``<site>.moe.router.*``."""
+    rule: RuleConfig
+    """Selection rule with its calibrated knob."""
+    always_on: tuple[int, ...] = ()
+    """Experts that run for every token."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """All that is needed to build the same structure around a dense skeleton again."""
+
+    schema: int = SCHEMA
+    """Schema of this record."""
+    sites: tuple[SiteRecord, ...]
+    """Converted FFNs in module order."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON value."""
+        return _config.to_dict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], *, where: str = "manifest") -> "Manifest":
+        """Read a JSON value.
+
+        Raises:
+            CheckpointError: newer schema, or anything that `_config.from_dict` refuses.
+        """
+        schema = data.get("schema") if isinstance(data, Mapping) else None
+        if isinstance(schema, int) and schema > SCHEMA:
+            raise CheckpointError(f"{where}: schema {schema} is newer than this moeify reads (up to {SCHEMA}); upgrade moeify.")
+        try:
+            return _config.from_dict(cls, data, where=where)
+        except ConfigError as error:
+            raise CheckpointError(str(error)) from error
+
+
+def plan_conversion(model: nn.Module, sites: Sequence[FFNSite], config: ConvertConfig) -> list[tuple[SiteRecord, ConvertConfig]]:
+    """Decide and check everything before anything is touched.
+
+    Args:
+        model: dense model, weights loaded.
+        sites: what `find_ffn_sites` found.
+        config: options and per-name policy.
+
+    Returns:
+        The record and the effective options of each site that will be converted.
+
+    Raises:
+        ConfigError: a policy entry matches no site, an option is unknown, an expert is larger than the FFN.
+        UnsupportedModelError: nothing is left to convert, a site is converted already or its weights cannot be permuted, or they hold NaN
+            or infinity.
+    """
+    for key in config.policy:
+        if not any(s.name == key or (key.startswith("re:") and re.fullmatch(key[3:], s.name)) for s in sites):
+            raise ConfigError(f"policy {key!r} matches no FFN{_config.did_you_mean(key, [s.name for s in sites])}")
+    plan = []
+    for site in sites:
+        options = config.for_site(site.name)
+        if options is None:
+            continue
+        if options.expert_size > site.d_ff:
+            raise ConfigError(
+                f"expert_size {options.expert_size} is larger than the {site.d_ff} neurons of '{site.name}'; choose at most {site.d_ff}."
+            )
+        if hasattr(model.get_submodule(site.name), "moe"):
+            raise UnsupportedModelError(f"'{site.name}' is converted already; call to_dense(model) first.")
+        weights = site_weights(model, site)
+        for tensor in weights.per_neuron():
+            if not tensor.is_meta and not torch.isfinite(tensor).all():
+                raise UnsupportedModelError(f"'{site.name}' has NaN or infinite weights; the checkpoint is damaged.")
+        num_experts = -(-site.d_ff // options.expert_size)
+        record = SiteRecord(site=site, num_experts=num_experts, router=options.router, rule=options.rule)
+        plan.append((record, options))
+    if not plan:
+        raise UnsupportedModelError("the policy leaves no FFN to convert.")
+    return plan
+
+
+def apply_site(model: nn.Module, record: SiteRecord, *, order_F: Tensor | None, router_state: Mapping[str, Tensor] | None = None) -> MoEFFN:
+    """Permute one site's neurons (``None``: they are in order) and attach its executor; in place.
+
+    Args:
+        model: model that owns the site.
+        record: what to attach.
+        order_F: old neuron id of each new position.
+        router_state: router tensors; None leaves them as built.
+
+    Raises:
+        CheckpointError: ``router_state`` does not fit the router.
+    """
+    if order_F is not None:
+        permute_neurons(model, record.site, order_F)
+    router = build_router(record.router, site=record.site, num_experts=record.num_experts)
+    if router_state is not None:
+        try:
+            router.load_state_dict(dict(router_state))
+        except RuntimeError as error:
+            raise CheckpointError(f"'{record.site.name}': router tensors do not fit: {error}") from error
+    moe = MoEFFN(record.site, num_experts=record.num_experts, router=router, rule=record.rule, always_on=record.always_on)
+    moe.to(_device_of(model, record.site))
+    attach(model, moe)
+    return moe
+
+
+def convert(
+    model: nn.Module, config: ConvertConfig, *, sites: Sequence[FFNSite], splits: Mapping[str, ExpertSplit] | None = None
+) -> Manifest:
+    """Turn the dense FFNs of ``model`` into mixtures of experts, in place.
+
+    Routers come out as their config builds them: train them (`moeify.train.train_routers`) and calibrate the rule before use.
+
+    Args:
+        model: dense model.
+        config: options; the default rule runs every expert, so the model's function is unchanged.
+        sites: FFNs to convert, from `find_ffn_sites`.
+        splits: ready-made splits by site name (co-activation needs a profile); the others are made from the weights.
+
+    Returns:
+        The manifest, also written into ``model.config`` so that ``save_pretrained`` keeps it (`stamp` writes rules that were set since).
+
+    Raises:
+        ConfigError, UnsupportedModelError: see `plan_conversion`; or a split is missing (co-activation), of another size, or of no site.
+            Nothing has been changed then.
+    """
+    plan = plan_conversion(model, sites, config)
+    splits = splits or {}
+    if unknown := set(splits) - {record.site.name for record, _ in plan}:
+        raise ConfigError(f"splits name {min(unknown)!r}, which is not converted.")
+    orders = {}
+    for record, options in plan:
+        split = splits.get(record.site.name)
+        if split is None:
+            if isinstance(options.split, Coactivation):
+                raise ConfigError(
+                    f"'{record.site.name}': a co-activation split needs activations; give it in splits, or use convert_model."
+                )
+            features_FK = parameter_features(site_weights(model, record.site))
+            split = split_neurons(features_FK, num_experts=record.num_experts, method=options.split_method(default=BalancedKMeans()))
+        if (split.num_neurons, split.num_experts) != (record.site.d_ff, record.num_experts):
+            raise ConfigError(
+                f"the split of '{record.site.name}' has {split.num_neurons} neurons in {split.num_experts} experts, "
+                f"the conversion {record.site.d_ff} in {record.num_experts}."
+            )
+        orders[record.site.name] = split.order_F
+    for record, options in plan:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(options.seed)
+            apply_site(model, record, order_F=orders[record.site.name])
+    return stamp(model)
+
+
+def rebuild(model: nn.Module, manifest: Manifest) -> None:
+    """Attach executors to a dense skeleton, on any device, meta included; weights are in order already and routers are loaded by the
+    caller.
+
+    Raises:
+        CheckpointError: a site of the manifest is not in the model, or has other shapes.
+    """
+    for record in manifest.sites:
+        site = record.site
+        try:
+            weights = site_weights(model, site)
+        except (AttributeError, UnsupportedModelError) as error:
+            raise CheckpointError(f"manifest names '{site.name}', which this {type(model).__name__} has not: {error}") from error
+        found = (weights.num_neurons, weights.up_FD.shape[1])
+        if found != (site.d_ff, site.d_model):
+            raise CheckpointError(f"manifest says '{site.name}' has (F, D) = {(site.d_ff, site.d_model)}, the model has {found}.")
+        if not 1 <= record.num_experts <= site.d_ff or any(not 0 <= e < record.num_experts for e in record.always_on):
+            raise CheckpointError(
+                f"manifest says '{site.name}' has {record.num_experts} experts, of which {record.always_on} always run; "
+                f"that is no split of {site.d_ff} neurons."
+            )
+    for record in manifest.sites:
+        apply_site(model, record, order_F=None)
+
+
+def to_dense(model: nn.Module) -> None:
+    """Remove every executor and router, in place; the model is dense again and equal (its neurons stay permuted)."""
+    for name in moe_layers(model):
+        detach(model, name)
+    if getattr(getattr(model, "config", None), "quantization_config", None) is not None:
+        del cast(Any, model).config.quantization_config
+
+
+def manifest_of(model: nn.Module) -> Manifest:
+    """The manifest of a converted model as it is now, rules included.
+
+    Raises:
+        UnsupportedModelError: the model has no MoE layer.
+    """
+    layers = moe_layers(model)
+    if not layers:
+        raise UnsupportedModelError(f"this {type(model).__name__} is dense; convert it first.")
+    return Manifest(
+        sites=tuple(
+            SiteRecord(site=m.site, num_experts=m.num_experts, router=m.router.config, rule=cast(RuleConfig, m.rule), always_on=m.always_on)
+            for m in layers.values()
+        )
+    )
+
+
+def stamp(model: nn.Module) -> Manifest:
+    """Write the current manifest into ``model.config.quantization_config``, where ``save_pretrained`` and ``from_pretrained`` look for
+    it."""
+    manifest = manifest_of(model)
+    if hasattr(model, "config"):
+        cast(Any, model).config.quantization_config = {"quant_method": "moeify", **manifest.to_dict()}
+    return manifest
+
+
+def with_rules(manifest: Manifest, rules: Mapping[str, RuleConfig]) -> Manifest:
+    """The manifest with other rules at the named sites."""
+    return replace(manifest, sites=tuple(replace(r, rule=rules.get(r.site.name, r.rule)) for r in manifest.sites))
+
+
+def _device_of(model: nn.Module, site: FFNSite) -> torch.device:
+    return next(model.get_submodule(site.down).parameters()).device

@@ -1,0 +1,130 @@
+"""The whole idea in minutes: pre-train a small ReLU GPT, convert it, sweep quality against cost, save, load it elsewhere, generate."""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._progress import NO_PROGRESS, Progress
+from .convert import ConvertConfig
+from .data import DataConfig, text_windows
+from .errors import MoeifyError
+from .hf.checkpoint import check_output, save_dense
+from .pipeline import CalibrationConfig, convert_checkpoint, sweep_checkpoint
+from .report.plots import plot_curve
+from .routers import NormRouterConfig
+from .train.capture import fast_dtype
+from .train.loop import TrainConfig, train_lm
+
+CONTEXT = 256
+PROMPT = "The "
+
+
+def run_demo(out: Path, *, steps: int = 300, seed: int = 0, overwrite: bool = False, progress: Progress = NO_PROGRESS) -> dict[str, Any]:
+    """Pre-train, convert, sweep, save, load in a fresh process and generate; everything lands in ``out``.
+
+    Args:
+        out: new folder; gets ``dense/``, ``moe/``, ``curve.json`` and ``curve.png``.
+        steps: training steps of 16 x 256 bytes.
+        seed: of initial weights, batches and conversion.
+        overwrite: replace what an earlier demo left in ``out``.
+        progress: told every stage.
+
+    Returns:
+        The curve, the text that the fresh process generated, and where the files are.
+
+    Raises:
+        MoeifyError: ``out`` exists and is not empty, or a stage failed.
+    """
+    train_data = DataConfig(data="builtin:pydoc", split="train", window=CONTEXT)
+    tokenizer = byte_tokenizer()
+    dense, moe = out / "dense", out / "moe"
+    check_output(moe, overwrite=overwrite)
+    if not (dense / "config.json").is_file():
+        model = small_relu_gpt(seed=seed)
+        ids = text_windows(replace(train_data, max_tokens=None), tokenizer, progress=progress).reshape(-1)
+        config = TrainConfig(steps=steps, lr=2e-3)
+        train_lm(model, random_batches(ids, seed=seed), config, compute=fast_dtype(torch.device("cpu")), progress=progress)
+        save_dense(model, tokenizer, dense)
+    convert_checkpoint(
+        str(dense),
+        moe,
+        data=train_data,
+        config=ConvertConfig(expert_size=8, router=NormRouterConfig(width=64), seed=seed),
+        calibration=CalibrationConfig(target_active=0.3, max_tokens=60_000, window=CONTEXT, seed=seed),
+        overwrite=overwrite,
+        progress=progress,
+    )
+    validation = replace(train_data, split="validation", max_tokens=16_384)
+    curve = sweep_checkpoint(moe, data=validation, batch_size=16, out=out / "curve.json", progress=progress)
+    plot_curve(curve, out / "curve.png")
+    return {"curve": curve, "text": generate_elsewhere(moe, PROMPT), "checkpoint": str(moe), "plot": str(out / "curve.png")}
+
+
+def small_relu_gpt(*, seed: int) -> Any:
+    """A GPT-2 of 4 layers, D = 256, F = 1024, ReLU, on bytes: 3.3 M parameters."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(
+        vocab_size=256,
+        n_positions=CONTEXT,
+        n_embd=256,
+        n_layer=4,
+        n_head=4,
+        n_inner=1024,
+        activation_function="relu",
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        bos_token_id=None,
+        eos_token_id=None,
+        use_cache=True,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return GPT2LMHeadModel(config)
+
+
+def byte_tokenizer() -> Any:
+    """A transformers tokenizer of the 256 bytes, so that the checkpoint is an ordinary one."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {character: i for i, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=CONTEXT)
+
+
+def random_batches(ids_T: Tensor, *, seed: int, batch_size: int = 16) -> Iterator[dict[str, Tensor]]:
+    """Endless batches of windows that start anywhere in ``ids_T``."""
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        starts = torch.randint(0, len(ids_T) - CONTEXT, (batch_size,), generator=generator).tolist()
+        yield {"input_ids": torch.stack([ids_T[s : s + CONTEXT] for s in starts])}
+
+
+def generate_elsewhere(checkpoint: Path, prompt: str) -> str:
+    """Load the checkpoint in a fresh process, as a user would, and continue ``prompt``.
+
+    Raises:
+        MoeifyError: that process failed; with its last line.
+    """
+    code = (
+        "import sys, moeify\n"
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        "model = AutoModelForCausalLM.from_pretrained(sys.argv[1]); tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])\n"
+        "assert moeify.moe_layers(model)\n"
+        "ids = model.generate(**tokenizer(sys.argv[2], return_tensors='pt'), max_new_tokens=60, do_sample=False, pad_token_id=0)\n"
+        "print(tokenizer.decode(ids[0]))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(checkpoint), prompt], capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise MoeifyError(f"a fresh process could not load '{checkpoint}': {done.stderr.strip().splitlines()[-1]}")
+    return done.stdout.strip()

@@ -1,0 +1,80 @@
+"""What is installed here and what would run: the first thing to look at when something is slow or missing."""
+
+import dataclasses
+import importlib.util
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import kernels
+from .hf.checkpoint import library_versions
+from .sites import FFNWeights
+
+EXTRAS = {"data": ("pyarrow", "datasets"), "gguf": ("gguf", "accelerate"), "report": ("matplotlib",)}
+"""Packages that each optional extra of the distribution brings."""
+
+_CPU_FLAGS = ("avx2", "fma", "f16c", "avx512f", "avx512_bf16", "avx512_vnni", "amx_tile", "amx_bf16", "asimd", "sve", "bf16")
+
+
+def doctor() -> dict[str, Any]:
+    """Versions, processor, threads, kernels with the reason for each choice, extras and cache folders; JSON values only."""
+    return {
+        "versions": {"python": platform.python_version(), **library_versions()},
+        "platform": platform.platform(),
+        "cpu": _cpu(),
+        "cuda": _cuda(),
+        "kernels": _kernels(),
+        "extras": {extra: _missing(packages) or "installed" for extra, packages in EXTRAS.items()},
+        "caches": {"hub": _cache("HF_HUB_CACHE", "hub"), "datasets": _cache("HF_DATASETS_CACHE", "datasets")},
+        "offline": os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"),
+    }
+
+
+def _cpu() -> dict[str, Any]:
+    return {
+        "name": _cpu_field("model name") or platform.processor() or platform.machine(),
+        "flags": sorted(set(_cpu_field("flags", "Features").split()) & set(_CPU_FLAGS)),
+        "torch_capability": torch.backends.cpu.get_cpu_capability(),
+        "cores": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+    }
+
+
+def _cpu_field(*names: str) -> str:
+    """A field of the first processor in /proc/cpuinfo; empty where there is no such file."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    fields = (line.partition(":") for line in lines)
+    return next((value.strip() for key, _, value in fields if key.strip() in names), "")
+
+
+def _cuda() -> str:
+    if torch.version.cuda is None:
+        return "torch is built without CUDA"
+    count = torch.cuda.device_count()
+    return f"{count} device(s), CUDA {torch.version.cuda}" if count else f"no device (torch is built for CUDA {torch.version.cuda})"
+
+
+def _kernels() -> list[dict[str, Any]]:
+    """What ``impl="auto"`` runs here for one token and for a batch of them, at a tenth and at nine tenths of the experts active."""
+    num_experts, size, width = 32, 8, 64
+    weights = FFNWeights(torch.zeros(num_experts * size, width), torch.zeros(num_experts * size, width))
+    rows = []
+    for num_tokens, active in ((1, 0.1), (512, 0.1), (512, 0.9)):
+        mask_TE = (torch.arange(num_experts) < active * num_experts).expand(num_tokens, num_experts)
+        candidates = kernels.explain(torch.zeros(num_tokens, width), weights, kernels.build_plan(mask_TE))
+        rows += [{"tokens": num_tokens, "active": active, **dataclasses.asdict(candidate)} for candidate in candidates]
+    return rows
+
+
+def _missing(packages: tuple[str, ...]) -> str | None:
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    return f"missing: {', '.join(missing)}" if missing else None
+
+
+def _cache(variable: str, name: str) -> str:
+    home = os.environ.get("HF_HOME", str(Path.home() / ".cache" / "huggingface"))
+    return os.environ.get(variable, str(Path(home) / name))

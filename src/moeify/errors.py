@@ -1,0 +1,29 @@
+"""The library's exceptions: one line each, saying what, where and the way out.
+
+``ConfigError``, ``UnsupportedModelError``, ``CheckpointError`` and ``DataError`` are also ``ValueError``, because to a caller they are bad
+arguments; ``KernelError`` is a ``RuntimeError``. The command line prints the message alone and exits with 2.
+"""
+
+
+class MoeifyError(Exception):
+    """Base of every error that the library raises on purpose."""
+
+
+class ConfigError(MoeifyError, ValueError):
+    """An option, configuration field or recipe is unknown, of the wrong type or out of range."""
+
+
+class UnsupportedModelError(MoeifyError, ValueError):
+    """No FFN of the model can be converted, or one that was asked for cannot; names each near miss and its reason."""
+
+
+class KernelError(MoeifyError, RuntimeError):
+    """An explicitly requested kernel cannot run here, or got tensors that it does not take."""
+
+
+class CheckpointError(MoeifyError, ValueError):
+    """A checkpoint is missing, truncated, foreign, of a newer schema, or could not be written."""
+
+
+class DataError(MoeifyError, ValueError):
+    """A data source is missing, empty, binary, too short, or lacks the named column."""

@@ -1,0 +1,22 @@
+"""Quality, cost and speed of a converted model."""
+
+from .latency import Latency as Latency
+from .latency import measure_ms as measure_ms
+from .latency import measure_tokens_per_s as measure_tokens_per_s
+from .quality import METRICS as METRICS
+from .quality import Agreement as Agreement
+from .quality import DenseReference as DenseReference
+from .quality import Quality as Quality
+from .quality import accuracy as accuracy
+from .quality import agreement as agreement
+from .quality import default_metric as default_metric
+from .quality import measure_quality as measure_quality
+from .quality import perplexity as perplexity
+from .sweep import Curve as Curve
+from .sweep import CurvePoint as CurvePoint
+from .sweep import DenseQuality as DenseQuality
+from .sweep import LayerRules as LayerRules
+from .sweep import collect_scores as collect_scores
+from .sweep import make_rule as make_rule
+from .sweep import model_cost as model_cost
+from .sweep import sweep as sweep

@@ -1,0 +1,353 @@
+"""Quality against cost from one converted model: selection rules are switched, weights are not touched.
+
+Letters: T tokens, E experts.
+"""
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .._config import from_dict, to_dict
+from .._progress import NO_PROGRESS, Progress
+from ..cost import CostBreakdown, MoECost, estimate_flops
+from ..errors import ConfigError, DataError
+from ..layers import MoEFFN, moe_layers, record_active, set_mode, set_rule
+from ..select import Rule
+from ..sites import FFNSite
+from .quality import Batch, DenseReference, measure_quality
+
+SCHEMA = 1
+"""Version of ``curve.json``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CurvePoint:
+    """One operating point of a converted model; fractions are of the dense model."""
+
+    rule: str
+    """Name of the selection rule."""
+    value: float
+    """Its knob."""
+    active_fraction: float
+    """Executed / all neurons of the MoE layers, padding left out."""
+    ffn_flops_fraction: float
+    """(experts + routers) / dense FFNs."""
+    flops_fraction: float
+    """Whole model, at the context length of the batches."""
+    quality: float
+    """What the curve's metric says."""
+    quality_ratio: float
+    """quality / dense quality."""
+    kl: float | None = None
+    """Mean KL(dense || moe) per token or example in nats; none for models without logits."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenseQuality:
+    """The dense model on the same batches."""
+
+    quality: float
+    """What the curve's metric says."""
+    flops_per_token: float
+    """Multiply and add are 2."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curve:
+    """Points of one model on one set of batches: the content of ``curve.json``."""
+
+    model: str
+    """Id or path of the converted model."""
+    metric: str
+    """Key of `moeify.evaluate.METRICS`."""
+    dense: DenseQuality
+    """The dense model on the same batches."""
+    points: tuple[CurvePoint, ...] = ()
+    """In the order in which they were asked for."""
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    """Further top-level keys: data, column, window, tokens, seed, versions, calibrated ({"rule", "value"})."""
+
+    def to_json(self) -> dict[str, Any]:
+        """The JSON object."""
+        return {
+            "schema": SCHEMA,
+            "model": self.model,
+            "metric": self.metric,
+            "dense": to_dict(self.dense),
+            "points": [to_dict(point) for point in self.points],
+            **self.extra,
+        }
+
+    def is_same_run(self, other: "Curve") -> bool:
+        """Whether the points of both may stand in one curve: everything but the points is equal."""
+        ours, theirs = self.to_json() | {"points": []}, other.to_json() | {"points": []}
+        return bool(json.loads(json.dumps(ours)) == json.loads(json.dumps(theirs)))
+
+    def calibrated_point(self) -> CurvePoint | None:
+        """The checkpoint's own point, if ``extra`` names it and it was measured."""
+        named = self.extra.get("calibrated") or {}
+        return next((p for p in self.points if (p.rule, p.value) == (named.get("rule"), named.get("value"))), None)
+
+    def write(self, path: str | Path) -> None:
+        """Write ``curve.json`` in one step: a reader sees the old file or the whole new one.
+
+        Raises:
+            DataError: the file cannot be written; what was there is unharmed.
+        """
+        path = Path(path)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            try:
+                with temporary.open("w", encoding="utf-8") as file:
+                    file.write(json.dumps(self.to_json(), indent=1, allow_nan=False) + "\n")
+                    file.flush()
+                    os.fsync(file.fileno())
+                temporary.replace(path)
+            finally:
+                temporary.unlink(missing_ok=True)
+        except OSError as error:
+            raise DataError(f"cannot write '{path}': {error.strerror}; free space or name another file.") from None
+
+    @classmethod
+    def read(cls, path: str | Path) -> "Curve":
+        """Read a ``curve.json``.
+
+        Raises:
+            DataError: missing, not JSON, not a curve, or of a newer schema.
+        """
+        path = Path(path)
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise DataError(f"no such file: '{path}'; moeify sweep writes one.") from None
+        except OSError as error:
+            raise DataError(f"cannot read '{path}': {error.strerror}.") from None
+        except ValueError as error:
+            raise DataError(f"'{path}' is not JSON ({error}), so not a curve; moeify sweep writes one.") from None
+        if not isinstance(data, dict) or not {"schema", "model", "metric", "dense", "points"} <= set(data):
+            raise DataError(f"'{path}' is not a curve of moeify; moeify sweep writes one.")
+        if not isinstance(data["schema"], int) or data["schema"] > SCHEMA:
+            raise DataError(f"'{path}' has schema {data['schema']!r}, this moeify reads up to {SCHEMA}; upgrade moeify.")
+        known = {"schema", "model", "metric", "dense", "points"}
+        try:
+            return cls(
+                model=str(data["model"]),
+                metric=str(data["metric"]),
+                dense=from_dict(DenseQuality, data["dense"], where="dense"),
+                points=tuple(from_dict(CurvePoint, point, where=f"points[{i}]") for i, point in enumerate(data["points"])),
+                extra={key: value for key, value in data.items() if key not in known},
+            )
+        except (ConfigError, TypeError) as error:
+            raise DataError(f"'{path}' is not a curve of moeify: {error}") from None
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerRules:
+    """One operating point with a rule of its own for each layer."""
+
+    value: float
+    """The number that stands in the curve for all of them: the target that they were calibrated to."""
+    rules: Mapping[str, Rule]
+    """Rule by site name; a layer that is not named keeps the rule it has."""
+
+
+def sweep(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    rule_type: type[Rule],
+    values: Iterable[float | LayerRules],
+    *,
+    quality: str = "perplexity",
+    cost: CostBreakdown | None = None,
+    reference: DenseReference | None = None,
+    done: Sequence[CurvePoint] = (),
+    on_point: Callable[[CurvePoint], None] | None = None,
+    progress: Progress = NO_PROGRESS,
+) -> list[CurvePoint]:
+    """Measure a converted model at each value of a rule's knob, all on the same batches.
+
+    Args:
+        model: a converted model; its rules and modes are restored, also after an error.
+        batches: inputs, in memory; re-used for every value.
+        rule_type: the rule, from `moeify.select.RULES`.
+        values: knobs, or rules per layer.
+        quality: key of `METRICS`.
+        cost: from `model_cost`; measured on the first batch if None.
+        reference: dense outputs of the same batches; made if None.
+        done: points of an earlier run on the same batches; a value that is among them is not measured again.
+        on_point: called after each new point, so that the caller can save it.
+        progress: told the number of batches of all values.
+
+    Returns:
+        A point for each value, in the order of ``values``.
+
+    Raises:
+        ConfigError: the model has no MoE layer, or a value is out of the knob's range (before anything is measured).
+
+    Cost: one forward per batch and value, plus one dense pass if ``reference`` is None.
+    """
+    if not moe_layers(model):
+        raise ConfigError("the model has no MoE layer to sweep; convert it first.")
+    if not batches:
+        raise DataError("there is no batch to evaluate on.")
+    steps = [(value.value, value.rules) if isinstance(value, LayerRules) else (value, rule_type.at(value)) for value in values]
+    points = {(point.rule, point.value): point for point in done}
+    todo = [(value, rule) for value, rule in steps if (rule_type.name, value) not in points]
+    if todo:
+        cost = cost or model_cost(model, batches[0])
+        reference = reference or DenseReference(model, batches, metric=quality, progress=progress)
+    with _restored(model), progress.task(f"sweep {rule_type.name}", total=len(todo) * len(batches)) as task:
+        for value, rule in todo:
+            assert cost is not None
+            assert reference is not None
+            set_mode(model, "moe")
+            set_rule(model, rule)
+            with record_active(model) as stats:
+                measured = measure_quality(model, batches, metric=quality, reference=reference, progress=_Forward(task.advance))
+            per_layer = {name: active for name, active in stats.per_layer().items() if not math.isnan(active)}
+            assert measured.agreement is not None
+            point = CurvePoint(
+                rule=rule_type.name,
+                value=float(value),
+                active_fraction=stats.active_fraction(),
+                ffn_flops_fraction=cost.ffn_flops_fraction(per_layer),
+                flops_fraction=cost.flops_fraction(per_layer),
+                quality=measured.value,
+                quality_ratio=measured.value / reference.quality,
+                kl=measured.agreement.kl,
+            )
+            points[point.rule, point.value] = point
+            if on_point is not None:
+                on_point(point)
+    return [points[rule_type.name, float(value)] for value, _ in steps]
+
+
+def make_rule(rule_type: type[Rule], value: float) -> Rule:
+    """The rule with its knob at ``value``; a `ConfigError` where that is out of range or not whole."""
+    return rule_type.at(value)
+
+
+@torch.no_grad()
+def model_cost(model: nn.Module, batch: Batch, *, sites: Iterable[FFNSite] = ()) -> CostBreakdown:
+    """`estimate_flops` of a converted model at the context length of ``batch``, from a short dense forward.
+
+    Args:
+        model: a converted model; its modes are restored.
+        batch: inputs as they will be evaluated.
+        sites: FFNs that were not converted, to be counted as FFN, too.
+    """
+    layers = moe_layers(model)
+    short = {name: value[:1] for name, value in batch.items() if name != "labels"}
+    context = None
+    if "input_ids" in short and all(value.dim() == 2 for value in short.values()) and "decoder_input_ids" not in short:
+        # 64 positions tell the cost of any number (`CostBreakdown.at_context`), and cost no time to run.
+        context = short["input_ids"].shape[1]
+        short = {name: value[:, :64] for name, value in short.items()}
+    with _restored(model):
+        set_mode(model, "dense")
+        all_sites = {site.name: site for site in (*sites, *(layer.site for layer in layers.values()))}
+        moe = {name: MoECost(num_experts=layer.num_experts, router_flops=_router_flops(layer)) for name, layer in layers.items()}
+        cost = estimate_flops(model, short, sites=all_sites.values(), moe=moe)
+    return cost if context is None else cost.at_context(context)
+
+
+@torch.no_grad()
+def collect_scores(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    *,
+    max_tokens: int = 4096,
+    dtype: torch.dtype = torch.float32,
+    progress: Progress = NO_PROGRESS,
+) -> dict[str, Tensor]:
+    """Router scores of every MoE layer on held-out tokens of the dense model: what rules are calibrated on.
+
+    Args:
+        model: a converted model; its modes are restored. It runs dense, so that scores do not depend on the rules of earlier layers.
+        batches: inputs; padding is left out by ``attention_mask``.
+        max_tokens: most tokens per layer; no further batch is read once every layer has them.
+        dtype: of the result; float16 halves it where scores stay below 65504.
+        progress: told the tokens seen, of ``max_tokens``.
+
+    Returns:
+        scores_TE by site name, on the CPU: max_tokens * E numbers a layer.
+
+    Raises:
+        DataError: no batch gave a token.
+        ConfigError: the model has no MoE layer.
+    """
+    layers = moe_layers(model)
+    if not layers:
+        raise ConfigError("the model has no MoE layer to calibrate; convert it first.")
+    scores: dict[str, list[Tensor]] = {name: [] for name in layers}
+    seen = dict.fromkeys(layers, 0)
+    keep_T: Tensor | None = None
+
+    def record(name: str, layer: MoEFFN, x: Tensor) -> None:
+        x_TD = x.reshape(-1, x.shape[-1])
+        if keep_T is not None and keep_T.numel() == len(x_TD):
+            x_TD = x_TD[keep_T.to(x_TD.device)]
+        x_TD = x_TD[: max_tokens - seen[name]]
+        if len(x_TD):
+            scores[name].append(layer.scores(x_TD).to("cpu", dtype))
+            seen[name] += len(x_TD)
+
+    def hook_of(name: str, layer: MoEFFN) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        return lambda _module, args: record(name, layer, args[0])
+
+    was_training = model.training
+    handles = [model.get_submodule(layer.site.first[0]).register_forward_pre_hook(hook_of(name, layer)) for name, layer in layers.items()]
+    try:
+        with _restored(model), progress.task("collect router scores", total=max_tokens) as task:
+            model.eval()
+            set_mode(model, "dense")
+            for batch in batches:
+                mask = batch.get("attention_mask")
+                keep_T = None if mask is None else mask.reshape(-1) != 0
+                before = min(seen.values())
+                model(**{name: value for name, value in batch.items() if name != "labels"})
+                task.advance(min(seen.values()) - before)
+                if min(seen.values()) >= max_tokens:
+                    break
+    finally:
+        for handle in handles:
+            handle.remove()
+        model.train(was_training)
+    if not all(seen.values()):
+        name = next(name for name, count in seen.items() if count == 0)
+        raise DataError(f"'{name}' saw no token of the held-out data: there is no batch, or only padding.")
+    return {name: torch.cat(parts) for name, parts in scores.items()}
+
+
+def _router_flops(layer: MoEFFN) -> float:
+    return float(layer.router.flops_per_token)  # type: ignore[arg-type]
+
+
+@contextmanager
+def _restored(model: nn.Module) -> Iterator[None]:
+    """Put back each layer's rule and mode."""
+    before = {layer: (layer.mode, layer.rule) for layer in moe_layers(model).values()}
+    try:
+        yield
+    finally:
+        for layer, (mode, rule) in before.items():
+            layer.mode, layer.rule = mode, rule
+
+
+class _Forward:
+    """A listener that hands the steps of an inner task on to the outer one."""
+
+    def __init__(self, advance: Callable[[int], None]) -> None:
+        self.advance = advance
+
+    @contextmanager
+    def task(self, label: str, *, total: int) -> Iterator["_Forward"]:
+        yield self

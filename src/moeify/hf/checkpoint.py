@@ -1,0 +1,415 @@
+"""Loads models of any source and writes converted ones, whole or not at all.
+
+transformers is imported where it is used: it takes seconds, and this module's errors and output checks need none of it.
+"""
+
+import errno
+import importlib.metadata
+import importlib.util
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from .._config import did_you_mean
+from ..convert import Manifest, stamp
+from ..errors import CheckpointError, MoeifyError, UnsupportedModelError
+from .registration import QUANT_METHOD, register
+
+MANIFEST_FILE = "moeify.json"
+"""The manifest and how it was calibrated, beside the checkpoint that convert writes."""
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model")
+_PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
+
+
+def load_model(source: str | os.PathLike[str], *, dtype: torch.dtype = torch.float32, auto_class: Any = None) -> tuple[Any, Any]:
+    """A model, in eval mode, and its tokenizer or processor.
+
+    Args:
+        source: Hub id, folder (dense or converted), or ``.gguf`` file.
+        dtype: of the weights; routers stay fp32.
+        auto_class: transformers class to load with; None takes the one that the checkpoint's config names.
+
+    Returns:
+        The model, and its tokenizer or processor; None where the source has neither.
+
+    Raises:
+        CheckpointError: nothing there, the Hub cannot be reached, files truncated, pickled, foreign or without some of the model's tensors,
+            NaN or infinity in the weights, or a manifest that does not fit.
+        UnsupportedModelError: transformers does not know the family, or the weights are quantised.
+    """
+    register()
+    source = os.fspath(source)
+    path = Path(source).expanduser()
+    where = source
+    options: dict[str, Any] = {}
+    if source.endswith(".gguf"):
+        where, options = _gguf_options(path)
+    elif path.is_dir():
+        where = str(path)
+        _check_folder(path)
+    elif path.exists() or not _HUB_ID.fullmatch(source):
+        what = "is a file" if path.exists() else "does not exist"
+        raise CheckpointError(f"'{source}' {what}; give the folder of a checkpoint, a .gguf file or a Hub id such as 'org/name'.")
+    file_options = {key: value for key, value in options.items() if key == "gguf_file"}
+    config = _load_config(where, file_options, source)
+    cls = _model_class(config, source) if auto_class is None else auto_class
+    processor = _load_processor(where, file_options, source)  # before the weights: a bad one is found at once
+    try:
+        # Shapes that differ are let through here: `_check_complete` names the tensor, transformers' own error does not.
+        model, info = cls.from_pretrained(
+            where, dtype=dtype, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
+    except MoeifyError:
+        raise
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
+        raise CheckpointError(f"'{source}': {_first_line(error)}") from error
+    _check_complete(info, source, type(model).__name__)
+    _check_finite(model, source)
+    return model.eval(), processor
+
+
+def save_checkpoint(
+    model: nn.Module, processor: Any, out: Path, *, calibration: Mapping[str, Any], card: str, overwrite: bool = False
+) -> None:
+    """Write a converted model: checkpoint, tokenizer, ``moeify.json`` and ``README.md``; all of it, or nothing.
+
+    Args:
+        model: converted model.
+        processor: tokenizer or processor to save beside it, or None.
+        out: new folder.
+        calibration: how the rules were set and what was measured; JSON values. Library versions are added.
+        card: text of the model card, from `moeify.hf.card.model_card`.
+        overwrite: replace ``out`` where it holds an earlier conversion; the old one is deleted only when the new one is complete.
+
+    Raises:
+        CheckpointError: ``out`` is in the way, or cannot be written (disk full); nothing has changed then.
+        UnsupportedModelError: the model is dense.
+    """
+    manifest = stamp(model)
+    record = {**manifest.to_dict(), "calibration": {**calibration, "versions": library_versions()}}
+    with _whole_folder(out, overwrite=overwrite) as partial:
+        (partial / MANIFEST_FILE).write_text(json.dumps(record, indent=2) + "\n")
+        _save(model, processor, partial)
+        (partial / "README.md").write_text(card)
+
+
+def save_dense(model: nn.Module, processor: Any, out: Path) -> None:
+    """Write a dense model and its tokenizer; all of it, or nothing.
+
+    Raises:
+        CheckpointError: ``out`` exists and is not empty, or cannot be written.
+    """
+    with _whole_folder(out, overwrite=False) as partial:
+        _save(model, processor, partial)
+
+
+def check_output(out: Path, *, overwrite: bool) -> None:
+    """Refuse an output folder before any work is done for it.
+
+    Raises:
+        CheckpointError: ``out`` exists, is not empty and may not be replaced, or its parent cannot be written.
+    """
+    if out.is_dir():
+        if any(out.iterdir()):
+            converted = (out / MANIFEST_FILE).is_file()
+            if not overwrite:
+                way_out = "--overwrite replaces it, or choose another --out" if converted else "choose another --out"
+                raise CheckpointError(f"the output folder '{out}' exists and is not empty; {way_out}.")
+            if not converted:
+                raise CheckpointError(
+                    f"'{out}' holds no {MANIFEST_FILE}, so it is not an earlier conversion and is not replaced; choose another --out."
+                )
+    elif out.exists() or out.is_symlink():
+        raise CheckpointError(f"the output '{out}' is a file; choose another --out.")
+    parent = next(p for p in out.absolute().parents if p.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise CheckpointError(f"'{parent}' is not a folder that can be written; choose another --out than '{out}'.")
+
+
+def read_calibration(directory: Path) -> dict[str, Any]:
+    """The ``calibration`` record of a converted checkpoint's ``moeify.json``.
+
+    Raises:
+        CheckpointError: no such file, not JSON, a newer schema or no such record.
+    """
+    path = directory / MANIFEST_FILE
+    try:
+        record = json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise CheckpointError(f"'{directory}' has no {MANIFEST_FILE}; is it a folder that `moeify convert` wrote?") from error
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"'{path}' cannot be read: {_first_line(error)}") from error
+    if not isinstance(record, dict) or not isinstance(record.get("calibration"), dict):
+        raise CheckpointError(f"'{path}' has no 'calibration' record; convert the model again.")
+    Manifest.from_dict({k: v for k, v in record.items() if k != "calibration"}, where=str(path))
+    calibration: dict[str, Any] = record["calibration"]
+    return calibration
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of what a checkpoint depends on."""
+    found = {}
+    for name in ("moeify", "torch", "transformers", "safetensors"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:  # run from a source tree
+            found[name] = "unknown"
+    return found
+
+
+# -- loading -------------------------------------------------------------------------------------------------------------------------
+
+
+def _gguf_options(path: Path) -> tuple[str, dict[str, Any]]:
+    if not path.is_file():
+        raise CheckpointError(f"'{path}' does not exist; give the path of a .gguf file.")
+    with path.open("rb") as file:
+        if file.read(4) != b"GGUF":
+            raise CheckpointError(f"'{path}' is not a GGUF file; download it again.")
+    for package in ("gguf", "accelerate"):
+        if importlib.util.find_spec(package) is None:
+            raise CheckpointError(f"'{path}': reading GGUF needs the package '{package}'; pip install 'moeify[gguf]'.")
+    from transformers import GgufConfig
+
+    return str(path.parent), {"gguf_file": path.name, "quantization_config": GgufConfig(dequantize=True)}
+
+
+def _check_folder(path: Path) -> None:
+    """What can be said about a local checkpoint before transformers touches it: the errors are clearer, and no pickle is opened."""
+    config_file = path / "config.json"
+    if not config_file.is_file():
+        near = ", ".join(sorted(p.name for p in path.iterdir())[:5]) or "it is empty"
+        raise CheckpointError(f"'{path}' has no config.json, so it is not a Hugging Face checkpoint ({near}).")
+    try:
+        config = json.loads(config_file.read_text())
+    except ValueError as error:
+        raise CheckpointError(f"'{config_file}' is not JSON: {_first_line(error)}") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"'{config_file}' is not a JSON object.")
+    weights = _weight_files(path)
+    if not weights:
+        pickled = sorted(p.name for p in path.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
+        if pickled:
+            raise CheckpointError(
+                f"'{path}' has only pickled weights ({pickled[0]}), which can run code; moeify reads safetensors: "
+                "convert them with a tool that you trust."
+            )
+        raise CheckpointError(f"'{path}' has no model.safetensors.")
+    for file in weights:
+        if not file.is_file():
+            raise CheckpointError(f"'{path}' lacks the shard {file.name} that its index names; download it again.")
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except SafetensorError as error:
+            raise CheckpointError(
+                f"'{file}' is truncated or not a safetensors file ({_first_line(error)}); download or save it again."
+            ) from error
+
+
+def _weight_files(path: Path) -> list[Path]:
+    single, index = path / "model.safetensors", path / "model.safetensors.index.json"
+    if single.is_file():
+        return [single]
+    if not index.is_file():
+        return []
+    try:
+        return [path / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise CheckpointError(f"'{index}' is not an index of safetensors shards.") from error
+
+
+def _load_config(where: str, options: Mapping[str, Any], source: str) -> Any:
+    from transformers import CONFIG_MAPPING, AutoConfig
+
+    config_file = Path(where) / "config.json"
+    if not options and config_file.is_file():
+        family = json.loads(config_file.read_text()).get("model_type")
+        if family not in CONFIG_MAPPING:
+            near = did_you_mean(str(family), CONFIG_MAPPING.keys()) if family else "."
+            near = near if near.startswith("; did") else "."
+            raise UnsupportedModelError(f"'{source}': transformers does not know the model family {family!r} of its config.json{near}")
+    try:
+        config = AutoConfig.from_pretrained(where, **options)
+    except OSError as error:
+        if Path(where).is_dir():
+            raise CheckpointError(f"'{source}': {_first_line(error)}") from error
+        raise CheckpointError(
+            f"'{source}' is not a folder here, and the Hugging Face Hub did not give it ({_first_line(error)}); "
+            "check the name and the network."
+        ) from error
+    except MoeifyError:
+        raise
+    except (ValueError, KeyError) as error:
+        raise UnsupportedModelError(f"'{source}': {_first_line(error)}") from error
+    quantized = getattr(config, "quantization_config", None)
+    method = quantized.get("quant_method") if isinstance(quantized, dict) else getattr(quantized, "quant_method", None)
+    if method not in (None, QUANT_METHOD):
+        raise UnsupportedModelError(f"'{source}' has weights quantised by {method}; moeify needs floating-point weights.")
+    return config
+
+
+def _model_class(config: Any, source: str) -> Any:
+    import transformers
+
+    for name in config.architectures or ():
+        cls = getattr(transformers, name, None)
+        if cls is None:
+            raise UnsupportedModelError(
+                f"'{source}': transformers {transformers.__version__} has no class {name}; models with code of their own are not supported."
+            )
+        return cls
+    # GGUF files and hand-made configs name no class: what the family is made for.
+    for mapping, cls in (
+        (transformers.MODEL_FOR_CAUSAL_LM_MAPPING, transformers.AutoModelForCausalLM),
+        (transformers.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING, transformers.AutoModelForSeq2SeqLM),
+    ):
+        if type(config) in mapping:
+            return cls
+    return transformers.AutoModel
+
+
+def _check_complete(info: Mapping[str, Any], source: str, cls: str) -> None:
+    """transformers fills missing tensors with random numbers and only logs it."""
+    for name, found, expected in sorted(info["mismatched_keys"], key=lambda entry: str(entry[0])):
+        raise CheckpointError(
+            f"'{source}': the tensor '{name}' has shape {tuple(found)}, {cls} has {tuple(expected)}: config.json is of another model."
+        )
+    # Sentence encoders are often saved without the pooler that their class has and that they do not use.
+    missing = sorted(key for key in info["missing_keys"] if "pooler" not in key.split("."))
+    if missing:
+        raise CheckpointError(
+            f"'{source}' lacks {len(missing)} tensors of {cls}, first '{missing[0]}': its weights are of another model, or incomplete."
+        )
+
+
+def _check_finite(model: nn.Module, source: str) -> None:
+    for name, parameter in model.named_parameters():
+        # aminmax passes NaN on and, unlike isfinite, needs no copy of the tensor
+        if parameter.is_floating_point() and parameter.numel() and not all(torch.isfinite(x) for x in torch.aminmax(parameter.detach())):
+            raise CheckpointError(f"'{source}': the tensor '{name}' has NaN or infinite values; the checkpoint is damaged.")
+
+
+def _load_processor(where: str, options: Mapping[str, Any], source: str) -> Any:
+    from transformers import AutoProcessor, AutoTokenizer
+
+    try:
+        if options:
+            return AutoTokenizer.from_pretrained(where, **options)
+        if any(_has_file(where, name) for name in _PROCESSOR_FILES):
+            return AutoProcessor.from_pretrained(where)
+        if any(_has_file(where, name) for name in _TOKENIZER_FILES):
+            return AutoTokenizer.from_pretrained(where)
+    except Exception as error:  # the tokenizers library raises Exception itself, its callers KeyError and others
+        raise CheckpointError(
+            f"'{source}': the tokenizer or processor cannot be loaded: {type(error).__name__}: {_first_line(error)}"
+        ) from error
+    return None
+
+
+def _has_file(where: str, name: str) -> bool:
+    if Path(where).is_dir():
+        return (Path(where) / name).is_file()
+    from transformers.utils.hub import cached_file
+
+    return cached_file(where, name, _raise_exceptions_for_missing_entries=False) is not None
+
+
+def _first_line(error: BaseException) -> str:
+    """What an exception says, on one line of bearable length."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else text[:297] + "..."
+
+
+# -- saving --------------------------------------------------------------------------------------------------------------------------
+
+
+def _save(model: Any, processor: Any, directory: Path) -> None:
+    model.save_pretrained(directory)
+    if processor is not None:
+        processor.save_pretrained(directory)
+
+
+@contextmanager
+def _whole_folder(out: Path, *, overwrite: bool) -> Iterator[Path]:
+    """A folder beside ``out`` that takes its name when the body has ended without an error, and vanishes otherwise.
+
+    Same parent, so same file system: the rename is atomic. Files reach the disk before the name does.
+    """
+    check_output(out, overwrite=overwrite)
+    out = out.absolute()
+    partial = out.with_name(out.name + ".partial")
+    _check_leftover(partial)
+    replaced: Path | None = None
+    done = False
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        marker = partial / MANIFEST_FILE
+        marker.touch()  # says that the folder is ours, see _check_leftover
+        yield partial
+        if marker.stat().st_size == 0:
+            marker.unlink()
+        _sync(partial)
+        if out.exists() and any(out.iterdir()):
+            replaced = Path(tempfile.mkdtemp(prefix=out.name + ".replaced-", dir=out.parent))
+            out.rename(replaced)
+        partial.rename(out)
+        done = True
+        _sync_directory(out.parent)
+    except MoeifyError:
+        raise
+    except (OSError, ValueError, SafetensorError) as error:
+        raise CheckpointError(f"cannot write '{out}': {_reason(error)}; nothing was changed.") from error
+    finally:
+        if not done:
+            shutil.rmtree(partial, ignore_errors=True)
+            if replaced is not None and not out.exists():
+                replaced.rename(out)
+    if replaced is not None:
+        shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _check_leftover(partial: Path) -> None:
+    """A killed save leaves its partial folder: it may go. Anything else of that name may not."""
+    if partial.exists() and not (partial.is_dir() and ((partial / MANIFEST_FILE).exists() or not any(partial.iterdir()))):
+        raise CheckpointError(f"'{partial}' is in the way and was not written by moeify; move it, or choose another --out.")
+
+
+def _sync(directory: Path) -> None:
+    for folder, _, names in os.walk(directory):
+        for name in names:
+            with (Path(folder) / name).open("rb") as file:
+                os.fsync(file.fileno())
+        _sync_directory(Path(folder))
+
+
+def _sync_directory(directory: Path) -> None:
+    if os.name == "nt":  # a directory cannot be opened there
+        return
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _reason(error: Exception) -> str:
+    """Why writing failed; safetensors' errors carry the system's number only in their text."""
+    text = _first_line(error)
+    full = (errno.ENOSPC, errno.EDQUOT)
+    if getattr(error, "errno", None) in full or "No space left" in text or any(f"os error {number})" in text for number in full):
+        return "the disk is full"
+    return text

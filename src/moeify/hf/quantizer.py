@@ -1,0 +1,199 @@
+"""Loads a converted checkpoint inside ``from_pretrained``.
+
+transformers calls a model that comes with its own structure "quantized" and lets a registered `HfQuantizer` change the skeleton before
+weights are loaded. ``config.json`` holds ``quantization_config = {"quant_method": "moeify", **manifest}``; the model class, its parameters'
+names and everything else stay the family's own, so auto classes, pipelines, Trainer, PEFT and generation need to know nothing.
+"""
+
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from ..convert import Manifest, SiteRecord, manifest_of, rebuild, to_dense
+from ..errors import CheckpointError
+from ..layers import moe_layers
+from .registration import AUTO, QUANT_METHOD, is_loading, register
+
+_ROUTER = ".moe.router."
+_Signature = tuple[tuple[str, ...], str, tuple[int, ...]]
+
+
+class MoeifyConfig(QuantizationConfigMixin):
+    """The manifest, in the clothes that transformers wants.
+
+    Args:
+        manifest: structure of the converted model.
+        quant_method: the tag in ``config.json``.
+        fields: the manifest's JSON fields, in place of ``manifest``.
+
+    Raises:
+        CheckpointError: newer schema, unknown or malformed field; names it.
+    """
+
+    def __init__(self, manifest: Manifest | None = None, *, quant_method: str = QUANT_METHOD, **fields: Any) -> None:
+        self.quant_method = quant_method  # type: ignore[assignment] # transformers' own methods are an enum
+        self.manifest = Manifest.from_dict(fields, where="config.json: quantization_config") if manifest is None else manifest
+
+    def to_dict(self) -> dict[str, Any]:
+        """What ``config.json`` stores."""
+        return {"quant_method": self.quant_method, **self.manifest.to_dict()}
+
+    def __iter__(self) -> Iterator[tuple[str, Any]]:
+        yield from self.to_dict().items()
+
+
+class MoeifyQuantizer(HfQuantizer):
+    """Attaches the executors of the manifest to the skeleton; transformers then loads dense and router tensors by their names."""
+
+    quantization_config: MoeifyConfig
+    requires_calibration = True  # a dense checkpoint is converted by `moeify convert`, not while it loads
+
+    def _process_model_before_weight_loading(
+        self, model: nn.Module, checkpoint_files: Sequence[str] | None = None, **_: object
+    ) -> nn.Module:
+        stored = self.quantization_config.manifest
+        manifest = _resolve(model, stored)
+        rebuild(model, manifest)
+        for moe in moe_layers(model).values():
+            moe.router.float()  # stays fp32 whatever dtype the model is loaded in: the loader keeps a parameter's own dtype
+        if checkpoint_files:
+            _check_router_tensors(model, checkpoint_files, is_whole=len(manifest.sites) == len(stored.sites))
+        self.quantization_config = MoeifyConfig(manifest)
+        return model
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **_: object) -> nn.Module:
+        # Nothing is quantised: .half(), .float(), Trainer and torch.compile are to treat it as the plain model that it is.
+        model.is_quantized = False  # type: ignore[assignment]
+        return model
+
+    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[None, dict[str, Any]]:
+        """No change of the tensors; ``save_pretrained`` asks this before it writes ``config.json``, so rules set since are saved."""
+        if moe_layers(model):
+            self.quantization_config = MoeifyConfig(manifest_of(model))
+            model.config.quantization_config = self.quantization_config  # type: ignore[union-attr]
+        return None, {}
+
+    def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+        to_dense(model)
+        return model if dtype is None else model.to(dtype)
+
+    def is_serializable(self, *_: object, **__: object) -> bool:
+        """Yes."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Yes, all parameters."""
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        """Yes: Trainer takes the model without adapters."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        """Yes."""
+        return True
+
+
+def adopt(model: nn.Module) -> None:
+    """Treat a model that was converted in memory like one that ``from_pretrained`` rebuilt: ``save_pretrained`` writes its rules."""
+    if hasattr(model, "save_pretrained"):
+        config = MoeifyConfig(manifest_of(model))
+        model.config.quantization_config = config  # type: ignore[union-attr]
+        model.hf_quantizer = MoeifyQuantizer(config)  # type: ignore[assignment]
+
+
+def _resolve(model: nn.Module, manifest: Manifest) -> Manifest:
+    """The manifest with module paths of this model class: a checkpoint of LlamaForCausalLM also loads as LlamaModel, and the reverse.
+
+    Raises:
+        CheckpointError: no site is in the model, or one is missing in the class that wrote the checkpoint.
+    """
+    prefix = f"{getattr(model, 'base_model_prefix', '')}.".lstrip(".")
+    names = {name for name, _ in model.named_modules()}
+    found, lost = [], []
+    for record in manifest.sites:
+        moved = (_moved(record, drop=drop, add=add) for drop, add in (("", ""), (prefix, ""), ("", prefix)))
+        match = next((r for r in moved if r is not None and r.site.down in names), None)
+        if match is None:
+            lost.append(record.site.name)
+        else:
+            found.append(match)
+    wrote = getattr(getattr(model, "config", None), "architectures", None) or ()
+    if lost and (not found or type(model).__name__ in wrote):
+        raise CheckpointError(
+            f"config.json: quantization_config names the FFN '{lost[0]}', which this {type(model).__name__} has not; "
+            "the manifest is of another model."
+        )
+    if lost:  # the decoder's, where only the encoder of an encoder-decoder is loaded
+        warnings.warn(
+            f"{type(model).__name__} has no place for {len(lost)} converted FFNs of the checkpoint: {', '.join(lost)}.", stacklevel=2
+        )
+    return replace(manifest, sites=tuple(found))
+
+
+def _moved(record: SiteRecord, *, drop: str, add: str) -> SiteRecord | None:
+    """The record with ``drop`` cut off in front of its paths and ``add`` put there; None where they do not start with ``drop``."""
+
+    def move(path: str) -> str:
+        return (add + f"{path}.".lstrip(".")[len(drop) :]).rstrip(".")
+
+    site = record.site
+    if not f"{site.name}.".startswith(drop):
+        return None
+    gate = None if site.gate is None else move(site.gate)
+    return replace(record, site=replace(site, name=move(site.name), up=move(site.up), down=move(site.down), gate=gate))
+
+
+def _check_router_tensors(model: nn.Module, checkpoint_files: Iterable[str], *, is_whole: bool) -> None:
+    """Refuse a checkpoint whose router tensors are not the skeleton's; transformers would fill the gaps with random numbers.
+
+    Reads the files' headers only.
+
+    Raises:
+        CheckpointError: router tensors are missing, have other shapes, or (with ``is_whole``) there are more of them; names the first.
+    """
+    expected = {name: _signature(name, tuple(tensor.shape)) for name, tensor in model.state_dict().items() if _ROUTER in f".{name}"}
+    found: dict[str, _Signature] = {}
+    for path in map(str, checkpoint_files):
+        if not path.endswith(".safetensors"):
+            raise CheckpointError(f"'{path}' is not a safetensors file; moeify reads no pickled weights.")
+        try:
+            with safe_open(path, framework="pt") as file:
+                found |= {key: _signature(key, tuple(file.get_slice(key).get_shape())) for key in file.keys() if _ROUTER in f".{key}"}  # noqa: SIM118
+        except SafetensorError as error:
+            raise CheckpointError(f"'{path}' is truncated or not a safetensors file ({error}).") from error
+    missing = Counter(expected.values()) - Counter(found.values())
+    extra = Counter(found.values()) - Counter(expected.values())
+    if missing:
+        first, shape = next((name, signature[-1]) for name, signature in expected.items() if signature in missing)
+        raise CheckpointError(
+            f"the checkpoint lacks {missing.total()} router tensors that its manifest asks for, first '{first}' of shape {shape}; "
+            "restore the file, or convert the model again."
+        )
+    if extra and is_whole:
+        first = next(key for key, signature in found.items() if signature in extra)
+        raise CheckpointError(f"the checkpoint has {extra.total()} router tensors that its manifest does not name, first '{first}'.")
+
+
+def _signature(key: str, shape: tuple[int, ...]) -> _Signature:
+    """What a router tensor's key in a file and its name in the model share: the numbers in the path, what follows the router, the shape.
+
+    The rest of the path may differ: files of ViT-like models say "vit.encoder.layer.0" for the module "layers.0".
+    """
+    path, _, tail = f".{key}".partition(_ROUTER)
+    return tuple(part for part in path.split(".") if part.isdigit()), tail, shape
+
+
+if not is_loading(AUTO):  # this module was imported before transformers' model code, and the hook found it half made
+    register()

@@ -1,0 +1,181 @@
+"""One FFN of experts, computed for a dispatch plan; every implementation has the same signature and the same result up to rounding.
+
+Letters: T tokens, D model width, F FFN width, E experts, G expert size, N routed (token, expert) pairs.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from .._config import lookup
+from ..errors import KernelError
+from ..sites.formula import ACTIVATIONS
+from ..sites.site import FFNWeights
+from . import gather, grouped, masked, reference
+from .plan import DispatchPlan as DispatchPlan
+from .plan import build_plan as build_plan
+
+IMPLS: dict[str, Callable[..., Tensor]] = {
+    "reference": reference.moe_ffn,
+    "gather": gather.moe_ffn,
+    "masked": masked.moe_ffn,
+    "grouped": grouped.moe_ffn,
+}
+"""Implementations by name; all have the signature ``(x_TD, weights, plan, *, activation) -> y_TD``."""
+
+AUTO_ORDER = ("gather", "masked", "grouped")
+"""What ``impl="auto"`` asks, in order; the first without an objection runs. The last one never objects."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One implementation as `explain` reports it."""
+
+    name: str
+    """Key of `IMPLS`."""
+    chosen: bool
+    """Whether this one runs."""
+    reason: str
+    """Why it runs, or why not."""
+
+
+def moe_ffn(x_TD: Tensor, weights: FFNWeights, plan: DispatchPlan, *, activation: str, impl: str = "auto") -> Tensor:
+    """Sum of the selected experts' outputs for each token, plus the output bias once.
+
+    y[t] = down_bias + sum over selected neurons j of act(x[t] . up[j] + b[j]) * down[j]        (gated: act(gate) * up)
+
+    Args:
+        x_TD: floating, exactly 2-D, any strides. Under autocast, input and weights are cast to its dtype, as `F.linear` does.
+        weights: canonical weights of x's dtype and device; expert e owns neurons ``expert_bounds(F, E)[e : e + 2]``.
+        plan: from `build_plan`; E is the plan's.
+        activation: key of `moeify.sites.formula.ACTIVATIONS`.
+        impl: key of `IMPLS`, or "auto": the first of `AUTO_ORDER` without an objection. A named one never falls back to another.
+
+    Returns:
+        y_TD, x's dtype (autocast's under autocast). A token without experts gets the output bias alone.
+
+    Raises:
+        ConfigError: unknown ``impl`` or ``activation``; names the nearest.
+        KernelError: shapes, dtypes or devices do not fit together; names them.
+
+    Cost: `explain` tells which one runs; see its module for FLOPs, memory and host syncs.
+    """
+    lookup(ACTIVATIONS, activation, where="activation")
+    x_TD, weights = _autocast(x_TD, weights)
+    _check(x_TD, weights, plan)
+    name = _auto(x_TD, weights, plan) if impl == "auto" else impl
+    return lookup(IMPLS, name, where="impl")(x_TD, weights, plan, activation=activation)
+
+
+def explain(x_TD: Tensor, weights: FFNWeights, plan: DispatchPlan, *, impl: str = "auto") -> list[Candidate]:
+    """What `moe_ffn` would run for these tensors, and why not the others; runs nothing.
+
+    Returns:
+        One candidate per implementation, in the order in which "auto" asks; exactly one is chosen.
+
+    Raises:
+        As `moe_ffn`.
+    """
+    x_TD, weights = _autocast(x_TD, weights)
+    _check(x_TD, weights, plan)
+    objections = {name: _objection(name, x_TD, weights, plan) for name in AUTO_ORDER}
+    if impl == "auto":
+        chosen = _auto(x_TD, weights, plan)
+        why = "first without an objection"
+    else:
+        lookup(IMPLS, impl, where="impl")
+        chosen, why = impl, "asked for by name"
+    rest = [name for name in IMPLS if name not in AUTO_ORDER]
+    return [
+        Candidate(name, name == chosen, why if name == chosen else objections.get(name) or _unasked(name, impl))
+        for name in (*AUTO_ORDER, *rest)
+    ]
+
+
+def _unasked(name: str, impl: str) -> str:
+    if impl != "auto":
+        return f"{impl!r} was asked for by name"
+    return "a later candidate" if name in AUTO_ORDER else "never chosen by 'auto': the oracle, slow"
+
+
+def _auto(x_TD: Tensor, weights: FFNWeights, plan: DispatchPlan) -> str:
+    return next(name for name in AUTO_ORDER if _objection(name, x_TD, weights, plan) is None)
+
+
+# Measured crossovers (decision D5): CPU time per call, one thread, fp32, AVX-512, torch 2.13, uniform masks; shapes gpt2 (768, 3072) and
+# smollm2 (576, 1536, gated). Each pair is time(masked) / time(gather) or time(masked) / time(grouped) for gpt2, smollm2.
+#   gather, by active fraction:  T=1, E=128:  0.1: 3.6, 3.2   0.25: 1.3, 1.6   0.4: 0.75, 1.2   0.5: 0.7, 0.8
+#                                T=4, E=128:  0.05: 2.1, 2.7  0.1: 1.5, 2.0    0.25: 0.7, 0.9
+#   so the union of the tokens' experts, 1 - (1 - f)^T for independent tokens, may be about a third.
+GATHER_UNION_FRAC = 0.35
+#   grouped, thin (E=128):  T=16:   0.1: 0.8, 0.8   0.25: 0.7, 0.6   0.5: 0.6, 0.5    the union is nearly everything: never grouped
+#                           T=64:   0.1: 1.5, 1.3   0.25: 1.1, 0.9   0.5: 0.8, 0.8
+#                           T=256:  0.1: 2.9, 2.5   0.25: 1.7, 1.5   0.4: 1.3, 1.1   0.5: 1.0, 0.9
+#                           T=1024: 0.1: 5.2, 4.0   0.25: 2.6, 2.0   0.5: 1.2, 0.9
+#   grouped, wide (E=8):    T=16:   0.1: 2.9, 1.5   0.25: 1.1, 0.9   0.5: 1.1, 0.8
+#                           T=64:   0.25: 2.2, 1.9  0.5: 1.4, 1.3    0.75: 1.1, 1.0
+#                           T=256:  0.25: 2.8, 2.7  0.5: 1.8, 1.7    0.75: 1.2, 1.1
+MASKED_FROM = {
+    "thin": ((16, 0.0), (64, 0.2), (math.inf, 0.45)),
+    "wide": ((16, 0.3), (64, 0.6), (math.inf, 0.8)),
+}
+"""By expert width (`grouped.WIDE_EXPERT`): (tokens at most, active fraction from which dense GEMMs win)."""
+
+
+def _objection(name: str, x_TD: Tensor, weights: FFNWeights, plan: DispatchPlan) -> str | None:
+    """Why "auto" should not run this implementation here; None if it should. No host sync."""
+    if torch.compiler.is_compiling():  # N is unknown while tracing
+        return None if name == "masked" else "the host reads the plan, which breaks a compiled graph"
+    num_tokens, active = plan.num_tokens, plan.active_fraction
+    if name == "gather":
+        if x_TD.is_cuda:
+            return "copying weights does not pay on a GPU, and the host would wait for their number"
+        if (union := 1 - (1 - active) ** num_tokens) > GATHER_UNION_FRAC:
+            return f"the tokens need about {union:.0%} of the experts; copying over {GATHER_UNION_FRAC:.0%} costs more than it saves"
+    if name == "masked":
+        kind = "thin" if weights.num_neurons // plan.num_experts < grouped.WIDE_EXPERT else "wide"
+        crossover = next(fraction for tokens, fraction in MASKED_FROM[kind] if num_tokens <= tokens)
+        if active < crossover:
+            return f"active fraction {active:.2f} is below the crossover {crossover} for {num_tokens} tokens and {kind} experts"
+    return None
+
+
+def _autocast(x_TD: Tensor, weights: FFNWeights) -> tuple[Tensor, FFNWeights]:
+    device = x_TD.device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device) or x_TD.dtype is torch.float64:
+        return x_TD, weights
+    dtype = torch.get_autocast_dtype(device)
+    fields = ("up_FD", "down_FD", "gate_FD", "up_bias_F", "gate_bias_F", "down_bias_D")
+    cast = {name: tensor.to(dtype) for name in fields if (tensor := getattr(weights, name)) is not None}
+    return x_TD.to(dtype), replace(weights, **cast)
+
+
+def _check(x_TD: Tensor, weights: FFNWeights, plan: DispatchPlan) -> None:
+    """Everything that must hold before any implementation runs."""
+    if x_TD.dim() != 2 or not x_TD.is_floating_point():
+        raise KernelError(f"x_TD must be a 2-D floating tensor, got {tuple(x_TD.shape)} {x_TD.dtype}; flatten batch and sequence first.")
+    if x_TD.shape[0] != plan.num_tokens:
+        raise KernelError(f"x_TD has {x_TD.shape[0]} tokens, the plan has {plan.num_tokens}.")
+    num_neurons, d_out = weights.down_FD.shape
+    if plan.num_experts > num_neurons:
+        raise KernelError(f"the plan has {plan.num_experts} experts, the FFN only {num_neurons} neurons.")
+    expected = (
+        ("up_FD", weights.up_FD, (num_neurons, x_TD.shape[1])),
+        ("down_FD", weights.down_FD, (num_neurons, d_out)),
+        ("gate_FD", weights.gate_FD, (num_neurons, x_TD.shape[1])),
+        ("up_bias_F", weights.up_bias_F, (num_neurons,)),
+        ("gate_bias_F", weights.gate_bias_F, (num_neurons,)),
+        ("down_bias_D", weights.down_bias_D, (d_out,)),
+    )
+    for name, tensor, shape in expected:
+        if tensor is None:
+            continue
+        if tensor.shape != shape:
+            raise KernelError(f"{name} has shape {tuple(tensor.shape)}, expected {shape}.")
+        if tensor.dtype != x_TD.dtype or tensor.device != x_TD.device:
+            raise KernelError(f"{name} is {tensor.dtype} on {tensor.device}, x_TD is {x_TD.dtype} on {x_TD.device}; they must agree.")
+    if plan.mask_TE.device != x_TD.device:
+        raise KernelError(f"the plan is on {plan.mask_TE.device}, x_TD on {x_TD.device}.")

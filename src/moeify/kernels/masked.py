@@ -1,0 +1,27 @@
+"""Every expert for every token, unselected neurons set to zero: dense GEMMs, so it wins when most experts run.
+
+Letters: T tokens, D model width, F FFN width, E experts.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..sites.formula import ffn_hidden
+from ..sites.site import FFNWeights
+from .plan import DispatchPlan, neuron_mask
+
+
+def moe_ffn(x_TD: Tensor, weights: FFNWeights, plan: DispatchPlan, *, activation: str) -> Tensor:
+    """Dense FFN whose hidden activations are zeroed outside the selected experts.
+
+    y = (hidden(x) where the neuron's expert is selected, else 0) @ down + down_bias
+
+    Arguments and result as in `reference.moe_ffn`. Zeroed by selection, not by product: an overflow in an unselected neuron stays unseen.
+
+    Cost: the dense FFN plus one pass over T*F; no host sync; no dependence on the mask; captured by torch.compile.
+    """
+    hidden_TF = ffn_hidden(x_TD, weights, activation=activation)
+    if torch.compiler.is_compiling() or plan.num_pairs < plan.num_tokens * plan.num_experts:
+        hidden_TF = hidden_TF.masked_fill(~neuron_mask(plan.mask_TE, weights.num_neurons), 0)
+    return F.linear(hidden_TF, weights.down_FD.t(), weights.down_bias_D)

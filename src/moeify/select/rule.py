@@ -1,0 +1,68 @@
+"""What every selection rule is: a frozen config with one knob that turns scores into a mask.
+
+Letters: T tokens, E experts.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeVar
+
+from torch import Tensor
+
+from .._config import from_dict
+
+R = TypeVar("R", bound="Rule")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule(ABC):
+    """Which experts run for a token. At least one per token, always; a row with a NaN runs all of them (`TopK` excepted: it runs k)."""
+
+    name: ClassVar[str]
+    """Key in `moeify.select.RULES` and in manifests."""
+    knob: ClassVar[str]
+    """The one field; each rule owns its name and direction (decision D10)."""
+    bounds: ClassVar[tuple[float, float]]
+    """Allowed values of the knob, both included."""
+    grows: ClassVar[bool]
+    """Whether a larger knob runs more experts."""
+
+    @abstractmethod
+    def __call__(self, scores_TE: Tensor) -> Tensor:
+        """mask_TE of ``scores_TE``."""
+
+    @classmethod
+    @abstractmethod
+    def critical(cls, scores_TE: Tensor) -> Tensor:
+        """Where the knob switches each pair: the pair runs iff ``knob <= critical`` (``knob > critical`` where the rule `grows`).
+
+        Returns:
+            fp32 (T, E); an infinity where every knob runs the pair. Calibration counts these: the same as the rule, up to rounding.
+        """
+
+    @property
+    def value(self) -> float:
+        """The knob's value."""
+        return float(getattr(self, self.knob))
+
+    def with_value(self: R, value: float) -> R:
+        """The same rule with its knob at ``value``; a `ConfigError` where that is out of range."""
+        return self.at(value)
+
+    @classmethod
+    def at(cls: type[R], value: Any) -> R:
+        """The rule with its knob at ``value``; a whole float counts as an integer where the knob is one."""
+        is_whole = isinstance(value, float) and value.is_integer() and cls.__annotations__[cls.knob] is int
+        return from_dict(cls, {cls.knob: int(value) if is_whole else value})
+
+
+def check_scores(scores_TE: Tensor) -> None:
+    """Border check of every rule: shape only, values would synchronise the device.
+
+    Raises:
+        ValueError: not 2-D, no expert, or not floating; names the shape and dtype it got.
+    """
+    if scores_TE.dim() != 2 or scores_TE.shape[1] == 0 or not scores_TE.is_floating_point():
+        raise ValueError(
+            f"scores_TE must be a 2-D floating tensor with at least one expert, got {tuple(scores_TE.shape)} {scores_TE.dtype}."
+        )

@@ -1,0 +1,15 @@
+"""Where the dense FFNs of a model are, and what they compute."""
+
+from .discover import Discovery as Discovery
+from .discover import Refusal as Refusal
+from .discover import discover as discover
+from .discover import find_ffn_sites as find_ffn_sites
+from .formula import ACTIVATIONS as ACTIVATIONS
+from .formula import ffn_dense as ffn_dense
+from .formula import ffn_hidden as ffn_hidden
+from .site import FFNSite as FFNSite
+from .site import FFNWeights as FFNWeights
+from .site import expert_bounds as expert_bounds
+from .site import not_plain_reason as not_plain_reason
+from .site import permute_neurons as permute_neurons
+from .site import site_weights as site_weights

@@ -1,0 +1,165 @@
+"""Where a dense FFN lives and how its weights are stored.
+
+Letters: D model width, F FFN width, E experts, G expert size.
+
+This file is the only place that knows how a module stores its weights (nn.Linear, Conv1D, fused gate and up); everybody else sees
+`FFNWeights`, the canonical (F, D) view. The views alias the model's own Parameters: writing into them writes into the model.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UnsupportedModelError
+
+# Classes whose forward is exactly x @ W^T + b although they are neither nn.Linear itself nor transposed like Conv1D. By name, so that
+# nothing has to be imported; discovery's probe still proves the algebra for each site.
+PLAIN_LINEAR_CLASSES = frozenset({"FalconLinear", "NonDynamicallyQuantizableLinear"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class FFNSite:
+    """One dense FFN of a model: ``y = down(act(up(x)))`` or ``y = down(act(gate(x)) * up(x))``.
+
+    All paths are module paths from the model's root (`nn.Module.get_submodule`), never keys of a checkpoint file.
+    """
+
+    name: str
+    """Path of the innermost module that contains every projection of the FFN (an MLP, or the whole layer for OPT or BERT)."""
+    up: str
+    """Path of the up projection; of the fused projection where ``fused`` is set."""
+    down: str
+    """Path of the down projection."""
+    gate: str | None = None
+    """Path of the gate projection of a GLU whose gate is a module of its own."""
+    fused: Literal["gate_up", "up_gate"] | None = None
+    """Order of the two halves where one projection computes gate and up together."""
+    activation: str
+    """Name of the elementwise function in `moeify.sites.formula.ACTIVATIONS`."""
+    d_model: int
+    """Width D of the FFN's input."""
+    d_ff: int
+    """Number F of neurons."""
+    d_out: int
+    """Width of the FFN's output; equal to ``d_model`` but for rare adapters."""
+
+    @property
+    def is_gated(self) -> bool:
+        """Whether the FFN is a GLU."""
+        return self.gate is not None or self.fused is not None
+
+    @property
+    def first(self) -> tuple[str, ...]:
+        """Paths of the projections that read the FFN's input."""
+        return (self.up,) if self.gate is None else (self.gate, self.up)
+
+
+@dataclass(frozen=True)
+class FFNWeights:
+    """The weights of one FFN in canonical layout; a neuron is one index of F in every tensor.
+
+    h = act(x up_FD^T + up_bias_F), or gated act(x gate_FD^T + gate_bias_F) * (x up_FD^T + up_bias_F);   y = h down_FD + down_bias_D
+    """
+
+    up_FD: Tensor
+    down_FD: Tensor
+    gate_FD: Tensor | None = None
+    up_bias_F: Tensor | None = None
+    gate_bias_F: Tensor | None = None
+    down_bias_D: Tensor | None = None
+
+    @property
+    def num_neurons(self) -> int:
+        """F."""
+        return self.up_FD.shape[0]
+
+    def per_neuron(self) -> Iterator[Tensor]:
+        """The tensors whose first dimension is the neuron: all but the output bias."""
+        for tensor in (self.up_FD, self.down_FD, self.gate_FD, self.up_bias_F, self.gate_bias_F):
+            if tensor is not None:
+                yield tensor
+
+
+def site_weights(model: nn.Module, site: FFNSite) -> FFNWeights:
+    """The canonical view of a site's weights; no copy, also on meta tensors.
+
+    Raises:
+        UnsupportedModelError: a projection is not a plain Linear or Conv1D (`not_plain_reason` says why).
+    """
+    up, up_bias = _linear_view(model, site.up)
+    down_DF, down_bias = _linear_view(model, site.down)
+    gate, gate_bias = (None, None) if site.gate is None else _linear_view(model, site.gate)
+    if site.fused:
+        halves = up.chunk(2)
+        bias = (None, None) if up_bias is None else up_bias.chunk(2)
+        first_is_gate = site.fused == "gate_up"
+        gate, gate_bias = halves[not first_is_gate], bias[not first_is_gate]
+        up, up_bias = halves[first_is_gate], bias[first_is_gate]
+    return FFNWeights(up, down_DF.t(), gate, up_bias, gate_bias, down_bias)
+
+
+def is_transposed(linear: nn.Module) -> bool:
+    """Whether ``linear`` stores (in, out): transformers' Conv1D."""
+    return type(linear).__name__ == "Conv1D" and hasattr(linear, "nf")
+
+
+def not_plain_reason(module: nn.Module, *, allow_meta: bool = False) -> str | None:
+    """Why the executor must not read this projection's weights directly; None if it may (decision D7).
+
+    Adapters (LoRA), offload hooks, quantised subclasses and user hooks change what the module computes: its weight is not the whole truth.
+    """
+    kind = type(module)
+    if not (kind is nn.Linear or is_transposed(module) or kind.__name__ in PLAIN_LINEAR_CLASSES):
+        return f"is a {kind.__name__}, not a plain Linear or Conv1D"
+    if hasattr(module, "_hf_hook"):
+        return "has an accelerate hook (offload or device map)"
+    if module._forward_hooks or module._forward_pre_hooks:
+        return "has a forward hook"
+    if "weight" not in module._parameters:
+        return "has no plain weight parameter (parametrised)"
+    weight = module._parameters["weight"]
+    assert weight is not None
+    if type(weight) not in (nn.Parameter, Tensor):
+        return f"has a {type(weight).__name__} as its weight"
+    if not weight.is_floating_point():
+        return f"has {weight.dtype} weights"
+    if weight.is_meta and not allow_meta:
+        return "is on the meta device"
+    return None
+
+
+def expert_bounds(num_neurons: int, num_experts: int) -> tuple[int, ...]:
+    """Boundaries of the experts' contiguous slices: expert e owns neurons [bounds[e], bounds[e + 1]).
+
+    Sizes differ by at most one; the first ``num_neurons % num_experts`` experts are the larger ones. Only E has to be stored.
+
+    Raises:
+        ValueError: fewer than one neuron per expert, or no expert.
+    """
+    if not 1 <= num_experts <= num_neurons:
+        raise ValueError(f"cannot split {num_neurons} neurons into {num_experts} experts.")
+    size, larger = divmod(num_neurons, num_experts)
+    return tuple(e * size + min(e, larger) for e in range(num_experts + 1))
+
+
+@torch.no_grad()
+def permute_neurons(model: nn.Module, site: FFNSite, order_F: Tensor) -> None:
+    """Reorder a site's neurons in place: new neuron i is old neuron ``order_F[i]``. The FFN's function does not change.
+
+    Parameters keep their identity, storage and strides (decision D8).
+    """
+    for tensor in site_weights(model, site).per_neuron():
+        tensor.copy_(tensor.index_select(0, order_F.to(tensor.device)))
+
+
+def _linear_view(model: nn.Module, path: str) -> tuple[Tensor, Tensor | None]:
+    """(out, in) view of a projection's weight, and its bias."""
+    module: Any = model.get_submodule(path)
+    reason = not_plain_reason(module, allow_meta=True)
+    if reason and not reason.startswith("has a forward hook"):
+        raise UnsupportedModelError(f"'{path}' {reason}; its weights cannot be read directly.")
+    weight = module.weight
+    return (weight.t() if is_transposed(module) else weight), getattr(module, "bias", None)

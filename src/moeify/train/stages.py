@@ -1,0 +1,252 @@
+"""Fitting one layer at a time: split its neurons, then its router, from the inputs that `capture` stored.
+
+Letters: T tokens, D model width, F FFN width, E experts, G expert size.
+
+The dense model is frozen and every router sees the dense model's activations, so layers do not depend on each other: each is fitted alone,
+in the memory of one layer, and a killed run continues with the next.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, replace
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..convert import ConvertConfig, SiteRecord
+from ..errors import ConfigError, DataError
+from ..routers import CentreRouter, MLPRouter, NormRouter, Router, build_router, expert_grams, expert_norms, expert_sums
+from ..sites import FFNWeights, expert_bounds
+from ..sites.formula import ffn_hidden
+from ..split import Coactivation, ExpertSplit, coactivation_features, parameter_features, split_neurons
+from .capture import fast_dtype
+
+_CHUNK_TOKENS = 4096  # rows of x whose activations are in memory at once
+_SILENT_ENERGY = 1e-4  # of the mean energy of an expert's output; less is as good as none
+_HOLDOUT_BLOCK = 512
+_SPLIT_TOKENS = 4096  # tokens whose activations make the features of a co-activation split
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouterTrainConfig:
+    """How a router is fitted to its targets."""
+
+    epochs: int = 3
+    """Passes over the calibration tokens."""
+    batch_tokens: int = 512
+    """Tokens per optimizer step."""
+    lr: float = 1e-2
+    """Largest learning rate of AdamW; decays to zero by a cosine."""
+    holdout_frac: float = 0.1
+    """Share of the tokens, spread over the data in blocks, that is never trained on: it scores the router and calibrates the rule."""
+    seed: int = 0
+    """Seed of the initial weights and of the order of tokens."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.holdout_frac < 1:
+            raise ConfigError(f"holdout_frac must be inside (0, 1), got {self.holdout_frac}.")
+        if self.epochs < 1 or self.batch_tokens < 1:
+            raise ConfigError("epochs and batch_tokens must be at least 1.")
+
+
+@dataclass(frozen=True)
+class FittedSite:
+    """What fitting one site gives; all that `convert.apply_site` and calibration need."""
+
+    order_F: Tensor
+    """Old neuron id of each new position."""
+    router_state: dict[str, Tensor]
+    scores_TE: Tensor
+    """Router scores of the held-out tokens, fp32."""
+    captured: dict[str, float] = field(default_factory=dict)
+    """Share of the held-out output norm that the router's top 10, 25, 50 and 75 % of the experts hold, and the oracle's ("oracle@0.25")."""
+
+
+def fit_site(weights: FFNWeights, x_TD: Tensor, record: SiteRecord, options: ConvertConfig, train: RouterTrainConfig) -> FittedSite:
+    """Split one FFN and fit its router.
+
+    Args:
+        weights: the site's weights in their present order; not changed.
+        x_TD: FFN inputs of the dense model, any float dtype, on the CPU; ``holdout_frac`` of them score the router.
+        record: number of experts and router.
+        options: split method.
+        train: router training.
+
+    Returns:
+        Permutation, router tensors and held-out scores.
+
+    Raises:
+        DataError: too few tokens to train on some and hold out others.
+    """
+    weights = _cast(weights, torch.float32)
+    num_tokens = x_TD.shape[0]
+    if num_tokens < 3:
+        raise DataError(f"'{record.site.name}' saw {num_tokens} calibration tokens; a router needs at least 3, and thousands to be good.")
+    held_out_T = _held_out(num_tokens, train.holdout_frac)
+    train_TD, held_out_TD = x_TD[~held_out_T], x_TD[held_out_T]
+    split = split_site(weights, train_TD, record, options)
+    ordered = replace(
+        weights,
+        **{f.name: t[split.order_F] for f in fields(weights) if f.name != "down_bias_D" and (t := getattr(weights, f.name)) is not None},
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(train.seed)
+        router = build_router(record.router, site=record.site, num_experts=record.num_experts)
+        fit_router(router, train_TD, ordered, activation=record.site.activation, num_experts=record.num_experts, config=train)
+    scores_TE, captured = score_router(router, held_out_TD, ordered, activation=record.site.activation, num_experts=record.num_experts)
+    state = {name: tensor.detach().contiguous() for name, tensor in router.state_dict().items()}
+    return FittedSite(order_F=split.order_F, router_state=state, scores_TE=scores_TE, captured=captured)
+
+
+def _held_out(num_tokens: int, share: float) -> Tensor:
+    """bool (T,): blocks of consecutive tokens at even distances; at least one token on either side.
+
+    Blocks, because neighbouring tokens resemble each other; spread, because the last tenth of a corpus is one topic, and activity differs
+    by several points between topics.
+    """
+    block = max(1, min(_HOLDOUT_BLOCK, int(num_tokens * share / 4)))
+    held_out_T = (torch.arange(num_tokens, dtype=torch.float64) // block + 1) * share % 1 < share - 1e-9
+    held_out_T[0], held_out_T[-1] = False, True
+    return held_out_T
+
+
+def split_site(weights: FFNWeights, x_TD: Tensor, record: SiteRecord, options: ConvertConfig) -> ExpertSplit:
+    """The split of one FFN by ``options.split``; co-activation reads its features off ``x_TD``."""
+    method = options.split_method(default=Coactivation())
+    if isinstance(method, Coactivation):
+        features_FK = coactivation_features(_energies(weights, x_TD, record.site.activation), method=method)
+    else:
+        features_FK = parameter_features(weights)
+    return split_neurons(features_FK, num_experts=record.num_experts, method=method)
+
+
+def fit_router(router: Router, x_TD: Tensor, weights: FFNWeights, *, activation: str, num_experts: int, config: RouterTrainConfig) -> None:
+    """Fit a router in place to one layer's stored inputs; a router without parameters to train returns at once.
+
+    Norm router: Gamma deviance ``t exp(-z) + z`` of the squared norms t (``output="exp"``) or the squared error of the norms (``"abs"``).
+    MoEfication's classifier: binary cross-entropy against each expert's summed activation over the largest of the batch. Centres are
+    means, not trained.
+
+    Args:
+        router: fresh router.
+        x_TD: training inputs.
+        weights: fp32 weights, neurons in expert order.
+        activation: of the FFN.
+        num_experts: E.
+        config: optimizer settings; the order of tokens comes from torch's generator, which the caller seeds.
+    """
+    bounds = expert_bounds(weights.num_neurons, num_experts)
+    if isinstance(router, CentreRouter):
+        router.set_centres(weights, bounds)
+    elif isinstance(router, NormRouter):
+        grams_EGG = expert_grams(weights.down_FD, bounds)
+        targets_TE = _per_chunk(x_TD, weights, activation, lambda h_TF: expert_norms(h_TF, grams_EGG, bounds))
+        _fit_norm_router(router, x_TD, targets_TE, config)
+    elif isinstance(router, MLPRouter):
+        router.set_centres(weights, bounds)
+        targets_TE = _per_chunk(x_TD, weights, activation, lambda h_TF: expert_sums(h_TF, bounds))
+        _fit_classifier(router, x_TD, targets_TE, config)
+
+
+@torch.no_grad()
+def score_router(
+    router: Router, x_TD: Tensor, weights: FFNWeights, *, activation: str, num_experts: int
+) -> tuple[Tensor, dict[str, float]]:
+    """Scores of held-out tokens, and how much of the true output norm the best-scored experts hold.
+
+    captured@f = sum over tokens of |y_e|^2 over the top f*E experts by score / sum over all experts;   oracle@f the same by the true norms.
+
+    Returns:
+        scores_TE in fp32, and captured and oracle shares in [0, 1] for f = 0.1, 0.25, 0.5, 0.75.
+    """
+    bounds = expert_bounds(weights.num_neurons, num_experts)
+    grams_EGG = expert_grams(weights.down_FD, bounds)
+    energy_TE = _per_chunk(x_TD, weights, activation, lambda h_TF: expert_norms(h_TF, grams_EGG, bounds)).square()
+    scores_TE = torch.cat([router(x, weights) for x in x_TD.float().split(_CHUNK_TOKENS)])
+    total = energy_TE.sum().clamp_min(torch.finfo(torch.float32).tiny)
+    captured = {}
+    for frac in (0.1, 0.25, 0.5, 0.75):
+        k = max(1, round(frac * num_experts))
+        captured[f"captured@{frac}"] = (energy_TE.gather(1, scores_TE.topk(k, dim=1).indices).sum() / total).item()
+        captured[f"oracle@{frac}"] = (energy_TE.topk(k, dim=1).values.sum() / total).item()
+    return scores_TE, captured
+
+
+def _fit_norm_router(router: NormRouter, x_TD: Tensor, norms_TE: Tensor, config: RouterTrainConfig) -> None:
+    log_link = router.config.output == "exp"
+    mean_D, std_D = x_TD.float().mean(0), x_TD.float().std(0)
+    # A channel that hardly varies must not be blown up: bfloat16 may have rounded its variation away, which the deployed router would see.
+    std_D = std_D.maximum(2**-8 * mean_D.abs()).maximum(1e-3 * std_D.mean()).clamp_min(1e-6)
+    # The largest norm decides the scale of the squared error. The Gamma deviance has none, but needs a floor: towards an expert that is
+    # silent (ReLU: exactly) z falls without end, and where it then fires t exp(-z) explodes; scores came out up to 20x too large.
+    scale = norms_TE.square().mean().sqrt().clamp_min(1e-12)
+    targets_TE = norms_TE / scale
+    if log_link:
+        targets_TE = targets_TE.square_().clamp_min_(_SILENT_ENERGY)
+    with torch.no_grad():  # start from what is known without looking at x: each expert's mean
+        mean_E = targets_TE.mean(0)
+        router.out.bias.copy_(mean_E.clamp_min(1e-8).log() if log_link else mean_E)
+        router.out.weight.normal_(0, 0.01)
+        router.hidden.weight.normal_(0, x_TD.shape[1] ** -0.5)
+        router.hidden.bias.zero_()
+
+    def loss_of(rows: Tensor) -> Tensor:
+        z_TE = router.logits((x_TD[rows].float() - mean_D) / std_D)
+        t_TE = targets_TE[rows]
+        return (t_TE * torch.exp(-z_TE.clamp(-30, 30)) + z_TE).mean() if log_link else (z_TE.abs() - t_TE).square().mean()
+
+    _adam(router, loss_of, x_TD.shape[0], config)
+    with torch.no_grad():  # fold standardisation and scale into the weights: the deployed router reads x as it is
+        router.hidden.weight.div_(std_D)
+        router.hidden.bias.sub_(router.hidden.weight @ mean_D)
+        if log_link:
+            router.out.bias.add_(2 * scale.log())
+        else:
+            router.out.weight.mul_(scale)
+            router.out.bias.mul_(scale)
+
+
+def _fit_classifier(router: MLPRouter, x_TD: Tensor, sums_TE: Tensor, config: RouterTrainConfig) -> None:
+    def loss_of(rows: Tensor) -> Tensor:
+        labels = sums_TE[rows]
+        return F.binary_cross_entropy_with_logits(router.logits(x_TD[rows]), labels / labels.max().clamp_min(1e-12))
+
+    _adam(router, loss_of, x_TD.shape[0], config)
+
+
+def _adam(router: Router, loss_of: Callable[[Tensor], Tensor], num_tokens: int, config: RouterTrainConfig) -> None:
+    steps_per_epoch = -(-num_tokens // config.batch_tokens)
+    optimizer = torch.optim.AdamW(router.parameters(), lr=config.lr, weight_decay=0.0, fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, max_lr=config.lr, total_steps=config.epochs * steps_per_epoch + 1, pct_start=0.1
+    )
+    with torch.enable_grad():
+        for _ in range(config.epochs):
+            for rows in torch.randperm(num_tokens).split(config.batch_tokens):
+                loss_of(rows).backward()
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+                schedule.step()
+
+
+@torch.no_grad()
+def _per_chunk(x_TD: Tensor, weights: FFNWeights, activation: str, function: Callable[[Tensor], Tensor]) -> Tensor:
+    """``function`` of the activations, a chunk of tokens at a time: (T, F) numbers never exist together.
+
+    In bfloat16 where that is native: the inputs are stored in it, and a target needs no more.
+    """
+    dtype = fast_dtype(x_TD.device)
+    low = _cast(weights, dtype)
+    return torch.cat([function(ffn_hidden(x.to(dtype), low, activation=activation).float()) for x in x_TD.split(_CHUNK_TOKENS)])
+
+
+@torch.no_grad()
+def _energies(weights: FFNWeights, x_TD: Tensor, activation: str) -> Tensor:
+    """(h_j * |w_down_j|)^2 of `_SPLIT_TOKENS` tokens spread evenly over the calibration data: energy_TF."""
+    rows = torch.linspace(0, x_TD.shape[0] - 1, min(_SPLIT_TOKENS, x_TD.shape[0])).long()
+    down_norm_F = weights.down_FD.norm(dim=1)
+    return _per_chunk(x_TD[rows], weights, activation, lambda h_TF: (h_TF * down_norm_F).square())
+
+
+def _cast(weights: FFNWeights, dtype: torch.dtype) -> FFNWeights:
+    return replace(weights, **{f.name: t.detach().to(dtype) for f in fields(weights) if (t := getattr(weights, f.name)) is not None})

@@ -1,0 +1,378 @@
+"""Every bad input: one clear line on stderr, exit code 2, nothing half-written, nothing lost."""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import tiny
+import torch
+import transformers
+
+from moeify import cli
+from moeify.hf import checkpoint
+
+SMALL = ["--window", "32", "--max-tokens", "640"]
+QUICK = ["--expert-size", "8", "--router", "centre", "--split", "contiguous"]
+DATA = ["--data", "builtin:pydoc"]
+
+
+@pytest.fixture(autouse=True)
+def _quiet(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
+@pytest.fixture(scope="module")
+def originals(tmp_path_factory):
+    root = tmp_path_factory.mktemp("bad_input")
+    tiny.save_dense_tiny(root / "dense")
+    assert cli.run(["convert", str(root / "dense"), "--out", str(root / "moe"), *QUICK, *SMALL, *DATA]) == 0
+    return root
+
+
+@pytest.fixture
+def here(originals, tmp_path, monkeypatch):
+    """A folder with fresh copies of a dense and a converted checkpoint, as working directory."""
+    for name in ("dense", "moe"):
+        shutil.copytree(originals / name, tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def snapshot(directory):
+    return {str(p.relative_to(directory)): hashlib.sha256(p.read_bytes()).hexdigest() for p in directory.rglob("*") if p.is_file()}
+
+
+def check(directory, capsys, arguments, message):
+    before = snapshot(directory)
+    code = cli.run(arguments)
+    captured = capsys.readouterr()
+    assert code == 2, captured
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1, captured.err
+    assert captured.err.startswith("error: ")
+    assert "Traceback" not in captured.err
+    for part in message if isinstance(message, tuple) else (message,):
+        assert part in captured.err
+    assert snapshot(directory) == before
+
+
+def convert(*options, source="dense", out="out", data=DATA):
+    return ["convert", source, "--out", out, *QUICK, *SMALL, *data, *options]
+
+
+def sweep(*options, data=DATA):
+    return ["sweep", "moe", *SMALL, *data, *options]
+
+
+# -- options -------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        pytest.param(convert("--expert-sise", "4"), ("No such option", "--expert-size"), id="unknown option"),
+        pytest.param(convert("--router", "nrom"), ("'nrom'", "did you mean 'norm'"), id="unknown router"),
+        pytest.param(convert("--split", "kmean"), ("'kmean'", "did you mean 'kmeans'"), id="unknown split"),
+        pytest.param(convert("--rule", "dynkmax"), ("'dynkmax'", "did you mean 'dynk_max'"), id="unknown rule"),
+        pytest.param(convert("--router-width", "4"), ("width", "CentreRouter"), id="option of another router"),
+        pytest.param(convert("--dtype", "float8"), ("--dtype", "'float8'"), id="unknown dtype"),
+        pytest.param(convert("--scope", "glob"), ("scope", "'layer', 'global'"), id="unknown scope"),
+        pytest.param(convert("--expert-size", "0"), "expert_size must be at least 1", id="expert size 0"),
+        pytest.param(
+            convert("--expert-size", "49"), ("expert_size 49", "48 neurons", "choose at most 48"), id="d_ff smaller than an expert"
+        ),
+        pytest.param(convert("--target-active", "0"), "target_active must be in (0, 1], got 0", id="target 0"),
+        pytest.param(convert("--target-active", "1.5"), "target_active must be in (0, 1], got 1.5", id="target above 1"),
+        pytest.param(
+            convert("--policy", '{"model.layers.9.mlp": null}'),
+            ("'model.layers.9.mlp' matches no FFN", "did you mean"),
+            id="policy of no FFN",
+        ),
+        pytest.param(
+            convert("--policy", '{"re:.*": {"expert_sise": 4}}'),
+            ("expert_sise", "did you mean 'expert_size'"),
+            id="policy with unknown option",
+        ),
+        pytest.param(convert("--policy", '{"re:.*": null}'), "leaves no FFN to convert", id="policy that leaves nothing"),
+        pytest.param(convert("--policy", "nothing.json"), ("--policy must be a JSON object", "nothing.json"), id="policy file missing"),
+        pytest.param(convert("--policy", "[1]"), "--policy must be a JSON object", id="policy a list"),
+        pytest.param(sweep("--rule", "top_k"), ("'top_k'", "did you mean 'topk'"), id="sweep: unknown rule"),
+        pytest.param(sweep("--values", "0.1;0.2"), "--values must be numbers separated by commas", id="sweep: values no numbers"),
+        pytest.param(sweep("--values", "1.5"), "tau", id="sweep: value out of range"),
+        pytest.param(sweep("--rule", "topk", "--values", "1.5"), "k", id="sweep: half an expert"),
+        pytest.param(["generate", "moe", ""], "the prompt is empty", id="generate: empty prompt"),
+        pytest.param(["generate", "moe", "a", "--temperature", "-1"], "temperature must be at least 0", id="generate: temperature below 0"),
+    ],
+)
+def test_bad_option_is_one_line(here, capsys, arguments, message):
+    check(here, capsys, arguments, message)
+
+
+# -- data ----------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("content", "options", "message"),
+    [
+        pytest.param(b"", [], "'data.txt'", id="empty"),
+        pytest.param(b"\x00\x01\x02\xff\xfe" * 100, [], ("'data.txt'", "binary"), id="binary"),
+        pytest.param(b"too short", [], ("data.txt", "32"), id="shorter than one window"),
+        pytest.param(None, [], "data.txt", id="missing"),
+        pytest.param(b"text " * 100, ["--window", "1"], "window must be at least 2", id="window of 1"),
+        pytest.param(b"text " * 100, ["--max-tokens", "0"], "max_tokens must be at least 1", id="no tokens"),
+        pytest.param(b"text " * 100, ["--max-tokens", "5"], ("max_tokens", "5", "32"), id="less tokens than a window"),
+        pytest.param(b"text " * 100, ["--data-split", "tset"], ("tset", "validation"), id="unknown split"),
+    ],
+)
+@pytest.mark.parametrize("command", [convert, sweep])
+def test_bad_text_file_is_one_line(here, capsys, command, content, options, message):
+    if content is not None:
+        (here / "data.txt").write_bytes(content)
+    check(here, capsys, command(*options, data=["--data", "data.txt"]), message)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        pytest.param("data.jsonl", b'{"txt": "a"}\n', ("'text'", "txt"), id="no such column"),
+        pytest.param("data.jsonl", b'{"text": "a"\n', "data.jsonl", id="not JSON"),
+        pytest.param("data.parquet", b"PAR1 no parquet", "data.parquet", id="not parquet"),
+        pytest.param("data.png", b"\x89PNG", "data.png", id="an image for a text model"),
+    ],
+)
+def test_bad_table_is_one_line(here, capsys, name, content, message):
+    if name.endswith("parquet"):
+        pytest.importorskip("pyarrow")
+    (here / name).write_bytes(content)
+    check(here, capsys, convert(data=["--data", name]), message)
+
+
+def test_unknown_builtin_corpus_is_one_line(here, capsys):
+    check(here, capsys, convert(data=["--data", "builtin:pydocs"]), ("builtin:pydocs", "builtin:pydoc"))
+
+
+# -- models --------------------------------------------------------------------------------------------------------------------------
+
+
+def _truncate(directory):
+    path = directory / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def _foreign(directory):
+    (directory / "model.safetensors").write_bytes(b"PK\x03\x04 a zip file")
+
+
+def _nan(directory):
+    tiny.edit_tensors(directory, lambda tensors: tensors["model.layers.1.mlp.up_proj.weight"].fill_(float("nan")))
+
+
+def _other_model(directory):
+    tiny.edit_tensors(directory, lambda tensors: tensors.pop("model.layers.0.mlp.up_proj.weight"))
+
+
+def _pickle(directory):
+    (directory / "model.safetensors").rename(directory / "pytorch_model.bin")
+
+
+def _unknown_family(directory):
+    tiny.edit_config(directory, lambda config: config.update(model_type="lama"))
+
+
+def _no_tokenizer(directory):
+    for path in directory.glob("tokenizer*"):
+        path.unlink()
+
+
+def _empty(directory):
+    shutil.rmtree(directory)
+    directory.mkdir()
+
+
+def _native_moe(directory):
+    shutil.rmtree(directory)
+    config = transformers.MixtralConfig(
+        vocab_size=tiny.VOCAB, hidden_size=32, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
+        num_local_experts=2, max_position_embeddings=64,
+    )  # fmt: skip
+    transformers.MixtralForCausalLM(config).save_pretrained(directory)
+    tiny.byte_tokenizer().save_pretrained(directory)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        pytest.param(_truncate, ("model.safetensors", "truncated"), id="truncated"),
+        pytest.param(_foreign, ("model.safetensors", "not a safetensors file"), id="foreign file"),
+        pytest.param(_nan, ("'model.layers.1.mlp.up_proj.weight'", "NaN"), id="NaN"),
+        pytest.param(_other_model, ("lacks 1 tensors", "'model.layers.0.mlp.up_proj.weight'"), id="tensors of another model"),
+        pytest.param(_pickle, ("pickled", "safetensors"), id="pickle only"),
+        pytest.param(_unknown_family, ("'lama'", "did you mean"), id="unknown family"),
+        pytest.param(_no_tokenizer, "without a tokenizer", id="no tokenizer"),
+        pytest.param(_empty, "no config.json", id="empty folder"),
+        pytest.param(_native_moe, ("MixtralForCausalLM", "native MoE"), id="zero sites"),
+    ],
+)
+def test_bad_model_is_one_line(here, capsys, damage, message):
+    damage(here / "dense")
+    check(here, capsys, convert(), message)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        pytest.param("./nowhere", ("'./nowhere' does not exist", "Hub id"), id="path"),
+        pytest.param("nobody/nothing", ("'nobody/nothing'", "Hub", "network"), id="Hub id that cannot be fetched"),
+        pytest.param("dense/config.json", "is a file; give the folder", id="a file"),
+        pytest.param("moe", "converted", id="converted already"),
+    ],
+)
+def test_bad_source_is_one_line(here, capsys, source, message):
+    check(here, capsys, convert(source=source), message)
+
+
+# -- converted checkpoints -----------------------------------------------------------------------------------------------------------
+
+
+def _drop_routers(directory):
+    tiny.edit_tensors(directory, lambda tensors: [tensors.pop(name) for name in list(tensors) if "layers.1.mlp.moe.router" in name])
+
+
+def _newer_config(directory):
+    tiny.edit_config(directory, lambda config: config["quantization_config"].update(schema=99))
+
+
+def _newer_record(directory):
+    record = json.loads((directory / "moeify.json").read_text())
+    (directory / "moeify.json").write_text(json.dumps(record | {"schema": 99}))
+
+
+def _no_record(directory):
+    (directory / "moeify.json").unlink()
+
+
+def _broken_record(directory):
+    (directory / "moeify.json").write_text("{")
+
+
+def _unknown_key(directory):
+    tiny.edit_config(directory, lambda config: config["quantization_config"]["sites"][0].update(num_expert=3))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        pytest.param(_drop_routers, ("router tensors", "'model.layers.1.mlp.moe.router"), id="router tensors missing"),
+        pytest.param(_newer_config, ("schema 99 is newer", "upgrade moeify"), id="newer schema in config.json"),
+        pytest.param(_newer_record, ("schema 99 is newer", "upgrade moeify"), id="newer schema in moeify.json"),
+        pytest.param(_no_record, ("no moeify.json", "moeify convert"), id="not a conversion"),
+        pytest.param(_broken_record, "moeify.json", id="moeify.json not JSON"),
+        pytest.param(_unknown_key, ("num_expert", "did you mean 'num_experts'"), id="unknown key"),
+        pytest.param(_truncate, "truncated", id="truncated"),
+    ],
+)
+def test_bad_converted_checkpoint_is_one_line(here, capsys, damage, message):
+    damage(here / "moe")
+    check(here, capsys, sweep("--out", "curve.json"), message)
+
+
+# -- output --------------------------------------------------------------------------------------------------------------------------
+
+
+def _folder(here):
+    (here / "out").mkdir()
+    (here / "out" / "thesis.tex").write_text("years of work")
+
+
+def _earlier(here):
+    shutil.copytree(here / "moe", here / "out")
+
+
+def _file(here):
+    (here / "out").write_text("a file")
+
+
+@pytest.mark.parametrize(
+    ("prepare", "options", "message"),
+    [
+        pytest.param(_folder, [], "exists and is not empty", id="folder"),
+        pytest.param(_folder, ["--overwrite"], "not an earlier conversion", id="folder, overwrite"),
+        pytest.param(_earlier, [], "--overwrite replaces it", id="earlier conversion"),
+        pytest.param(_file, [], "is a file", id="file"),
+    ],
+)
+def test_output_that_exists_is_one_line(here, capsys, prepare, options, message):
+    prepare(here)
+    check(here, capsys, convert(*options), message)
+
+
+def test_sweep_into_a_folder_that_is_not_there_is_one_line(here, capsys):
+    check(here, capsys, sweep("--values", "0.5", "--out", "nowhere/curve.json"), "nowhere/curve.json")
+
+
+def test_sweep_onto_a_file_that_is_no_curve_is_one_line(here, capsys):
+    (here / "notes.json").write_text("[]")
+    check(here, capsys, sweep("--values", "0.5", "--out", "notes.json"), "notes.json")
+
+
+def test_report_of_a_file_that_is_no_curve_is_one_line(here, capsys):
+    check(here, capsys, ["report", "moe/config.json"], ("moe/config.json", "moeify sweep"))
+
+
+def test_disk_full_while_saving_is_one_line_and_the_same_command_continues(here, capsys, monkeypatch):
+    """The earlier conversion at the output stays; what was fitted stays in the work folder, so that the second run only saves."""
+    _earlier(here)
+    before = snapshot(here)
+    save = checkpoint._save
+
+    def full(model, processor, directory):
+        save(model, processor, directory)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(checkpoint, "_save", full)
+    assert cli.run(convert("--overwrite")) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: cannot write")
+    assert "the disk is full" in err
+    assert err.count("\n") == 1
+    assert {k: v for k, v in snapshot(here).items() if not k.startswith("out.work")} == before
+    monkeypatch.setattr(checkpoint, "_save", save)
+    assert cli.run(convert("--overwrite")) == 0
+    assert sorted(p.name for p in here.iterdir()) == ["dense", "moe", "out"]
+
+
+LIMITED = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536))  # every larger file fails as on a full disk, also in the libraries' native code
+from moeify.cli import main
+main()
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no such limit")
+def test_file_that_cannot_grow_while_saving_is_one_line_in_a_process(here):
+    before = snapshot(here)
+    done = subprocess.run(
+        [sys.executable, "-c", LIMITED, *convert("--max-tokens", "320")], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 2, done.stderr
+    assert done.stdout == ""
+    assert done.stderr.startswith("error: cannot write")
+    assert done.stderr.count("\n") == 1
+    assert {k: v for k, v in snapshot(here).items() if not k.startswith("out.work")} == before
+    assert not (here / "out").exists()
+    assert not (here / "out.partial").exists()
+
+
+def test_model_of_a_bad_dtype_range_is_one_line(here, capsys):
+    """Weights that overflow in float16 are found at loading, not as NaN perplexity at the end."""
+    tiny.edit_tensors(here / "dense", lambda tensors: tensors["model.norm.weight"].fill_(1e6))
+    assert torch.tensor(1e6, dtype=torch.float16).isinf()
+    check(here, capsys, convert("--dtype", "float16"), ("'model.norm.weight'", "infinite"))

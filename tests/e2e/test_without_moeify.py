@@ -1,0 +1,75 @@
+"""A converted checkpoint without this library: plain transformers loads it as the equal dense model and warns about what it left out."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import tiny
+import torch
+from families.models import build
+from safetensors.torch import save_file
+
+from moeify.convert import ConvertConfig, convert
+from moeify.routers import NormRouterConfig
+from moeify.select import TopK
+from moeify.sites import find_ffn_sites
+
+MODELS = {
+    "llama": lambda: (tiny.tiny_llama(), tiny.tiny_inputs()),  # GLU in an MLP of its own
+    "bert": lambda: build("bert"),  # FFN split over two modules
+    "vit": lambda: build("vit"),  # keys in the file are not module paths
+    "gpt2": lambda: build("gpt2"),  # transposed weights
+}
+
+SCRIPT = """
+import json, sys
+sys.modules["moeify"] = None  # an import of it fails, installed or not
+import torch, transformers
+from safetensors.torch import load_file
+
+errors = {}
+for name, (directory, kind) in json.loads(sys.argv[1]).items():
+    model = getattr(transformers, kind).from_pretrained(directory)
+    tensors = load_file(directory + "/expected.st")
+    expected = tensors.pop("expected")
+    with torch.no_grad():
+        found = next(v for v in model(**tensors).values() if isinstance(v, torch.Tensor))
+    assert not any("moe" in n for n, _ in model.named_modules())
+    errors[name] = ((found - expected).abs().max() / expected.abs().max()).item()
+print(json.dumps(errors))
+"""
+
+
+def first_tensor(model, inputs):
+    with torch.no_grad():
+        return next(v for v in model(**inputs).values() if isinstance(v, torch.Tensor)).contiguous()
+
+
+@pytest.fixture(scope="module")
+def loaded_elsewhere(tmp_path_factory):
+    """One process without moeify loads every checkpoint: its relative errors against the dense models, and what it wrote to stderr."""
+    saved = {}
+    for name, make in MODELS.items():
+        directory = tmp_path_factory.mktemp(name)
+        model, inputs = make()
+        expected = first_tensor(model, inputs)
+        config = ConvertConfig(expert_size=8, router=NormRouterConfig(width=4), rule=TopK(k=1))
+        convert(model, config, sites=find_ffn_sites(model, inputs))
+        assert not torch.equal(first_tensor(model, inputs), expected), "one expert is not the dense model"
+        model.save_pretrained(directory)
+        save_file({"expected": expected, **inputs}, directory / "expected.st")
+        saved[name] = (str(directory), type(model).__name__)
+    done = subprocess.run([sys.executable, "-c", SCRIPT, json.dumps(saved)], capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout), done.stderr
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_converted_checkpoint_without_moeify_equals_the_dense_model(loaded_elsewhere, name):
+    assert loaded_elsewhere[0][name] < 1e-5
+
+
+def test_converted_checkpoint_without_moeify_only_warns(loaded_elsewhere):
+    assert "Unknown quantization type, got moeify" in loaded_elsewhere[1]
+    assert "moe.router" in loaded_elsewhere[1], "it names what it left out"

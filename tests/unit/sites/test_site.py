@@ -1,0 +1,87 @@
+"""Site records: canonical views alias the model, and permuting neurons changes nothing but their order."""
+
+import pytest
+import torch
+from torch import nn
+
+from moeify.errors import UnsupportedModelError
+from moeify.sites import FFNSite, expert_bounds, ffn_dense, not_plain_reason, permute_neurons, site_weights
+
+
+class Conv1D(nn.Module):
+    """The layout of transformers' Conv1D: (in, out)."""
+
+    def __init__(self, nf, nx):
+        super().__init__()
+        self.nf, self.weight, self.bias = nf, nn.Parameter(torch.randn(nx, nf)), nn.Parameter(torch.randn(nf))
+
+
+def make_site(**kwargs):
+    return FFNSite(**({"name": "", "up": "up", "down": "down", "activation": "silu", "d_model": 4, "d_ff": 6, "d_out": 4} | kwargs))
+
+
+LAYOUTS = {
+    "linear": (lambda: {"up": nn.Linear(4, 6), "down": nn.Linear(6, 4)}, {}),
+    "no bias": (lambda: {"up": nn.Linear(4, 6, bias=False), "down": nn.Linear(6, 4, bias=False)}, {}),
+    "conv1d": (lambda: {"up": Conv1D(6, 4), "down": Conv1D(4, 6)}, {}),
+    "gated": (lambda: {"gate": nn.Linear(4, 6), "up": nn.Linear(4, 6), "down": nn.Linear(6, 4)}, {"gate": "gate"}),
+    "gate_up": (lambda: {"up": nn.Linear(4, 12), "down": nn.Linear(6, 4)}, {"fused": "gate_up"}),
+    "up_gate": (lambda: {"up": nn.Linear(4, 12), "down": nn.Linear(6, 4)}, {"fused": "up_gate"}),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_permute_neurons_in_every_layout_keeps_the_function_and_the_parameters(layout):
+    torch.manual_seed(0)
+    leaves, kwargs = LAYOUTS[layout]
+    model, site = nn.ModuleDict(leaves()).double(), make_site(**kwargs)
+    x_TD, order_F = torch.randn(5, 4, dtype=torch.float64), torch.tensor([3, 1, 5, 0, 2, 4])
+    before = site_weights(model, site)
+    y_TD, up_FD, down_FD = ffn_dense(x_TD, before, activation="silu"), before.up_FD.clone(), before.down_FD.clone()
+    pointers = [p.data_ptr() for p in model.parameters()]
+
+    permute_neurons(model, site, order_F)
+
+    after = site_weights(model, site)
+    assert [p.data_ptr() for p in model.parameters()] == pointers
+    assert torch.equal(after.up_FD, up_FD[order_F])
+    assert torch.equal(after.down_FD, down_FD[order_F])
+    torch.testing.assert_close(ffn_dense(x_TD, after, activation="silu"), y_TD)
+    assert after.num_neurons == 6
+    assert (after.gate_FD is not None) == site.is_gated
+
+
+@pytest.mark.parametrize(
+    ("num_neurons", "num_experts", "bounds"), [(6, 3, (0, 2, 4, 6)), (7, 3, (0, 3, 5, 7)), (2, 2, (0, 1, 2)), (5, 1, (0, 5))]
+)
+def test_expert_bounds_splits_as_evenly_as_possible(num_neurons, num_experts, bounds):
+    assert expert_bounds(num_neurons, num_experts) == bounds
+
+
+@pytest.mark.parametrize(("num_neurons", "num_experts"), [(3, 4), (3, 0)])
+def test_expert_bounds_on_an_impossible_split_raises(num_neurons, num_experts):
+    with pytest.raises(ValueError, match="cannot split"):
+        expert_bounds(num_neurons, num_experts)
+
+
+def test_site_weights_on_meta_tensors_gives_shapes():
+    with torch.device("meta"):
+        model = nn.ModuleDict(LAYOUTS["linear"][0]())
+    assert site_weights(model, make_site()).down_FD.shape == (6, 4)
+    assert not_plain_reason(model["up"]) == "is on the meta device"
+
+
+def test_site_weights_on_an_odd_module_raises():
+    model = nn.ModuleDict({"up": nn.Bilinear(4, 4, 6), "down": nn.Linear(6, 4)})
+    with pytest.raises(UnsupportedModelError, match="'up' is a Bilinear"):
+        site_weights(model, make_site())
+
+
+def test_not_plain_reason_names_hooks_and_parametrisations():
+    hooked, normed, offloaded = nn.Linear(2, 2), nn.utils.parametrizations.weight_norm(nn.Linear(2, 2)), nn.Linear(2, 2)
+    hooked.register_forward_pre_hook(lambda module, args: None)
+    offloaded._hf_hook = object()
+    assert not_plain_reason(nn.Linear(2, 2)) is None
+    assert not_plain_reason(hooked) == "has a forward hook"
+    assert "Parametrized" in not_plain_reason(normed)
+    assert "accelerate" in not_plain_reason(offloaded)

@@ -1,0 +1,376 @@
+"""The command line: options from docstrings, one-line errors, exit codes, progress; through `run`, and real processes where it matters."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+
+import pytest
+import tiny
+import transformers
+from typer.testing import CliRunner
+
+from moeify import cli
+from moeify._config import field_docs
+from moeify.data import DataConfig
+from moeify.errors import CheckpointError
+from moeify.layers import moe_layers
+
+SMALL = ["--window", "32", "--max-tokens", "640", "--data", "builtin:pydoc"]
+COMMANDS = ("profile", "convert", "sweep", "generate", "report", "doctor", "demo")
+
+
+@pytest.fixture(autouse=True)
+def _quiet(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory):
+    return tiny.save_dense_tiny(tmp_path_factory.mktemp("cli") / "dense")
+
+
+@pytest.fixture(scope="module")
+def converted(dense):
+    out = dense.parent / "moe"
+    options = ["--expert-size", "8", "--router-width", "4", "--router-epochs", "1", "--target-active", "0.5", "--seed", "1"]
+    assert cli.run(["convert", str(dense), "--out", str(out), *options, *SMALL]) == 0
+    return out
+
+
+def run(capsys, *arguments):
+    code = cli.run([str(a) for a in arguments])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def process(*arguments, **options):
+    code = "from moeify.cli import main; main()"
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
+    )
+
+
+# -- help ----------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_every_command_exits_with_0(command):
+    result = CliRunner().invoke(cli.app, [command, "--help"])
+    assert result.exit_code == 0
+    assert "--json" in result.output
+    assert "--debug" in result.output
+
+
+def test_run_without_arguments_lists_the_commands(capsys):
+    code, out, _ = run(capsys)
+    assert code == 0
+    assert all(f"  {command}" in out for command in COMMANDS)
+
+
+@pytest.mark.parametrize("command", ["profile", "convert", "sweep"])
+def test_help_has_an_option_with_the_docstring_of_every_data_field(command):
+    text = " ".join(CliRunner().invoke(cli.app, [command, "--help"], terminal_width=10_000).output.split())
+    for field, doc in field_docs(DataConfig).items():
+        if field == "seed":  # one --seed for everything random
+            continue
+        option = "--data-split" if field == "split" else "--" + field.replace("_", "-")
+        assert option in text
+        assert " ".join(doc.split())[:40] in text
+
+
+# -- options -------------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """A config of every kind of scalar."""
+
+    path: str
+    """Required."""
+    count: int = 3
+    """A number."""
+    limit: int | None = 5
+    """A number or none."""
+    name: str | None = None
+    """None by default."""
+
+
+def call_with_options(arguments):
+    import typer
+
+    got = {}
+    app = typer.Typer()
+
+    def show(*, config: Config) -> None:
+        got["config"] = config
+
+    app.command()(cli.takes("config", Config, name="called")(show))
+    result = CliRunner().invoke(app, arguments)
+    return result.exit_code, got.get("config"), result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        pytest.param(["--path", "a"], Config(path="a"), id="defaults"),
+        pytest.param(["--path", "a", "--count", "7", "--limit", "9"], Config(path="a", count=7, limit=9), id="given"),
+        pytest.param(["--path", "a", "--limit", "none"], Config(path="a", limit=None), id="none"),
+        pytest.param(["--path", "a", "--called", "b"], Config(path="a", name="b"), id="renamed"),
+    ],
+)
+def test_takes_builds_the_config_from_options(arguments, expected):
+    assert call_with_options(arguments)[:2] == (0, expected)
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["--path", "a", "--limit", "many"], ["--path", "a", "--name", "b"]], ids=["missing", "no number", "old name"]
+)
+def test_takes_refuses_what_the_config_refuses(arguments):
+    assert call_with_options(arguments)[0] == 2
+
+
+# -- commands ------------------------------------------------------------------------------------------------------------------------
+
+
+def test_convert_prints_nothing_on_stderr_and_writes_the_checkpoint(converted):
+    record = json.loads((converted / "moeify.json").read_text())
+    assert record["calibration"]["target_active"] == 0.5
+    assert record["calibration"]["seed"] == 1
+    assert {site["router"]["width"] for site in record["sites"]} == {4}
+    assert len(moe_layers(transformers.AutoModelForCausalLM.from_pretrained(converted))) == 2
+    assert sorted(p.name for p in converted.parent.iterdir()) == ["dense", "moe"], "no state of the conversion stays"
+
+
+def test_convert_with_policy_leaves_the_named_ffn_dense(dense, tmp_path, capsys):
+    policy = '{"re:.*layers.0.mlp": null, "model.layers.1.mlp": {"expert_size": 12}}'
+    code, _, err = run(
+        capsys,
+        "convert",
+        dense,
+        "--out",
+        tmp_path / "moe",
+        "--policy",
+        policy,
+        "--router",
+        "centre",
+        "--split",
+        "random",
+        "--rule",
+        "topk",
+        *SMALL,
+    )
+    assert (code, err) == (0, "")
+    (site,) = json.loads((tmp_path / "moe" / "moeify.json").read_text())["sites"]
+    assert (site["site"]["name"], site["num_experts"], site["router"]["name"], site["rule"]["name"]) == (
+        "model.layers.1.mlp",
+        4,
+        "centre",
+        "topk",
+    )
+
+
+def test_convert_with_overwrite_replaces_an_earlier_conversion(dense, tmp_path, capsys):
+    arguments = ["convert", dense, "--out", tmp_path / "moe", "--router", "random", "--split", "contiguous", *SMALL]
+    assert run(capsys, *arguments)[0] == 0
+    assert run(capsys, *arguments)[0] == 2
+    assert run(capsys, *arguments, "--overwrite")[0] == 0
+
+
+def test_sweep_writes_the_curve_and_prints_a_table(converted, tmp_path, capsys):
+    code, out, err = run(capsys, "sweep", converted, "--values", "0.0,0.9", "--out", tmp_path / "curve.json", *SMALL)
+    assert (code, err) == (0, "")
+    curve = json.loads((tmp_path / "curve.json").read_text())
+    assert [point["value"] for point in curve["points"]] == [0.0, 0.9]
+    assert curve["points"][0]["quality_ratio"] == pytest.approx(1, abs=1e-4)
+    assert curve["points"][1]["active_fraction"] < 1
+    assert "perplexity" in out
+    assert len(out.strip().splitlines()) == 5, "header, rule, two points, dense"
+
+
+def test_sweep_with_json_prints_what_it_writes(converted, tmp_path, capsys):
+    code, out, _ = run(capsys, "sweep", converted, "--rule", "topk", "--values", "1,6", "--out", tmp_path / "c.json", "--json", *SMALL)
+    assert code == 0
+    assert json.loads(out) == json.loads((tmp_path / "c.json").read_text())
+
+
+def test_report_reads_a_curve_and_draws_it(converted, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    run(capsys, "sweep", converted, "--values", "0.0,0.9", "--out", tmp_path / "curve.json", *SMALL)
+    code, out, err = run(capsys, "report", tmp_path, "--out", tmp_path / "curve.png")
+    assert (code, err) == (0, "")
+    assert "perplexity" in out
+    assert (tmp_path / "curve.png").stat().st_size > 1000
+
+
+def test_profile_with_json_gives_numbers_by_ffn(dense, capsys):
+    code, out, err = run(capsys, "profile", dense, "--json", *SMALL)
+    assert (code, err) == (0, "")
+    profile = json.loads(out)
+    assert list(profile) == ["model.layers.0.mlp", "model.layers.1.mlp"]
+    assert 0 < profile["model.layers.0.mlp"]["zero_frac"] < 1
+
+
+def test_generate_continues_the_prompt_the_same_way_every_time(converted, capsys):
+    first = run(capsys, "generate", converted, "The ", "--max-new-tokens", "4")
+    assert first[0] == 0
+    assert first[1].startswith("The ")
+    assert run(capsys, "generate", converted, "The ", "--max-new-tokens", "4") == first
+
+
+def test_doctor_names_every_kernel_and_its_reason(capsys):
+    from moeify.kernels import IMPLS
+
+    code, out, _ = run(capsys, "doctor", "--json")
+    assert code == 0
+    report = json.loads(out)
+    assert {row["name"] for row in report["kernels"]} == set(IMPLS)
+    assert all(row["reason"] for row in report["kernels"])
+    assert set(report["extras"]) == {"data", "gguf", "report"}
+    assert report["cpu"]["torch_threads"] >= 1
+    assert run(capsys, "doctor")[0] == 0
+
+
+# -- errors --------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        pytest.param(["convrt"], "No such command 'convrt'", id="unknown command"),
+        pytest.param(["sweep", "x", "--data", "y", "--valus", "1"], "No such option: --valus", id="unknown option"),
+        pytest.param(["sweep"], "Missing", id="missing argument"),
+        pytest.param(["convert", "x", "--out", "y"], "Missing option '--data'", id="missing option"),
+        pytest.param(["sweep", "x", "--data", "y", "--max-tokens", "many"], "'--max-tokens'", id="no number"),
+    ],
+)
+def test_usage_errors_are_one_line_with_exit_code_2(arguments, message, capsys):
+    code, out, err = run(capsys, *arguments)
+    assert (code, out) == (2, "")
+    assert message in err
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+
+
+@pytest.fixture
+def failing(monkeypatch):
+    def fail(error):
+        def examine():
+            raise error
+
+        import moeify.doctor
+
+        monkeypatch.setattr(moeify.doctor, "doctor", examine)
+
+    return fail
+
+
+def test_debug_shows_the_traceback_before_the_line(failing, capsys):
+    failing(CheckpointError("what, where, the way out."))
+    assert run(capsys, "doctor") == (2, "", "error: what, where, the way out.\n")
+    code, _, err = run(capsys, "doctor", "--debug")
+    assert code == 2
+    assert "Traceback" in err
+    assert err.endswith("error: what, where, the way out.\n")
+
+
+def test_interrupt_exits_with_130_and_says_that_it_resumes(failing, capsys):
+    failing(KeyboardInterrupt())
+    code, _, err = run(capsys, "doctor")
+    assert code == 130
+    assert "continues" in err
+    assert err.count("\n") == 1
+
+
+def test_a_bug_keeps_its_traceback(failing):
+    failing(ZeroDivisionError("ours"))
+    with pytest.raises(ZeroDivisionError):
+        cli.run(["doctor"])
+
+
+def test_an_error_of_several_lines_is_printed_on_one(failing, capsys):
+    failing(CheckpointError("one\n  two"))
+    assert run(capsys, "doctor")[2] == "error: one two\n"
+
+
+# -- progress ------------------------------------------------------------------------------------------------------------------------
+
+
+class Clock:
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+def test_lines_are_sparse_and_have_the_time_left():
+    stream, clock = io.StringIO(), Clock()
+    with cli._Lines(stream, every_s=10, clock=clock).task("fit", total=100) as task:
+        for _ in range(100):
+            clock.now += 0.5
+            task.advance(1)
+    assert stream.getvalue().splitlines() == [
+        "fit: 20/100, 40 s left",
+        "fit: 40/100, 30 s left",
+        "fit: 60/100, 20 s left",
+        "fit: 80/100, 10 s left",
+        "fit: done in 50 s",
+    ]
+
+
+def test_lines_of_short_work_are_none():
+    stream, clock = io.StringIO(), Clock()
+    with cli._Lines(stream, clock=clock).task("fit", total=2) as task:
+        clock.now = 1.9
+        task.advance(2)
+    assert stream.getvalue() == ""
+
+
+def test_bars_nest_and_leave_the_terminal_as_it_was(capsys):
+    bars = cli._Bars()
+    with bars.task("outer", total=2) as outer:
+        with bars.task("inner", total=3) as inner:
+            inner.advance(3)
+        outer.advance(2)
+    with bars.task("again", total=1) as again:
+        again.advance(1)
+    err = capsys.readouterr().err
+    assert all(label in err for label in ("outer", "inner", "again"))
+    assert "eta" in err
+
+
+# -- real processes ------------------------------------------------------------------------------------------------------------------
+
+
+def test_main_in_a_process_prints_only_the_result(converted):
+    done = process("generate", converted, "The ", "--max-new-tokens", "2")
+    out, err = done.communicate(timeout=120)
+    assert (done.returncode, err) == (0, "")
+    assert out.startswith("The ")
+
+
+def test_ctrl_c_in_a_process_exits_with_130_and_leaves_no_output(dense, tmp_path):
+    arguments = ["convert", dense, "--out", tmp_path / "moe", "--router-width", "4", "--router-epochs", "2000", *SMALL]
+    first = process(*arguments)
+    deadline = time.monotonic() + 90
+    while not (tmp_path / "moe.work").exists() and first.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.kill(first.pid, signal.SIGINT)
+    _, err = first.communicate(timeout=60)
+    assert first.returncode == 130, err
+    assert err.strip().splitlines()[-1].startswith("error: interrupted; the same command again continues")
+    assert "Traceback" not in err
+    assert not (tmp_path / "moe").exists()
+
+
+def test_a_reader_that_closes_its_pipe_causes_no_message():
+    command = f"{sys.executable} -c 'from moeify.cli import main; main()' doctor | true"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120)
+    assert done.stderr == ""

@@ -1,0 +1,706 @@
+"""The executor inside a model: selection, counting, what it must not read directly, threads, errors, autograd, compile, dtypes."""
+
+import copy
+import threading
+
+import pytest
+import torch
+from ffn_cases import loop_over_tokens, map_weights
+from tiny import tiny_inputs, tiny_llama
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+from transformers import BertConfig, BertModel, OPTConfig, OPTModel
+
+from moeify.convert import ConvertConfig, convert, to_dense
+from moeify.errors import ConfigError, UnsupportedModelError
+from moeify.kernels import IMPLS
+from moeify.layers import MoEFFN, attach, detach, moe_layers, record_active, set_impl, set_mode, set_rule, token_mask
+from moeify.routers import NormRouterConfig, OracleRouterConfig, build_router
+from moeify.select import DynKMass, DynKMax, Threshold, TopK
+from moeify.sites import FFNSite, find_ffn_sites, site_weights
+
+D, F_, E = 6, 10, 4  # experts of 3, 3, 2 and 2 neurons
+
+
+class FixedScores(nn.Module):
+    """Scores by token index, whatever the input."""
+
+    def __init__(self, rows):
+        super().__init__()
+        self.rows_TE = torch.tensor(rows)
+
+    def forward(self, x_TD, weights=None):
+        return self.rows_TE[: x_TD.shape[0]]
+
+
+class PlainFFN(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(D, F_), nn.Linear(F_, D)
+        self.act = nn.ReLU()
+
+    def forward(self, x):
+        return self.down(self.act(self.up(x)))
+
+
+class GatedFFN(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gate, self.up, self.down = nn.Linear(D, F_, bias=False), nn.Linear(D, F_, bias=False), nn.Linear(F_, D, bias=False)
+        self.act = nn.SiLU()
+
+    def forward(self, x):
+        return self.down(self.act(self.gate(x)) * self.up(x))
+
+
+class FusedFFN(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(D, 2 * F_), nn.Linear(F_, D)
+        self.act = nn.SiLU()
+
+    def forward(self, x):
+        gate, up = self.up(x).chunk(2, dim=-1)
+        return self.down(self.act(gate) * up)
+
+
+HOSTS = {"plain": (PlainFFN, {"activation": "relu"}), "gated": (GatedFFN, {"activation": "silu", "gate": "mlp.gate"}),
+         "fused": (FusedFFN, {"activation": "silu", "fused": "gate_up"})}  # fmt: skip
+
+
+class Net(nn.Module):
+    """One FFN in a model."""
+
+    def __init__(self, mlp):
+        super().__init__()
+        self.mlp = mlp
+
+    def forward(self, x):
+        return self.mlp(x)
+
+
+SCORES = [[4.0, 1.0, 3.0, 2.0], [1.0, 2.0, 3.0, 4.0], [1.0, 1.0, 5.0, 1.0], [0.0, 9.0, 0.0, 8.0], [2.0, 2.0, 1.0, 1.0]]
+
+
+def make_net(kind="plain", *, rule=None, router=None, always_on=()):
+    """A model with one converted FFN, its five tokens of input, and its site."""
+    cls, options = HOSTS[kind]
+    net = Net(cls())
+    site = FFNSite(name="mlp", up="mlp.up", down="mlp.down", d_model=D, d_ff=F_, d_out=D, **options)
+    attach(net, MoEFFN(site, num_experts=E, router=router or FixedScores(SCORES), rule=rule or TopK(k=2), always_on=always_on))
+    return net, torch.randn(5, D), site
+
+
+def by_hand(net, site, x_TD, mask_TE):
+    """The definition, token by token in fp64."""
+    weights = map_weights(site_weights(net, site), lambda t: t.detach().double())
+    return loop_over_tokens(x_TD.detach().double(), weights, mask_TE, activation=site.activation)
+
+
+def dense_by_hand(net, x_TD):
+    """A plain FFN without any of its modules' forwards."""
+    return F.linear(F.linear(x_TD, net.mlp.up.weight, net.mlp.up.bias).relu(), net.mlp.down.weight, net.mlp.down.bias)
+
+
+def assert_runs_masked(net, site, x_TD, *, mask_TE=None):
+    mask_TE = net.mlp.moe.rule(torch.tensor(SCORES)) if mask_TE is None else mask_TE
+    torch.testing.assert_close(net(x_TD).double(), by_hand(net, site, x_TD, mask_TE), rtol=1e-5, atol=1e-6)
+
+
+# -- what runs -----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", HOSTS)
+@pytest.mark.parametrize("impl", [*IMPLS, "auto"])
+def test_forward_runs_the_selected_experts_of_each_token(kind, impl):
+    net, x_TD, site = make_net(kind)
+    set_impl(net, impl)
+    assert_runs_masked(net, site, x_TD)
+    batched = net(x_TD[:4].reshape(2, 2, D))
+    torch.testing.assert_close(batched.reshape(4, D), net(x_TD)[:4])
+
+
+def test_always_on_experts_run_whatever_their_score():
+    net, x_TD, site = make_net(rule=TopK(k=1), always_on=(1, 3))
+    mask_TE = torch.tensor([[1, 1, 0, 1], [0, 1, 0, 1], [0, 1, 1, 1], [0, 1, 0, 1], [1, 1, 0, 1]]).bool()
+    assert_runs_masked(net, site, x_TD, mask_TE=mask_TE)
+    with record_active(net) as stats:
+        net(x_TD)
+    assert stats.active_fraction() == (8 + 5 + 7 + 5 + 8) / 50
+
+
+@pytest.mark.parametrize("always_on", [(4,), (-1,), (0, 7)])
+def test_always_on_out_of_range_is_refused(always_on):
+    with pytest.raises(ConfigError, match=r"always_on must name experts in \[0, 4\)"):
+        make_net(always_on=always_on)
+
+
+def test_set_mode_switches_without_touching_a_weight():
+    net, x_TD, _ = make_net()
+    weights = [p.clone() for p in net.parameters()]
+    sparse, dense = net(x_TD), dense_by_hand(net, x_TD)
+    set_mode(net, "dense")
+    assert torch.equal(net(x_TD), dense)
+    set_mode(net, "moe")
+    assert torch.equal(net(x_TD), sparse)
+    assert not torch.allclose(sparse, dense)
+    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), weights, strict=True))
+    with pytest.raises(ConfigError, match="'dense' or 'moe', got 'sparse'"):
+        set_mode(net, "sparse")
+
+
+@pytest.mark.parametrize("rule", [TopK(k=3), DynKMax(tau=0.6), DynKMass(mass=0.5), Threshold(theta=3.0)], ids=lambda r: r.name)
+def test_set_rule_takes_effect_at_the_next_forward(rule):
+    net, x_TD, site = make_net()
+    net(x_TD)
+    set_rule(net, rule)
+    assert_runs_masked(net, site, x_TD)
+
+
+def test_set_rule_by_name_changes_that_layer_only_and_refuses_an_unknown_one():
+    model = converted_llama(rule=TopK(k=1))
+    first, second = moe_layers(model)
+    set_rule(model, {first: TopK(k=2)})
+    assert [layer.rule for layer in moe_layers(model).values()] == [TopK(k=2), TopK(k=1)]
+    with pytest.raises(ConfigError, match=f"no MoE layer 'model.layers.9.mlp'.*{second}"):
+        set_rule(model, {first: TopK(k=3), "model.layers.9.mlp": TopK(k=3)})
+    assert moe_layers(model)[first].rule == TopK(k=2)
+
+
+def test_attach_twice_is_refused_and_detach_leaves_nothing():
+    net, x_TD, site = make_net()
+    with pytest.raises(UnsupportedModelError, match="'mlp' has an attribute 'moe' already"):
+        attach(net, MoEFFN(site, num_experts=E, router=FixedScores(SCORES), rule=TopK(k=1)))
+    detach(net, "mlp")
+    assert moe_layers(net) == {}
+    assert all("forward" not in module.__dict__ for module in net.modules())
+    assert torch.equal(net(x_TD), dense_by_hand(net, x_TD))
+
+
+def test_an_activation_in_place_does_not_write_into_the_input():
+    net, x_TD, site = make_net()
+    net.mlp.act = nn.ReLU(inplace=True)
+    before = x_TD.clone()
+    assert_runs_masked(net, site, x_TD)
+    assert torch.equal(x_TD, before)
+
+
+def test_an_ffn_without_tokens_gives_none():
+    net, _, _ = make_net()
+    assert net(torch.zeros(0, D)).shape == (0, D)
+
+
+def test_an_overflow_in_an_unselected_neuron_stays_unseen_on_both_paths():
+    net, x_TD, _ = make_net(rule=TopK(k=1))
+    with torch.no_grad():
+        net.mlp.up.bias[3:6] = float("inf")  # expert 1, which token 0 does not run
+    assert net(x_TD)[0].isfinite().all()
+    net.mlp.up.register_forward_hook(lambda *_: None)
+    assert net.mlp.moe.masked_reason() is not None
+    assert net(x_TD)[0].isfinite().all()
+
+
+# -- counting ------------------------------------------------------------------------------------------------------------------------
+
+
+def test_record_active_counts_neurons_by_hand():
+    net, x_TD, _ = make_net(rule=TopK(k=1))  # experts 0, 3, 2, 1, 0 of 3, 3, 2, 2 neurons
+    with record_active(net) as stats:
+        net(x_TD)
+        assert stats.active_fraction() == (3 + 2 + 2 + 3 + 3) / 50
+        net(x_TD[:1])
+    assert stats.active_fraction() == (13 + 3) / 60
+    assert stats.per_layer() == {"mlp": 16 / 60}
+    net(x_TD)
+    assert stats.active_fraction() == 16 / 60
+    assert net.mlp.moe.recorder is None
+
+
+def test_token_mask_leaves_padding_out_and_ignores_another_shape():
+    net, x_TD, _ = make_net(rule=TopK(k=1))
+    with record_active(net) as stats:
+        with token_mask(net, torch.tensor([[1, 0, 0, 1, 0]])):
+            net(x_TD)
+        assert stats.active_fraction() == (3 + 3) / 20
+        net(x_TD)
+        assert stats.active_fraction() == (6 + 13) / 70
+        with token_mask(net, torch.ones(1, 3)):  # an encoder's mask while the decoder runs
+            net(x_TD)
+        assert stats.active_fraction() == (6 + 13 + 13) / 120
+        with token_mask(net, None):
+            net(x_TD)
+    assert stats.active_fraction() == (6 + 13 + 13 + 13) / 170
+
+
+def test_record_active_weighs_layers_by_their_neurons():
+    wide, narrow = make_net(rule=TopK(k=1))[0], make_net(rule=TopK(k=4))[0]
+    small = FFNSite(name="b.mlp", up="b.mlp.up", down="b.mlp.down", activation="relu", d_model=D, d_ff=4, d_out=D)
+    net = nn.ModuleDict({"a": wide, "b": narrow})
+    net.b.mlp = PlainFFN()
+    net.b.mlp.up, net.b.mlp.down = nn.Linear(D, 4), nn.Linear(4, D)
+    attach(net, MoEFFN(small, num_experts=E, router=FixedScores(SCORES), rule=TopK(k=4)))
+    with record_active(net) as stats:
+        net.b(net.a(torch.randn(5, D)))
+    assert stats.per_layer() == {"mlp": 13 / 50, "b.mlp": 1.0}
+    assert stats.active_fraction() == (13 + 20) / 70
+
+
+def test_record_active_of_nothing_is_an_error():
+    net, x_TD, _ = make_net()
+    with record_active(net) as stats, pytest.raises(ValueError, match="no MoE layer ran"):
+        stats.active_fraction()
+    with record_active(net) as stats, token_mask(net, torch.zeros(1, 5)):
+        net(x_TD)
+    with pytest.raises(ValueError, match="the token mask leaves none"):
+        stats.active_fraction()
+    assert str(stats.per_layer()) == "{'mlp': nan}"
+
+
+def test_record_active_in_dense_mode_counts_nothing():
+    net, x_TD, _ = make_net()
+    set_mode(net, "dense")
+    with record_active(net) as stats:
+        net(x_TD)
+    assert stats.per_layer() == {}
+
+
+# -- what must not be read directly (D7) ---------------------------------------------------------------------------------------------
+
+
+class LowRank(nn.Module):
+    """What peft puts in the place of a linear layer: the layer itself, and a branch of its own beside it."""
+
+    def __init__(self, base, rank=2):
+        super().__init__()
+        self.base_layer = base
+        self.a, self.b = nn.Linear(base.in_features, rank, bias=False), nn.Linear(rank, base.out_features, bias=False)
+
+    def forward(self, x):
+        return self.base_layer(x) + self.b(self.a(x))
+
+    def merged(self):
+        """(weight, bias) of the layer that computes the same."""
+        return self.base_layer.weight + self.b.weight @ self.a.weight, self.base_layer.bias
+
+
+def wrap(net, *names):
+    for name in names:
+        setattr(net.mlp, name, LowRank(getattr(net.mlp, name)))
+
+
+def merged_by_hand(net, site, x_TD):
+    """The masked FFN whose weights are the adapters' and the layers' together."""
+    plain = Net(HOSTS["plain" if site.gate is None and not site.fused else "gated" if site.gate else "fused"][0]())
+    with torch.no_grad():
+        for name in ("up", "gate", "down"):
+            if hasattr(net.mlp, name):
+                layer = getattr(net.mlp, name)
+                weight, bias = layer.merged() if isinstance(layer, LowRank) else (layer.weight, layer.bias)
+                getattr(plain.mlp, name).weight.copy_(weight)
+                if bias is not None:
+                    getattr(plain.mlp, name).bias.copy_(bias)
+    return by_hand(plain, site, x_TD, net.mlp.moe.rule(torch.tensor(SCORES)))
+
+
+@pytest.mark.parametrize(
+    ("kind", "wrapped"),
+    [("plain", ("up",)), ("plain", ("down",)), ("plain", ("up", "down")), ("fused", ("up", "down")),
+     ("gated", ("gate",)), ("gated", ("up",)), ("gated", ("gate", "up", "down"))],
+    ids=lambda v: v if isinstance(v, str) else "+".join(v),
+)  # fmt: skip
+def test_adapters_put_in_after_conversion_are_part_of_what_runs(kind, wrapped):
+    net, x_TD, site = make_net(kind)
+    wrap(net, *wrapped)
+    assert "is a LowRank" in net.mlp.moe.masked_reason()
+    for _ in range(2):
+        torch.testing.assert_close(net(x_TD).double(), merged_by_hand(net, site, x_TD), rtol=1e-5, atol=1e-6)
+    with record_active(net) as stats:
+        net(x_TD)
+    assert 0.4 < stats.active_fraction() < 0.6
+    net(x_TD).sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for name in wrapped for p in getattr(net.mlp, name).parameters())
+
+
+def test_adapters_taken_off_again_leave_no_hook_and_the_kernels_run():
+    net, x_TD, site = make_net()
+    wrap(net, "down")
+    net(x_TD)
+    net.mlp.down = net.mlp.down.base_layer
+    assert net.mlp.moe.masked_reason() is None
+    assert_runs_masked(net, site, x_TD)
+    handle = net.mlp.up.register_forward_hook(lambda *_: None)  # the masked path, without an adapter
+    assert_runs_masked(net, site, x_TD)
+    handle.remove()
+    assert net.mlp.moe.masked_reason() is None
+    wrap(net, "down")
+    torch.testing.assert_close(net(x_TD).double(), merged_by_hand(net, site, x_TD), rtol=1e-5, atol=1e-6)
+
+
+def test_to_dense_under_adapters_leaves_the_adapted_dense_model():
+    net, x_TD, _ = make_net()
+    wrap(net, "up", "down")
+    net(x_TD)
+    set_mode(net, "dense")
+    dense = net(x_TD)
+    to_dense(net)
+    assert torch.equal(net(x_TD), dense)
+    assert not net.mlp.down._forward_pre_hooks
+
+
+@pytest.mark.parametrize("kind", HOSTS)
+def test_forward_hooks_of_others_see_and_change_what_the_dense_model_would(kind):
+    net, x_TD, site = make_net(kind)
+    seen = []
+    net.mlp.up.register_forward_hook(lambda _m, _a, out: seen.append(out.shape[-1]))
+    net.mlp.down.register_forward_hook(lambda _m, _a, out: 2 * out)
+    assert "has a forward hook" in net.mlp.moe.masked_reason()
+    expected = 2 * by_hand(net, site, x_TD, net.mlp.moe.rule(torch.tensor(SCORES)))
+    torch.testing.assert_close(net(x_TD).double(), expected, rtol=1e-5, atol=1e-6)
+    assert seen == [2 * F_ if kind == "fused" else F_]
+
+
+class Offloaded:
+    """What accelerate does to a module: weights live elsewhere and are there only while the module's own forward runs."""
+
+    def __init__(self, module):
+        self.module, self.stored = module, {name: p.detach().clone() for name, p in module.named_parameters()}
+        module._hf_hook, module._old_forward, module.forward = self, module.forward, self.forward
+        self.place(dict.fromkeys(self.stored))
+
+    def place(self, tensors):
+        for name, tensor in tensors.items():
+            data = torch.empty_like(self.stored[name], device="meta") if tensor is None else tensor
+            setattr(self.module, name, nn.Parameter(data))
+
+    def forward(self, *args):
+        self.place(self.stored)
+        out = self.module._old_forward(*args)
+        self.place(dict.fromkeys(self.stored))
+        return out
+
+
+@pytest.mark.parametrize("kind", HOSTS)
+def test_offloaded_weights_run_masked_through_their_hooks(kind):
+    net, x_TD, site = make_net(kind)
+    expected = by_hand(net, site, x_TD, net.mlp.moe.rule(torch.tensor(SCORES)))
+    leaves = [module for module in net.mlp.modules() if isinstance(module, nn.Linear)]
+    hooks = [Offloaded(leaf) for leaf in leaves]
+    assert all(p.is_meta for p in net.mlp.parameters())
+    assert "has an accelerate hook" in net.mlp.moe.masked_reason()
+    torch.testing.assert_close(net(x_TD).double(), expected, rtol=1e-5, atol=1e-6)
+
+    set_mode(net, "dense")
+    dense = net(x_TD)
+    to_dense(net)
+    assert torch.equal(net(x_TD), dense)
+    assert all(leaf.forward == hook.forward for leaf, hook in zip(leaves, hooks, strict=True))
+
+
+def test_meta_weights_are_named_as_the_reason():
+    net, _, _ = make_net()
+    net.mlp.up.weight = nn.Parameter(torch.empty_like(net.mlp.up.weight, device="meta"))
+    assert net.mlp.moe.masked_reason() == "'up' is on the meta device"
+
+
+class Quantised(torch.Tensor):
+    """A tensor that is more than its values, as torchao puts in the place of a weight."""
+
+
+def test_a_tensor_subclass_as_weight_runs_masked():
+    net, x_TD, site = make_net()
+    net.mlp.up.weight = nn.Parameter(net.mlp.up.weight.detach().as_subclass(Quantised))
+    assert net.mlp.moe.masked_reason() == "'up' has a Quantised as its weight"
+    found = net(x_TD).detach().as_subclass(torch.Tensor)
+    net.mlp.up.weight = nn.Parameter(net.mlp.up.weight.detach().as_subclass(torch.Tensor))
+    assert net.mlp.moe.masked_reason() is None
+    torch.testing.assert_close(found.double(), by_hand(net, site, x_TD, TopK(k=2)(torch.tensor(SCORES))), rtol=1e-5, atol=1e-6)
+
+
+def test_parametrised_weights_and_mixed_dtypes_run_masked():
+    net, _, _ = make_net()
+    nn.utils.parametrizations.weight_norm(net.mlp.up)
+    assert "ParametrizedLinear" in net.mlp.moe.masked_reason()
+    net, _, _ = make_net("gated")
+    net.mlp.gate.double()
+    assert net.mlp.moe.masked_reason() == "projections differ in dtype"
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_dropout_inside_the_ffn_while_training_runs_masked(wrapped):
+    net, x_TD, site = make_net()
+    if wrapped:
+        net.mlp.act = nn.Sequential(nn.ReLU(), nn.Dropout(0.5))
+    else:
+        net.mlp.activation_dropout = 0.5
+    assert net.mlp.moe.masked_reason() is None or net.mlp.training
+    net.train()
+    assert net.mlp.moe.masked_reason() == "dropout inside the FFN while training"
+    net.eval()
+    assert net.mlp.moe.masked_reason() is None
+    assert_runs_masked(net, site, x_TD)
+
+
+def test_hidden_dropout_while_training_drops_what_the_dense_model_drops():
+    net, x_TD, _ = make_net(rule=DynKMax(tau=0.0))
+    net.mlp.act = nn.Sequential(nn.ReLU(), nn.Dropout(0.5))
+    net.train()
+    torch.manual_seed(1)
+    sparse = net(x_TD)
+    set_mode(net, "dense")
+    torch.manual_seed(1)
+    assert torch.equal(net(x_TD), sparse)
+
+
+# -- copies ---------------------------------------------------------------------------------------------------------------------------
+
+
+def test_deepcopy_is_independent_of_the_original():
+    net, x_TD, site = make_net()
+    before = net(x_TD)
+    other = copy.deepcopy(net)
+    assert other.mlp.moe.host is other.mlp
+    with torch.no_grad():
+        other.mlp.up.weight.mul_(2)
+    set_rule(other, TopK(k=4))
+    assert torch.equal(net(x_TD), before)
+    assert net.mlp.moe.rule == TopK(k=2)
+    assert_runs_masked(other, site, x_TD)
+
+
+def test_state_dict_through_torch_save_holds_the_dense_names_and_the_router(tmp_path):
+    site = make_net()[2]
+    router = build_router(NormRouterConfig(width=3), site=site, num_experts=E)
+    net, x_TD, _ = make_net(router=router)
+    torch.save(net.state_dict(), tmp_path / "state.pt")
+    other, _, _ = make_net(router=build_router(NormRouterConfig(width=3), site=site, num_experts=E))
+    other.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    dense = {"mlp.up.weight", "mlp.up.bias", "mlp.down.weight", "mlp.down.bias"}
+    router_names = {f"mlp.moe.router.{layer}.{kind}" for layer in ("hidden", "out") for kind in ("weight", "bias")}
+    assert set(net.state_dict()) == dense | router_names
+    assert torch.equal(other(x_TD), net(x_TD))
+
+
+# -- errors and threads ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", HOSTS)
+def test_an_error_between_the_projections_leaves_nothing_behind(kind):
+    net, x_TD, site = make_net(kind)
+    act = net.mlp.act
+
+    class Breaks(nn.Module):
+        def forward(self, x):
+            raise RuntimeError("out of memory")
+
+    net.mlp.act = Breaks()
+    with pytest.raises(RuntimeError, match="out of memory"):
+        net(x_TD)
+    net.mlp.act = act
+    assert_runs_masked(net, site, x_TD)  # the very same input tensor
+    net.mlp.act = Breaks()
+    with pytest.raises(RuntimeError, match="out of memory"):
+        net(x_TD)
+    net.mlp.act = act
+    net.mlp.down.register_forward_hook(lambda *_: None)  # what was decided in the broken call holds no longer
+    assert_runs_masked(net, site, x_TD)
+    assert net.mlp.moe._calls == {}
+
+
+def test_two_threads_on_one_model_get_their_own_results():
+    model = converted_llama(rule=TopK(k=3))
+    inputs = [{"input_ids": (torch.arange(7) * p % 257).unsqueeze(0)} for p in (3, 5)]
+    with torch.no_grad():
+        alone = [model(**i).logits for i in inputs]
+    barrier, wrong = threading.Barrier(2), []
+
+    def run(i):
+        barrier.wait()
+        for _ in range(10):
+            with torch.no_grad():
+                if not torch.equal(model(**inputs[i]).logits, alone[i]):
+                    wrong.append(i)
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+def test_threads_that_meet_between_the_projections_do_not_swap_inputs():
+    # Both are inside the FFN at once, for certain: the activation waits for the other thread.
+    net, _, site = make_net()
+    barrier = threading.Barrier(2)
+
+    class Waits(nn.Module):
+        def forward(self, x):
+            barrier.wait()
+            return F.relu(x)
+
+    net.mlp.act = Waits()
+    inputs, found = [torch.randn(5, D), torch.randn(5, D)], {}
+
+    def run(i):
+        with torch.no_grad():
+            found[i] = net(inputs[i])
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for i in range(2):
+        expected = by_hand(net, site, inputs[i], TopK(k=2)(torch.tensor(SCORES)))
+        torch.testing.assert_close(found[i].double(), expected, rtol=1e-5, atol=1e-6)
+
+
+# -- autograd -------------------------------------------------------------------------------------------------------------------------
+
+
+def gradients(net, loss):
+    loss.backward()
+    found = {name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}
+    net.zero_grad()
+    return found
+
+
+@pytest.mark.parametrize("kind", HOSTS)
+@pytest.mark.parametrize("impl", [*IMPLS, "auto"])
+def test_backward_gives_the_gradients_of_the_masked_dense_ffn(kind, impl):
+    net, x_TD, site = make_net(kind)
+    set_impl(net, impl)
+    x_TD.requires_grad_()
+    found = gradients(net, net(x_TD).square().sum())
+    grad_x, x_TD.grad = x_TD.grad, None
+
+    oracle = copy.deepcopy(net).double()
+    x64_TD = x_TD.detach().double().requires_grad_()
+    mask_TE = net.mlp.moe.rule(torch.tensor(SCORES))
+    expected = gradients(oracle, loop_over_tokens(x64_TD, site_weights(oracle, site), mask_TE, activation=site.activation).square().sum())
+
+    assert found.keys() == expected.keys()
+    for name, grad in found.items():
+        torch.testing.assert_close(grad.double(), expected[name], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(grad_x.double(), x64_TD.grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+@pytest.mark.parametrize("kind", HOSTS)
+def test_checkpointing_one_ffn_changes_nothing(kind, use_reentrant):
+    net, x_TD, _ = make_net(kind)
+    x_TD.requires_grad_()
+    plain = gradients(net, net(x_TD).square().sum())
+    out = checkpoint(net, x_TD, use_reentrant=use_reentrant)
+    assert torch.equal(out, net(x_TD))
+    again = gradients(net, out.square().sum())
+    assert all(torch.equal(grad, plain[name]) for name, grad in again.items())
+    assert plain.keys() == again.keys()
+    assert net.mlp.moe._calls == {}
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_gradient_checkpointing_of_a_transformers_model_changes_nothing(use_reentrant):
+    model = converted_llama(rule=TopK(k=3)).train()
+    inputs = tiny_inputs()
+    plain = gradients(model, model(**inputs, labels=inputs["input_ids"]).loss)
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": use_reentrant})
+    model.enable_input_require_grads()
+    again = gradients(model, model(**inputs, labels=inputs["input_ids"]).loss)
+    assert plain.keys() == again.keys()
+    assert all(torch.equal(grad, plain[name]) for name, grad in again.items())
+    assert any("up_proj" in name for name in plain)
+
+
+def test_the_optimizer_trains_experts_in_moe_mode():
+    model = converted_llama(rule=TopK(k=3)).train()
+    optimizer = torch.optim.SGD([p for n, p in model.named_parameters() if "moe" not in n], lr=0.1)
+    inputs, losses = tiny_inputs(), []
+    for _ in range(4):
+        loss = model(**inputs, labels=inputs["input_ids"]).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+
+
+# -- dtypes, compile ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("impl", [*IMPLS, "auto"])
+def test_a_model_cast_after_conversion_runs_in_its_dtype(dtype, impl):
+    net, x_TD, site = make_net("gated")
+    expected = by_hand(net, site, x_TD, net.mlp.moe.rule(torch.tensor(SCORES)))
+    set_impl(net, impl)
+    out = net.to(dtype)(x_TD.to(dtype))
+    assert out.dtype is dtype
+    rough = 4 * torch.finfo(dtype).eps * 10
+    torch.testing.assert_close(out.double(), expected, rtol=rough, atol=max(rough, 1e-6) * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_routers_still_score_in_fp32(dtype):
+    model = converted_llama(rule=TopK(k=3)).to(dtype)
+    layer = next(iter(moe_layers(model).values()))
+    assert {p.dtype for p in layer.router.parameters()} == {torch.float32}
+    assert layer.scores(torch.randn(3, 32, dtype=dtype)).dtype is torch.float32
+    assert model(**tiny_inputs()).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("impl", ["masked", "grouped", "auto"])
+def test_autocast_gives_what_the_dense_model_gives_in_bf16(impl):
+    model = converted_llama(rule=DynKMax(tau=0.0))
+    set_impl(model, impl)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        sparse = model(**tiny_inputs()).logits
+        set_mode(model, "dense")
+        dense = model(**tiny_inputs()).logits
+    assert sparse.dtype is dense.dtype
+    set_mode(model, "dense")
+    exact = model(**tiny_inputs()).logits
+    assert (sparse - exact).abs().max() <= 2 * (dense - exact).abs().max() + 0.01 * exact.abs().max()
+
+
+def converted_llama(*, rule=None, router=None):
+    model = tiny_llama()
+    config = ConvertConfig(expert_size=7, router=router or NormRouterConfig(width=4), rule=rule or DynKMax(tau=0.0))
+    convert(model, config, sites=find_ffn_sites(model, tiny_inputs()))
+    return model
+
+
+def converted_bert(*, rule):
+    sizes = {"hidden_size": 32, "intermediate_size": 52, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = BertConfig(vocab_size=64, max_position_embeddings=32, **sizes)
+    model = BertModel(config).eval()
+    inputs = {"input_ids": torch.arange(18).reshape(2, 9)}
+    convert(model, ConvertConfig(expert_size=7, router=NormRouterConfig(width=4), rule=rule), sites=find_ffn_sites(model, inputs))
+    return model, inputs
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("impl", ["masked", "auto"])
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_compile_in_moe_mode_gives_one_graph_with_the_eager_result(family, impl):
+    model, inputs = (converted_llama(rule=TopK(k=3)), tiny_inputs()) if family == "llama" else converted_bert(rule=DynKMass(mass=0.6))
+    set_impl(model, impl)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        expected = model(**inputs)[0]
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        torch.testing.assert_close(compiled(**inputs)[0], expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(model(**inputs)[0], expected, rtol=0, atol=0)
+
+
+def test_an_ffn_inside_the_layer_itself_is_hosted_by_the_layer():
+    config = OPTConfig(vocab_size=64, hidden_size=32, word_embed_proj_dim=32, ffn_dim=51, num_hidden_layers=1, num_attention_heads=4,
+                       max_position_embeddings=32)  # fmt: skip
+    model = OPTModel(config).eval()
+    inputs = {"input_ids": torch.arange(12).reshape(2, 6)}
+    dense = model(**inputs)[0]
+    convert(model, ConvertConfig(expert_size=7, router=OracleRouterConfig()), sites=find_ffn_sites(model, inputs))
+    assert list(moe_layers(model)) == ["decoder.layers.0"]
+    torch.testing.assert_close(model(**inputs)[0], dense)
