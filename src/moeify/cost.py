@@ -328,11 +328,11 @@ def _grouped_mm_flops(a: tuple[int, ...], b: tuple[int, ...], *_: Any, **__: Any
     return 2 * a[-2] * a[-1] * b[-1] * (a[0] if len(a) == len(b) == 3 else 1)
 
 
-class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _Counter(TorchDispatchMode):
     """Books the FLOPs of each op under the innermost module that is running."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.stack = [""]
         self.flops: dict[tuple[str, str], int] = {}
         self.attention: set[str] = set()

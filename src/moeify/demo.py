@@ -1,5 +1,7 @@
 """The whole idea in minutes: pre-train a small ReLU GPT, convert it, sweep quality against cost, save, load it elsewhere, generate."""
 
+import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,16 +15,18 @@ from torch import Tensor
 from ._progress import NO_PROGRESS, Progress
 from .convert import ConvertConfig
 from .data import DataConfig, text_windows
-from .errors import MoeifyError
+from .errors import CheckpointError, MoeifyError
 from .hf.checkpoint import check_output, save_dense
 from .pipeline import CalibrationConfig, convert_checkpoint, sweep_checkpoint
 from .report.plots import plot_curve
 from .routers import NormRouterConfig
+from .select import DynKMass
 from .train.capture import fast_dtype
 from .train.loop import TrainConfig, train_lm
 
 CONTEXT = 256
 PROMPT = "The "
+_RUN = "demo.json"
 
 
 def run_demo(out: Path, *, steps: int = 300, seed: int = 0, overwrite: bool = False, progress: Progress = NO_PROGRESS) -> dict[str, Any]:
@@ -32,7 +36,7 @@ def run_demo(out: Path, *, steps: int = 300, seed: int = 0, overwrite: bool = Fa
         out: new folder; gets ``dense/``, ``moe/``, ``curve.json`` and ``curve.png``.
         steps: training steps of 16 x 256 bytes.
         seed: of initial weights, batches and conversion.
-        overwrite: replace what an earlier demo left in ``out``.
+        overwrite: replace what an earlier demo left in ``out``; its pre-training is kept if seed and steps are the same.
         progress: told every stage.
 
     Returns:
@@ -45,18 +49,26 @@ def run_demo(out: Path, *, steps: int = 300, seed: int = 0, overwrite: bool = Fa
     tokenizer = byte_tokenizer()
     dense, moe = out / "dense", out / "moe"
     check_output(moe, overwrite=overwrite)
-    if not (dense / "config.json").is_file():
+    run = {"steps": steps, "seed": seed}
+    if _earlier_run(out) != run:
+        for old in (dense, out / "curve.json"):
+            if old.exists() and not overwrite:
+                raise CheckpointError(f"'{old}' is of another demo; --overwrite replaces it, or choose another --out.")
         model = small_relu_gpt(seed=seed)
         ids = text_windows(replace(train_data, max_tokens=None), tokenizer, progress=progress).reshape(-1)
         config = TrainConfig(steps=steps, lr=2e-3)
         train_lm(model, random_batches(ids, seed=seed), config, compute=fast_dtype(torch.device("cpu")), progress=progress)
+        if dense.exists():
+            shutil.rmtree(dense)
         save_dense(model, tokenizer, dense)
+        (out / "curve.json").unlink(missing_ok=True)
+        (out / _RUN).write_text(json.dumps(run))
     convert_checkpoint(
         str(dense),
         moe,
         data=train_data,
-        config=ConvertConfig(expert_size=8, router=NormRouterConfig(width=64), seed=seed),
-        calibration=CalibrationConfig(target_active=0.3, max_tokens=60_000, window=CONTEXT, seed=seed),
+        config=ConvertConfig(expert_size=8, router=NormRouterConfig(width=48), rule=DynKMass(mass=1.0), seed=seed),
+        calibration=CalibrationConfig(target_active=0.3, scope="global", max_tokens=60_000, window=CONTEXT, seed=seed),
         overwrite=overwrite,
         progress=progress,
     )
@@ -64,6 +76,14 @@ def run_demo(out: Path, *, steps: int = 300, seed: int = 0, overwrite: bool = Fa
     curve = sweep_checkpoint(moe, data=validation, batch_size=16, out=out / "curve.json", progress=progress)
     plot_curve(curve, out / "curve.png")
     return {"curve": curve, "text": generate_elsewhere(moe, PROMPT), "checkpoint": str(moe), "plot": str(out / "curve.png")}
+
+
+def _earlier_run(out: Path) -> object:
+    """What the pre-training that lies in ``out`` was made with; it is kept if it is the same."""
+    try:
+        return json.loads((out / _RUN).read_text()) if (out / "dense" / "config.json").is_file() else None
+    except (OSError, ValueError):
+        return None
 
 
 def small_relu_gpt(*, seed: int) -> Any:

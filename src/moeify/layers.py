@@ -343,8 +343,10 @@ def _thread() -> int:
 
 
 def _drops_activations(host: nn.Module) -> bool:
-    """Whether a dropout with p > 0 may sit between the projections; on the safe side: any in the host counts."""
-    return getattr(host, "activation_dropout", 0.0) > 0 or any(isinstance(m, nn.Dropout) and m.p > 0 for m in host.modules())
+    """Whether a dropout with p > 0 may sit between the projections; on the safe side: whatever in the host looks like one."""
+    if any(isinstance(m, nn.Dropout) and m.p > 0 for m in host.modules()):
+        return True
+    return any("drop" in name and isinstance(value, float) and value > 0 for name, value in vars(host).items())
 
 
 def _mask_input(layer: MoEFFN, _module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:

@@ -10,7 +10,7 @@ import hashlib
 import json
 import shutil
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
@@ -29,8 +29,7 @@ from .evaluate import Curve, CurvePoint, DenseQuality, DenseReference, LayerRule
 from .hf.card import model_card
 from .hf.checkpoint import check_output, library_versions, load_model, read_calibration, save_checkpoint
 from .hf.inputs import example_inputs
-from .hf.quantizer import adopt
-from .layers import moe_layers
+from .layers import moe_layers, set_mode
 from .report import curve_markdown, layers_markdown, plot_curve
 from .select import RULES, Rule, RuleConfig
 from .select.calibrate import Calibrator, Scope
@@ -42,6 +41,7 @@ from .train.stages import FittedSite, RouterTrainConfig, fit_site
 TARGETS = tuple(round(0.05 * i, 2) for i in range(1, 20))
 """Active fractions whose knobs a checkpoint keeps; 1.0 needs none."""
 
+_CHARS_PER_TOKEN = 4  # of English text; where tokens are shorter, the end of a piece is cut off
 _SCORE_TOKENS = 2048  # held-out tokens whose scores calibrate the rules: 0.1 points of active fraction
 
 
@@ -54,7 +54,8 @@ class CalibrationConfig:
     scope: Scope = "layer"
     """One knob for each layer, all at the target, or one knob for all, the target met on average."""
     max_tokens: int | None = 100_000
-    """Most calibration tokens, rounded down to whole windows; none means all. A tenth of them is held out."""
+    """Most calibration tokens, rounded down to whole windows; none means all. A tenth of them, in blocks spread over the data, is
+    held out."""
     window: int = 1024
     """Tokens per sequence."""
     router: RouterTrainConfig = field(default_factory=RouterTrainConfig)
@@ -128,7 +129,7 @@ def convert_model(
 
     Args:
         model: dense model.
-        batches: calibration inputs; the last tenth of their tokens is held out.
+        batches: calibration inputs; blocks of their tokens, spread over the data, are held out.
         config: expert size, router, split, rule, policy.
         calibration: router training and target.
         work: folder for captured inputs and fitted layers; a call with the same arguments continues what it holds.
@@ -141,6 +142,8 @@ def convert_model(
     Raises:
         MoeifyError: see `plan_conversion` and `capture_ffn_inputs`; the model is unchanged then.
     """
+    from .hf.quantizer import adopt  # here, and not on top: it imports transformers' model code, which takes seconds
+
     sites = find_ffn_sites(model, batches[0] if not hasattr(model, "config") else example_inputs(model))
     plan = plan_conversion(model, sites, config)
     if changed := next((record.site.name for record, _ in plan if record.rule != config.rule), None):
@@ -154,8 +157,9 @@ def convert_model(
 
     scores = {name: f.scores_TE for name, f in fitted.items()}
     neurons = {record.site.name: record.site.d_ff for record, _ in plan}
-    calibrators = {name: Calibrator(rule_type, scores, weights=neurons) for name, rule_type in RULES.items()}
-    calibrated = calibrators[config.rule.name].solve(calibration.target_active, scope=calibration.scope)
+    calibrated = Calibrator(type(config.rule), scores, weights=neurons).solve(calibration.target_active, scope=calibration.scope)
+    # One calibrator at a time: each holds the sorted scores of all layers.
+    knobs = {n: knob_table(Calibrator(rule_type, scores, weights=neurons), scope=calibration.scope) for n, rule_type in RULES.items()}
     for site_record, _ in plan:
         name = site_record.site.name
         site_record = replace(site_record, rule=cast(RuleConfig, calibrated.rules[name]))
@@ -171,7 +175,7 @@ def convert_model(
         "active_fraction": calibrated.active_fraction,
         "router_scores": {name: f.captured for name, f in fitted.items()},
         "targets": list(TARGETS),
-        "knobs": {name: knob_table(calibrator, scope=calibration.scope) for name, calibrator in calibrators.items()},
+        "knobs": knobs,
         "most_experts": max(record.num_experts for record, _ in plan),
         "tokens": max(inputs.num_tokens(name) for name in inputs.widths),
         "seed": calibration.seed,
@@ -189,30 +193,37 @@ def calibration_batches(
 ) -> list[dict[str, Tensor]]:
     """Batches of the kind that the model reads: windows of text for decoders, padded texts for encoders, images for vision models.
 
+    An encoder sees a document longer than its input in consecutive pieces. Images come without labels, and count as many tokens as they
+    have patches (one, where the config does not tell).
+
     Raises:
-        DataError: the model has no tokenizer or processor, or the data is not of its kind.
+        DataError: the model has no tokenizer or processor, its positions are fewer than the window, or the data is not of its kind.
     """
     main_input = getattr(model, "main_input_name", "input_ids")
     if processor is None:
         raise DataError(f"{type(model).__name__} came without a tokenizer or processor; put its files beside the weights.")
     if main_input == "pixel_values":
         size = max(1, batch_tokens // 256)
-        return list(_take_tokens(image_batches(read_examples(data), processor, batch_size=size), data.max_tokens))
+        unlabelled = (replace(example, label=0) for example in read_examples(data))  # whatever the classes are, nothing is fitted to them
+        images = ({"pixel_values": b["pixel_values"]} for b in image_batches(unlabelled, processor, batch_size=size))
+        return _take_tokens(images, data.max_tokens, tokens_per_image=_tokens_per_image(model.config))
     if main_input != "input_ids":
         raise DataError(
             f"{type(model).__name__} reads {main_input!r}; only text and images are read so far. Call convert_model with your own batches."
         )
     if _is_decoder(model):
+        _check_window(model, data.window)
         windows_WS = text_windows(data, processor, progress=progress)
         return lm_batches(windows_WS, batch_size=max(1, batch_tokens // data.window))
     limit = min(
         data.window, getattr(model.config, "max_position_embeddings", data.window), getattr(processor, "model_max_length", data.window), 512
     )
-    texts = padded_text_batches(read_texts(data), processor, max_length=int(limit), batch_size=max(1, batch_tokens // int(limit)))
+    pieces = _text_pieces(read_texts(data), num_chars=_CHARS_PER_TOKEN * int(limit))
+    texts = padded_text_batches(pieces, processor, max_length=int(limit), batch_size=max(1, batch_tokens // int(limit)))
     batches = _take_tokens(texts, data.max_tokens)
     if getattr(model.config, "is_encoder_decoder", False):
-        return [{**b, "decoder_input_ids": b["input_ids"]} for b in batches]
-    return list(batches)
+        return [{**b, "decoder_input_ids": b["input_ids"], "decoder_attention_mask": b["attention_mask"]} for b in batches]
+    return batches
 
 
 # -- measure -------------------------------------------------------------------------------------------------------------------------
@@ -237,28 +248,42 @@ def sweep_checkpoint(
         rule: selection rule; None takes the one that the checkpoint was calibrated with.
         values: knobs, each for all layers; None takes the checkpoint's own calibrated point and the knobs that its calibration tokens gave
             for active fractions 0.1 to 1.0 in steps of 0.05. Where every layer has a knob of its own, a point's ``value`` is their mean.
+            The checkpoint's own point stands under its own rule, whatever ``rule`` is.
         targets: instead of ``values``, only these of the stored active fractions (multiples of 0.05).
         batch_size: sequences per forward.
-        out: ``curve.json``, written after every point; a run that was killed continues with the points it holds.
+        out: ``curve.json``, written after every point. Points that it holds of the same model, data and versions are not measured again,
+            and those of other values or rules stay in it.
         progress: told every batch.
+
+    Returns:
+        What ``out`` holds at the end: kept points first, then those asked for.
 
     Raises:
         ConfigError: unknown rule, or a value out of its range.
-        CheckpointError: no converted checkpoint.
-        DataError: see `moeify.data`.
+        CheckpointError: no converted checkpoint, or its calibration record lacks something.
+        DataError: ``out`` exists and is no curve; see also `moeify.data`. All but errors of the data are raised before the model is loaded.
     """
     directory = Path(directory)
-    calibration = read_calibration(directory)
-    rule_type = _config.lookup(RULES, rule or calibration["rule"], where="--rule")
+    if values is not None and targets is not None:
+        raise ConfigError("give --values or --targets, not both.")
+    calibration = _calibration_of(directory, "rule", "value", "scope", "targets", "knobs", "most_experts")
+    own_type = _config.lookup(RULES, calibration["rule"], where=f"calibration of '{directory}'")
+    rule_type = _config.lookup(RULES, rule, where="--rule") if rule is not None else own_type
+    steps: list[float | LayerRules]
+    if values is not None:
+        steps = [*values]
+        for value in values:
+            rule_type.at(value)
+    else:
+        steps = _calibrated_steps(rule_type, calibration, targets, where=str(directory))
+    earlier = Curve.read(out) if out is not None and out.exists() else None
     model, processor = load_model(directory)
     batches = evaluation_batches(model, processor, data, batch_size=batch_size, progress=progress)
     metric = default_metric(model, batches[0])
-    if values is not None and targets is not None:
-        raise ConfigError("give --values or --targets, not both.")
-    steps: list[float | LayerRules] = [*values] if values is not None else _calibrated_steps(rule_type, calibration, targets)
     own = LayerRules(value=calibration["value"], rules={name: layer.rule for name, layer in moe_layers(model).items()})
-    if values is None and rule_type.name == calibration["rule"] and all(_value_of(s) != own.value for s in steps):
-        steps.append(own)
+    runs: list[tuple[type[Rule], list[float | LayerRules]]] = [(rule_type, steps)]
+    if values is None and (rule_type is not own_type or all(_rules_of(s, own_type, own.rules) != own.rules for s in steps)):
+        runs.append((own_type, [own]))
     reference = DenseReference(model, batches, metric=metric, progress=progress)
     cost = model_cost(model, batches[0])
     extra = {
@@ -270,7 +295,8 @@ def sweep_checkpoint(
     }
     dense = DenseQuality(quality=reference.quality, flops_per_token=cost.dense_flops_per_token)
     curve = Curve(model=str(directory), metric=metric, dense=dense, extra=extra)
-    done = _points_so_far(out, curve)
+    done = earlier.points if earlier is not None and earlier.is_same_run(curve) else ()
+    curve = replace(curve, points=done)
 
     def on_point(point: CurvePoint) -> None:
         nonlocal curve
@@ -278,10 +304,12 @@ def sweep_checkpoint(
         if out is not None:
             curve.write(out)
 
-    points = sweep(
-        model, batches, rule_type, steps, quality=metric, cost=cost, reference=reference, done=done, on_point=on_point, progress=progress
-    )
-    curve = replace(curve, points=tuple(points))
+    options: dict[str, Any] = {"quality": metric, "cost": cost, "reference": reference, "on_point": on_point, "progress": progress}
+    points: list[CurvePoint] = []
+    for run_type, run_steps in runs:
+        left = [point for point in done if point not in points]
+        points += sweep(model, batches, run_type, run_steps, done=left, **options)
+    curve = replace(curve, points=(*(point for point in done if point not in points), *points))
     if out is not None:
         curve.write(out)
     return curve
@@ -290,6 +318,7 @@ def sweep_checkpoint(
 def profile_checkpoint(source: str, *, data: DataConfig, progress: Progress = NO_PROGRESS) -> dict[str, ActivationProfile]:
     """Activation statistics of every FFN of a dense (or converted, run dense) checkpoint, by site name."""
     model, processor = load_model(source)
+    set_mode(model, "dense")  # a converted FFN runs its routed experts otherwise
     sites = [layer.site for layer in moe_layers(model).values()] or find_ffn_sites(model, example_inputs(model))
     batches = calibration_batches(model, processor, data, progress=progress)
     return profile_activations(model, sites, batches, progress=progress)
@@ -317,9 +346,8 @@ def generate_text(directory: str | Path, prompt: str, *, max_new_tokens: int = 6
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        ids = model.generate(
-            **inputs, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id, **options
-        )
+        pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id  # 0 is an id, too
+        ids = model.generate(**inputs, max_new_tokens=max_new_tokens, pad_token_id=pad_id, **options)
     return str(tokenizer.decode(ids[0], skip_special_tokens=True))
 
 
@@ -338,7 +366,7 @@ def report_checkpoint(directory: str | Path, *, curve: Path | None = None, out: 
         CheckpointError: no converted checkpoint. DataError: no curve, or not one.
     """
     directory = Path(directory)
-    calibration = read_calibration(directory)
+    calibration = _calibration_of(directory, "router_scores")
     choices = [curve] if curve is not None else [directory / "curve.json", directory.parent / "curve.json"]
     found = next((path for path in choices if path.exists()), choices[0])
     measured = Curve.read(found)
@@ -449,24 +477,38 @@ def _remove_work(work: Path) -> None:
     shutil.rmtree(work)
 
 
+def _calibration_of(directory: Path, *keys: str) -> dict[str, Any]:
+    """`read_calibration`, with everything that the caller needs."""
+    calibration = read_calibration(directory)
+    if missing := [repr(key) for key in keys if key not in calibration]:
+        raise CheckpointError(f"the calibration record of '{directory}' lacks {', '.join(missing)}; convert the model again.")
+    return calibration
+
+
 def _calibrated_steps(
-    rule_type: type[Rule], calibration: Mapping[str, Any], targets: Sequence[float] | None = None
+    rule_type: type[Rule], calibration: Mapping[str, Any], targets: Sequence[float] | None, *, where: str
 ) -> list[float | LayerRules]:
-    """The stored knobs at ``targets``, or at 0.1, 0.15, ... 0.95 and the knob that runs every expert; one step for equal knobs."""
+    """The stored knobs at ``targets``, or at 0.1, 0.15, ... 0.95 and the knob that runs every expert; one step where all are equal."""
+    if rule_type.name not in calibration["knobs"]:
+        raise CheckpointError(f"the calibration record of '{where}' has no knobs of the rule '{rule_type.name}'; convert the model again.")
     table: Mapping[str, Sequence[float]] = calibration["knobs"][rule_type.name]
     stored = {round(target, 4): i for i, target in enumerate(calibration["targets"])}
-    steps: dict[float, float | LayerRules] = {}
+    steps: list[float | LayerRules] = []
     for target in [t for t in stored if t >= 0.1] + [1.0] if targets is None else targets:
         if target == 1:
             everything = _all_experts(rule_type, calibration)
-            steps[everything] = everything
+            rules = {name: rule_type.at(everything) for name in table}
+            # the same as a target below 1 where that needs all experts, too
+            steps = [step for step in steps if _rules_of(step, rule_type, table) != rules]
+            steps.append(everything)
             continue
         if round(target, 4) not in stored:
             raise ConfigError(f"--targets: no knobs are stored for the active fraction {target:g}; stored: {calibration['targets']} and 1.")
         knobs = {name: values[stored[round(target, 4)]] for name, values in table.items()}
-        value = sum(knobs.values()) / len(knobs)
-        steps[value] = LayerRules(value=value, rules={name: rule_type.at(knob) for name, knob in knobs.items()})
-    return list(steps.values())
+        step = LayerRules(value=sum(knobs.values()) / len(knobs), rules={name: rule_type.at(knob) for name, knob in knobs.items()})
+        if all(_rules_of(earlier, rule_type, table) != step.rules for earlier in steps):
+            steps.append(step)
+    return steps
 
 
 def _all_experts(rule_type: type[Rule], calibration: Mapping[str, Any]) -> float:
@@ -474,23 +516,66 @@ def _all_experts(rule_type: type[Rule], calibration: Mapping[str, Any]) -> float
     return end if end < float("inf") else float(calibration["most_experts"])
 
 
-def _points_so_far(out: Path | None, curve: Curve) -> tuple[CurvePoint, ...]:
-    if out is None or not out.exists():
-        return ()
-    earlier = Curve.read(out)
-    return earlier.points if earlier.is_same_run(curve) else ()
+def _rules_of(step: float | LayerRules, rule_type: type[Rule], names: Iterable[str]) -> Mapping[str, Rule]:
+    """Rule of each layer; a plain knob is that of all of them."""
+    return step.rules if isinstance(step, LayerRules) else {name: rule_type.at(step) for name in names}
 
 
-def _value_of(step: "float | LayerRules") -> float:
-    return step.value if isinstance(step, LayerRules) else step
+def _check_window(model: nn.Module, window: int) -> None:
+    """Refuse windows with more tokens than the model has positions; a config that gives no number has no limit."""
+    config: Any = model.config
+    for name in ("max_position_embeddings", "n_positions", "n_ctx"):
+        limit = getattr(config, name, None)
+        if limit is None and (text := getattr(config, "text_config", None)) is not None:
+            limit = getattr(text, name, None)
+        if isinstance(limit, int) and limit > 0:
+            if window > limit:
+                raise DataError(
+                    f"--window {window} is more than the {limit} positions of {type(model).__name__} ({name}); give at most {limit}."
+                )
+            return
 
 
-def _take_tokens(batches: Any, max_tokens: int | None) -> list[dict[str, Tensor]]:
+def _text_pieces(texts: Iterable[str], *, num_chars: int) -> Iterator[str]:
+    """Each text in consecutive pieces of at most ``num_chars``, cut at white space where there is some; blank ones are left out."""
+    for text in texts:
+        start = 0
+        while start < len(text):
+            stop = start + num_chars
+            if stop < len(text):
+                space = max(text.rfind(c, start + 1, stop + 1) for c in " \n\t")
+                stop = space if space > 0 else stop
+            if (piece := text[start:stop]).strip():
+                yield piece
+            start = stop
+
+
+def _tokens_per_image(config: Any) -> int:
+    """Patches of an image; 1 where the config has no such sizes."""
+    config = getattr(config, "vision_config", None) or config
+    patches = 1
+    for side in (0, 1):
+        image, patch = (_side(getattr(config, name, None), side) for name in ("image_size", "patch_size"))
+        patches *= max(1, image // patch) if image and patch else 1
+    return patches
+
+
+def _side(size: Any, side: int) -> int:
+    """Height (0) or width (1) of a size that is a number, a pair or a dictionary; 0 if it is neither."""
+    if isinstance(size, dict):
+        size = (size.get("height"), size.get("width"))
+    if isinstance(size, (list, tuple)):
+        size = size[side] if len(size) == 2 else None
+    return size if isinstance(size, int) else 0
+
+
+def _take_tokens(batches: Iterable[dict[str, Tensor]], max_tokens: int | None, *, tokens_per_image: int = 1) -> list[dict[str, Tensor]]:
+    """Batches up to the one that reaches ``max_tokens``."""
     taken, tokens = [], 0
     for batch in batches:
         taken.append(batch)
         mask = batch.get("attention_mask")
-        tokens += int(mask.sum()) if mask is not None else batch["pixel_values"].shape[0] * 196
+        tokens += int(mask.sum()) if mask is not None else batch["pixel_values"].shape[0] * tokens_per_image
         if max_tokens is not None and tokens >= max_tokens:
             break
     return taken

@@ -90,7 +90,7 @@ class Router(nn.Module):
             moved = fn(tensor)
             return moved if moved.dtype in (tensor.dtype, torch.float32) else tensor.to(moved.device)
 
-        return super()._apply(keep_dtype, recurse)  # type: ignore[no-untyped-call]
+        return super()._apply(keep_dtype, recurse)
 
 
 class NormRouter(Router):
@@ -186,15 +186,21 @@ class OracleRouter(Router):
 
     needs_weights = True
 
-    def __init__(self, config: OracleRouterConfig, *, num_experts: int, activation: str) -> None:
+    def __init__(self, config: OracleRouterConfig, *, site: FFNSite, num_experts: int) -> None:
         super().__init__(config)
         self._num_experts = num_experts
-        self._activation = activation
+        self._site = site
+
+    @property
+    def flops_per_token(self) -> int:
+        """All hidden activations, and the Gram form of each expert: dearer than the dense FFN's first half."""
+        first = self._site.d_model * self._site.d_ff * (2 if self._site.is_gated else 1)
+        return 2 * (first + self._site.d_ff * -(-self._site.d_ff // self._num_experts))
 
     def forward(self, x_TD: Tensor, weights: FFNWeights | None = None) -> Tensor:
         assert weights is not None
         bounds = expert_bounds(weights.num_neurons, self._num_experts)
-        return expert_norms(ffn_hidden(x_TD, weights, activation=self._activation), expert_grams(weights.down_FD, bounds), bounds)
+        return expert_norms(ffn_hidden(x_TD, weights, activation=self._site.activation), expert_grams(weights.down_FD, bounds), bounds)
 
 
 def build_router(config: RouterConfig, *, site: FFNSite, num_experts: int) -> Router:
@@ -208,7 +214,7 @@ ROUTERS: dict[str, tuple[type, _Builder]] = {
     "mlp": (MLPRouterConfig, lambda c, s, e: MLPRouter(c, d_model=s.d_model, num_experts=e)),
     "centre": (CentreRouterConfig, lambda c, s, e: CentreRouter(c, d_model=s.d_model, num_experts=e)),
     "random": (RandomRouterConfig, lambda c, s, e: RandomRouter(c, d_model=s.d_model, num_experts=e)),
-    "oracle": (OracleRouterConfig, lambda c, s, e: OracleRouter(c, num_experts=e, activation=s.activation)),
+    "oracle": (OracleRouterConfig, lambda c, s, e: OracleRouter(c, site=s, num_experts=e)),
 }
 """Name -> (config class, builder)."""
 

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 
+import huggingface_hub.constants
 import pytest
 import tiny
 import torch
@@ -23,7 +24,8 @@ DATA = ["--data", "builtin:pydoc"]
 
 @pytest.fixture(autouse=True)
 def _quiet(monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # for the processes; this one has read it already
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
 
@@ -105,7 +107,7 @@ def sweep(*options, data=DATA):
         pytest.param(convert("--policy", "[1]"), "--policy must be a JSON object", id="policy a list"),
         pytest.param(sweep("--rule", "top_k"), ("'top_k'", "did you mean 'topk'"), id="sweep: unknown rule"),
         pytest.param(sweep("--values", "0.1;0.2"), "--values must be numbers separated by commas", id="sweep: values no numbers"),
-        pytest.param(sweep("--values", "1.5"), "tau", id="sweep: value out of range"),
+        pytest.param(sweep("--values=-1"), ("Threshold.theta", "at least 0, got -1"), id="sweep: value out of range"),
         pytest.param(sweep("--rule", "topk", "--values", "1.5"), "k", id="sweep: half an expert"),
         pytest.param(["generate", "moe", ""], "the prompt is empty", id="generate: empty prompt"),
         pytest.param(["generate", "moe", "a", "--temperature", "-1"], "temperature must be at least 0", id="generate: temperature below 0"),
@@ -323,7 +325,15 @@ def test_sweep_onto_a_file_that_is_no_curve_is_one_line(here, capsys):
 
 
 def test_report_of_a_file_that_is_no_curve_is_one_line(here, capsys):
-    check(here, capsys, ["report", "moe/config.json"], ("moe/config.json", "moeify sweep"))
+    check(here, capsys, ["report", "moe", "--curve", "moe/config.json"], ("moe/config.json", "moeify sweep"))
+
+
+def test_report_without_a_curve_is_one_line(here, capsys):
+    check(here, capsys, ["report", "moe"], ("moe/curve.json", "moeify sweep"))
+
+
+def test_report_of_a_file_is_one_line(here, capsys):
+    check(here, capsys, ["report", "moe/config.json"], ("moe/config.json", "moeify convert"))
 
 
 def test_disk_full_while_saving_is_one_line_and_the_same_command_continues(here, capsys, monkeypatch):

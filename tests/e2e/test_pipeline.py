@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,8 +21,8 @@ from moeify import cli, demo, pipeline
 from moeify._config import to_dict
 from moeify.convert import ConvertConfig, Manifest, to_dense
 from moeify.data import DataConfig
-from moeify.errors import CheckpointError, ConfigError
-from moeify.evaluate import CurvePoint
+from moeify.errors import CheckpointError, ConfigError, DataError
+from moeify.evaluate import Curve, CurvePoint
 from moeify.layers import moe_layers, record_active, set_mode
 from moeify.pipeline import TARGETS, CalibrationConfig, convert_checkpoint, sweep_checkpoint
 from moeify.routers import NormRouterConfig
@@ -225,6 +226,73 @@ def test_sweep_killed_and_run_again_measures_only_what_is_missing(folder, tmp_pa
     assert sweep(folder, rule="dynk_max", values=values, out=out).points == whole.points
     assert measured == [0.6]
     assert all(isinstance(point, CurvePoint) for point in whole.points)
+
+
+def test_sweep_killed_twice_keeps_all_points_and_those_of_other_values(folder, tmp_path, monkeypatch):
+    out, values = tmp_path / "curve.json", [0.0, 0.2, 0.4, 0.6, 0.8]
+    sweep(folder, rule="topk", values=[2], out=out)
+    real = pipeline.sweep
+
+    def killed_after_two(*args, on_point, **kwargs):
+        seen = []
+
+        def stop(point):
+            on_point(point)
+            seen.append(point)
+            if len(seen) == 2:
+                raise KeyboardInterrupt
+
+        return real(*args, on_point=stop, **kwargs)
+
+    for finished in (2, 4):
+        with monkeypatch.context() as patch:
+            patch.setattr(pipeline, "sweep", killed_after_two)
+            with pytest.raises(KeyboardInterrupt):
+                sweep(folder, rule="dynk_max", values=values, out=out)
+        assert [(p.rule, p.value) for p in Curve.read(out).points] == [("topk", 2), *(("dynk_max", v) for v in values[:finished])]
+    curve = sweep(folder, rule="dynk_max", values=values, out=out)
+    assert curve == Curve.read(out)
+    assert [p.value for p in curve.points] == [2, *values]
+
+
+def test_sweep_of_another_rule_includes_the_calibrated_point(folder):
+    curve = sweep(folder, rule="topk", targets=[0.5])
+    assert [point.rule for point in curve.points] == ["topk", "dynk_max"]
+    assert curve.calibrated_point() == curve.points[1]
+
+
+def test_sweep_checks_what_it_can_before_loading_the_model(folder, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr(pipeline, "load_model", fail)
+    (tmp_path / "curve.json").write_text("[]")
+    with pytest.raises(ConfigError, match="tau"):
+        sweep(folder, values=[7.0])
+    with pytest.raises(ConfigError, match="--targets"):
+        sweep(folder, targets=[0.123])
+    with pytest.raises(DataError, match="not a curve"):
+        sweep(folder, out=tmp_path / "curve.json")
+    shutil.copytree(folder / "moe", tmp_path / "moe")
+    record = json.loads((tmp_path / "moe/moeify.json").read_text())
+    for key in ("knobs", "targets", "rule", "value"):
+        less = record | {"calibration": {k: v for k, v in record["calibration"].items() if k != key}}
+        (tmp_path / "moe/moeify.json").write_text(json.dumps(less))
+        with pytest.raises(CheckpointError, match=f"lacks '{key}'"):
+            sweep_checkpoint(tmp_path / "moe", data=DataConfig(data="x.txt"))
+
+
+def test_sweep_with_a_window_above_the_models_positions_names_both(folder):
+    with pytest.raises(DataError, match=r"--window 129 is more than the 128 positions of LlamaForCausalLM"):
+        sweep_checkpoint(folder / "moe", data=DataConfig(data=str(folder / "text.txt"), window=129))
+
+
+def test_profile_of_a_converted_checkpoint_equals_that_of_the_dense_one(folder):
+    data = DataConfig(data=str(folder / "text.txt"), window=WINDOW, max_tokens=2 * WINDOW)
+    dense, converted = (pipeline.profile_checkpoint(str(folder / name), data=data) for name in ("dense", "moe"))
+    for name, profile in dense.items():
+        found, expected = (p.firing_rate_F.sort().values for p in (converted[name], profile))  # conversion re-orders neurons
+        torch.testing.assert_close(found, expected, rtol=0, atol=0.01)
 
 
 # -- another process -------------------------------------------------------------------------------------------------------------------

@@ -184,12 +184,13 @@ def test_convert_with_overwrite_replaces_an_earlier_conversion(dense, tmp_path, 
 
 
 def test_sweep_writes_the_curve_and_prints_a_table(converted, tmp_path, capsys):
-    code, out, err = run(capsys, "sweep", converted, "--values", "0.0,0.9", "--out", tmp_path / "curve.json", *SMALL)
+    code, out, err = run(capsys, "sweep", converted, "--values", "0.0,2.5", "--out", tmp_path / "curve.json", *SMALL)
     assert (code, err) == (0, "")
     curve = json.loads((tmp_path / "curve.json").read_text())
-    assert [point["value"] for point in curve["points"]] == [0.0, 0.9]
+    assert [point["value"] for point in curve["points"]] == [0.0, 2.5]
     assert curve["points"][0]["quality_ratio"] == pytest.approx(1, abs=1e-4)
     assert curve["points"][1]["active_fraction"] < 1
+    assert {point["rule"] for point in curve["points"]} == {"threshold"}, "the checkpoint's own"
     assert "perplexity" in out
     assert len(out.strip().splitlines()) == 5, "header, rule, two points, dense"
 
@@ -202,11 +203,16 @@ def test_sweep_with_json_prints_what_it_writes(converted, tmp_path, capsys):
 
 def test_report_reads_a_curve_and_draws_it(converted, tmp_path, capsys):
     pytest.importorskip("matplotlib")
-    run(capsys, "sweep", converted, "--values", "0.0,0.9", "--out", tmp_path / "curve.json", *SMALL)
-    code, out, err = run(capsys, "report", tmp_path, "--out", tmp_path / "curve.png")
+    run(capsys, "sweep", converted, "--values", "0.0,2.5", "--out", tmp_path / "curve.json", *SMALL)
+    code, out, err = run(capsys, "report", converted, "--curve", tmp_path / "curve.json", "--out", tmp_path / "page", "--json")
     assert (code, err) == (0, "")
-    assert "perplexity" in out
-    assert (tmp_path / "curve.png").stat().st_size > 1000
+    files = {kind: tmp_path / "page" / name for kind, name in (("page", "report.md"), ("png", "curve.png"), ("svg", "curve.svg"))}
+    assert json.loads(out) == {kind: str(path) for kind, path in files.items()}
+    assert sorted((tmp_path / "page").iterdir()) == sorted(files.values())
+    page = files["page"].read_text(encoding="utf-8")
+    assert all(part in page for part in ("perplexity", "curve.png", "## Routers", "model.layers.0.mlp"))
+    assert files["png"].stat().st_size > 1000
+    assert "</svg>" in files["svg"].read_text(encoding="utf-8")
 
 
 def test_profile_with_json_gives_numbers_by_ffn(dense, capsys):

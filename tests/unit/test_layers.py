@@ -15,7 +15,7 @@ from transformers import BertConfig, BertModel, OPTConfig, OPTModel
 from moeify.convert import ConvertConfig, convert, to_dense
 from moeify.errors import ConfigError, UnsupportedModelError
 from moeify.kernels import IMPLS
-from moeify.layers import MoEFFN, attach, detach, moe_layers, record_active, set_impl, set_mode, set_rule, token_mask
+from moeify.layers import MoEFFN, _drops_activations, attach, detach, moe_layers, record_active, set_impl, set_mode, set_rule, token_mask
 from moeify.routers import NormRouterConfig, OracleRouterConfig, build_router
 from moeify.select import DynKMass, DynKMax, Threshold, TopK
 from moeify.sites import FFNSite, find_ffn_sites, site_weights
@@ -704,3 +704,10 @@ def test_an_ffn_inside_the_layer_itself_is_hosted_by_the_layer():
     convert(model, ConvertConfig(expert_size=7, router=OracleRouterConfig()), sites=find_ffn_sites(model, inputs))
     assert list(moe_layers(model)) == ["decoder.layers.0"]
     torch.testing.assert_close(model(**inputs)[0], dense)
+
+
+def test_hidden_dropout_by_any_attribute_name_counts_as_dropout_inside_the_ffn():
+    host = nn.Linear(2, 2)
+    assert not _drops_activations(host)
+    host.hidden_dropout = 0.1
+    assert _drops_activations(host)

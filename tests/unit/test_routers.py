@@ -237,7 +237,7 @@ def test_every_router_is_built_again_from_its_json_and_tensors(name):
         (MLPRouterConfig(), 2 * 4 * (D + 4)),
         (CentreRouterConfig(), 2 * 4 * D),
         (RandomRouterConfig(), 2 * 4 * D),
-        (OracleRouterConfig(), 0),
+        (OracleRouterConfig(), 2 * (D * 24 + 24 * 6)),
     ],
     ids=lambda v: getattr(v, "name", None),
 )
@@ -257,3 +257,9 @@ def test_oracle_does_not_change_the_weights():
     before = map_weights(weights, torch.clone)
     build_router(OracleRouterConfig(), site=site_of(26), num_experts=4)(torch.randn(T, D), weights)
     assert all(torch.equal(a, b) for a, b in zip(before.per_neuron(), weights.per_neuron(), strict=True))
+
+
+def test_oracle_router_costs_the_hidden_activations_and_the_grams():
+    site = FFNSite(name="a", up="a.u", down="a.d", gate="a.g", activation="silu", d_model=6, d_ff=10, d_out=6)
+    router = build_router(OracleRouterConfig(), site=site, num_experts=4)
+    assert router.flops_per_token == 2 * (2 * 6 * 10 + 10 * 3)

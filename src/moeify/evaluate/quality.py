@@ -25,6 +25,11 @@ Rows = Callable[[slice], Tensor]
 
 _CHUNK_ELEMENTS = 1 << 23  # of one fp32 work tensor: 32 MiB
 _CACHE_BYTES = 256 << 20
+_OTHER_HEADS = ("ForTokenClassification", "ForQuestionAnswering", "ForMultipleChoice", "ForNextSentencePrediction")
+_SUPPORTED = (
+    "supported are language models that generate (perplexity), sequence and image classifiers (accuracy), and encoders and masked language "
+    "models (cosine to the dense model)"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,9 +41,9 @@ class Agreement:
     top1: float | None = None
     """Share of rows whose most likely class is the same; None without logits."""
     hidden_cosine: float | None = None
-    """Mean cosine of the hidden vectors; only for models without a head."""
+    """Mean cosine of the hidden vectors; only for models without a head, and for metric "cosine"."""
     sentence_cosine: float | None = None
-    """Mean cosine of the mean-pooled sentence vectors; only for models without a head."""
+    """Mean cosine of the mean-pooled sentence vectors; only for models without a head, and for metric "cosine"."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +51,7 @@ class Quality:
     """One measurement."""
 
     value: float
-    """Perplexity, accuracy in [0, 1], or mean cosine to the dense sentence vectors."""
+    """Perplexity, accuracy in [0, 1], or mean cosine to the dense sentence vectors (of the last hidden states)."""
     count: int
     """Predicted positions or examples."""
     agreement: Agreement | None = None
@@ -153,7 +158,7 @@ def measure_quality(
     with _evaluating(model), progress.task(metric, total=len(batches)) as task:
         for i, batch in enumerate(batches):
             with token_mask(model, batch.get("attention_mask")):
-                output = _forward(model, batch)
+                output = _forward(model, batch, hidden=metric == "cosine")
             part, rows = METRICS[metric].tally(output, batch)
             total, count = total + part, count + rows
             if reference is not None:
@@ -161,8 +166,7 @@ def measure_quality(
             task.advance(1)
     compared = tally.result() if reference is not None else None
     if metric == "cosine" and compared is not None:
-        if compared.sentence_cosine is None:
-            raise ConfigError("metric 'cosine' is for models without a head; this one gives logits.")
+        assert compared.sentence_cosine is not None
         return Quality(value=compared.sentence_cosine, count=len(batches), agreement=compared)
     if count == 0:
         raise DataError(f"there is nothing to measure {metric} on: no batch, or windows of a single token.")
@@ -201,7 +205,8 @@ class DenseReference:
         if not batches:
             raise DataError("there is no batch to evaluate on.")
         self._model, self._batches = model, batches
-        self._head = _head_of(model)
+        self._hidden = metric == "cosine"
+        self._head = None if self._hidden else _head_of(model)
         self._kept: list[Tensor] = []
         self.keeps = "outputs"
         total, count = 0.0, 0
@@ -237,7 +242,7 @@ class DenseReference:
             return lambda rows: head(hidden_ND[rows])
         with _evaluating(self._model):
             set_mode(self._model, "dense")
-            return _forward(self._model, self._batches[i]).rows.__getitem__
+            return _forward(self._model, self._batches[i], hidden=self._hidden).rows.__getitem__
 
     def _choose(self, output: Output, hidden: Tensor | None, cache_bytes: int) -> str:
         def total(tensor: Tensor) -> int:
@@ -254,7 +259,7 @@ class DenseReference:
 
     def _forward(self, batch: Batch) -> tuple[Output, Tensor | None]:
         if self._head is None:
-            return _forward(self._model, batch), None
+            return _forward(self._model, batch, hidden=self._hidden), None
         seen: list[Tensor] = []
         handle = self._head.register_forward_pre_hook(lambda _module, args: seen.append(args[0]))
         try:
@@ -357,12 +362,24 @@ METRICS: dict[str, Metric] = {
 
 
 def default_metric(model: nn.Module, batch: Batch) -> str:
-    """What to measure where nobody says: accuracy with labels, cosine without a head, else perplexity."""
+    """What to measure where nobody says: accuracy with labels, perplexity of models that generate, else cosine.
+
+    Cosine takes the last hidden states: of encoders, and of heads that predict something else than the next token, as masked language
+    models do. Plain modules that give logits count as models that generate.
+
+    Raises:
+        ConfigError: the head has another task, or its hidden states cannot be had.
+    """
     if "labels" in batch:
         return "accuracy"
+    if type(model).__name__.endswith(_OTHER_HEADS):
+        raise ConfigError(f"the quality of a {type(model).__name__} cannot be measured; {_SUPPORTED}.")
+    can_generate = getattr(model, "can_generate", None)
+    hidden = callable(can_generate) and not can_generate()
     with torch.no_grad(), _evaluating(model):
         set_mode(model, "dense")
-        return "perplexity" if _forward(model, {name: value[:1] for name, value in batch.items()}).is_logits else "cosine"
+        output = _forward(model, {name: value[:1] for name, value in batch.items()}, hidden=hidden)
+        return "perplexity" if output.is_logits else "cosine"
 
 
 @contextmanager
@@ -379,12 +396,21 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             layer.mode = mode
 
 
-def _forward(model: nn.Module, batch: Batch) -> Output:
-    outputs: Any = model(**{name: value for name, value in batch.items() if name != "labels"})
-    if isinstance(outputs, Tensor):
-        return Output(outputs, is_logits=True)
-    logits = getattr(outputs, "logits", None)
-    return Output(cast(Tensor, outputs.last_hidden_state), is_logits=False) if logits is None else Output(logits, is_logits=True)
+def _forward(model: nn.Module, batch: Batch, *, hidden: bool = False) -> Output:
+    """One forward; with ``hidden`` the last hidden states, also of a model with a head."""
+    more: dict[str, Any] = {"output_hidden_states": True} if hidden and hasattr(model, "config") else {}
+    outputs: Any = model(**{name: value for name, value in batch.items() if name != "labels"}, **more)
+    logits = outputs if isinstance(outputs, Tensor) else getattr(outputs, "logits", None)
+    if logits is not None and not hidden:
+        return Output(logits, is_logits=True)
+    states = getattr(outputs, "last_hidden_state", None)
+    if states is None:
+        # of an encoder-decoder the decoder's: what its head reads
+        layers = getattr(outputs, "decoder_hidden_states", None) or getattr(outputs, "hidden_states", None)
+        states = layers[-1] if layers else None
+    if states is None or states.dim() < 3:
+        raise ConfigError(f"{type(model).__name__} gives neither logits of a known kind nor hidden states to compare; {_SUPPORTED}.")
+    return Output(cast(Tensor, states), is_logits=False)
 
 
 def _kept_positions(output: Output, batch: Batch) -> Tensor | None:

@@ -154,7 +154,7 @@ class LayerRules:
     """One operating point with a rule of its own for each layer."""
 
     value: float
-    """The number that stands in the curve for all of them: the target that they were calibrated to."""
+    """The number that stands in the curve for all of them: the mean of their knobs."""
     rules: Mapping[str, Rule]
     """Rule by site name; a layer that is not named keeps the rule it has."""
 
@@ -182,7 +182,8 @@ def sweep(
         quality: key of `METRICS`.
         cost: from `model_cost`; measured on the first batch if None.
         reference: dense outputs of the same batches; made if None.
-        done: points of an earlier run on the same batches; a value that is among them is not measured again.
+        done: points of an earlier run on the same batches; a value that is among them is not measured again. Of steps with one value and
+            different rules, the first takes the first such point.
         on_point: called after each new point, so that the caller can save it.
         progress: told the number of batches of all values.
 
@@ -199,13 +200,22 @@ def sweep(
     if not batches:
         raise DataError("there is no batch to evaluate on.")
     steps = [(value.value, value.rules) if isinstance(value, LayerRules) else (value, rule_type.at(value)) for value in values]
-    points = {(point.rule, point.value): point for point in done}
-    todo = [(value, rule) for value, rule in steps if (rule_type.name, value) not in points]
+    distinct: list[tuple[float, Rule | Mapping[str, Rule]]] = []
+    for step in steps:
+        if step not in distinct:
+            distinct.append(step)
+    left = [point for point in done if point.rule == rule_type.name]
+    points: dict[int, CurvePoint] = {}  # by index of the step: two of them may have one mean knob
+    for i, (value, _) in enumerate(distinct):
+        if (found := next((point for point in left if point.value == value), None)) is not None:
+            left.remove(found)
+            points[i] = found
+    todo = [(i, *step) for i, step in enumerate(distinct) if i not in points]
     if todo:
         cost = cost or model_cost(model, batches[0])
         reference = reference or DenseReference(model, batches, metric=quality, progress=progress)
     with _restored(model), progress.task(f"sweep {rule_type.name}", total=len(todo) * len(batches)) as task:
-        for value, rule in todo:
+        for i, value, rule in todo:
             assert cost is not None
             assert reference is not None
             set_mode(model, "moe")
@@ -224,10 +234,10 @@ def sweep(
                 quality_ratio=measured.value / reference.quality,
                 kl=measured.agreement.kl,
             )
-            points[point.rule, point.value] = point
+            points[i] = point
             if on_point is not None:
                 on_point(point)
-    return [points[rule_type.name, float(value)] for value, _ in steps]
+    return [points[distinct.index(step)] for step in steps]
 
 
 def make_rule(rule_type: type[Rule], value: float) -> Rule:
@@ -328,7 +338,7 @@ def collect_scores(
 
 
 def _router_flops(layer: MoEFFN) -> float:
-    return float(layer.router.flops_per_token)  # type: ignore[arg-type]
+    return float(layer.router.flops_per_token)
 
 
 @contextmanager

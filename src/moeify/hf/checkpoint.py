@@ -147,7 +147,7 @@ def read_calibration(directory: Path) -> dict[str, Any]:
     path = directory / MANIFEST_FILE
     try:
         record = json.loads(path.read_text())
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise CheckpointError(f"'{directory}' has no {MANIFEST_FILE}; is it a folder that `moeify convert` wrote?") from error
     except (OSError, ValueError) as error:
         raise CheckpointError(f"'{path}' cannot be read: {_first_line(error)}") from error

@@ -67,7 +67,8 @@ def fit_site(weights: FFNWeights, x_TD: Tensor, record: SiteRecord, options: Con
 
     Args:
         weights: the site's weights in their present order; not changed.
-        x_TD: FFN inputs of the dense model, any float dtype, on the CPU; ``holdout_frac`` of them score the router.
+        x_TD: FFN inputs of the dense model, any float dtype, on the CPU; ``holdout_frac`` of them, in blocks spread over the data,
+            score the router.
         record: number of experts and router.
         options: split method.
         train: router training.
@@ -80,10 +81,15 @@ def fit_site(weights: FFNWeights, x_TD: Tensor, record: SiteRecord, options: Con
     """
     weights = _cast(weights, torch.float32)
     num_tokens = x_TD.shape[0]
-    if num_tokens < 3:
-        raise DataError(f"'{record.site.name}' saw {num_tokens} calibration tokens; a router needs at least 3, and thousands to be good.")
-    held_out_T = _held_out(num_tokens, train.holdout_frac)
+    held_out_T = _held_out(num_tokens, train.holdout_frac) if num_tokens else torch.zeros(0, dtype=torch.bool)
+    num_train = num_tokens - int(held_out_T.sum())
+    if num_train < 2:  # the spread of a single one is not defined
+        raise DataError(
+            f"'{record.site.name}' saw {num_tokens} calibration tokens, {num_train} of them to train on; a router needs at least 2, and "
+            "thousands to be good."
+        )
     train_TD, held_out_TD = x_TD[~held_out_T], x_TD[held_out_T]
+    del x_TD  # the caller keeps no other reference: one copy of the inputs in memory, not two
     split = split_site(weights, train_TD, record, options)
     ordered = replace(
         weights,
@@ -174,13 +180,13 @@ def score_router(
 
 def _fit_norm_router(router: NormRouter, x_TD: Tensor, norms_TE: Tensor, config: RouterTrainConfig) -> None:
     log_link = router.config.output == "exp"
-    mean_D, std_D = x_TD.float().mean(0), x_TD.float().std(0)
+    mean_D, std_D = _mean_and_std(x_TD)
     # A channel that hardly varies must not be blown up: bfloat16 may have rounded its variation away, which the deployed router would see.
     std_D = std_D.maximum(2**-8 * mean_D.abs()).maximum(1e-3 * std_D.mean()).clamp_min(1e-6)
     # The largest norm decides the scale of the squared error. The Gamma deviance has none, but needs a floor: towards an expert that is
     # silent (ReLU: exactly) z falls without end, and where it then fires t exp(-z) explodes; scores came out up to 20x too large.
-    scale = norms_TE.square().mean().sqrt().clamp_min(1e-12)
-    targets_TE = norms_TE / scale
+    scale = (norms_TE.norm() / norms_TE.numel() ** 0.5).clamp_min(1e-12)
+    targets_TE = norms_TE.div_(scale)  # in place: T * E numbers are the largest thing here beside the inputs
     if log_link:
         targets_TE = targets_TE.square_().clamp_min_(_SILENT_ENERGY)
     with torch.no_grad():  # start from what is known without looking at x: each expert's mean
@@ -204,6 +210,14 @@ def _fit_norm_router(router: NormRouter, x_TD: Tensor, norms_TE: Tensor, config:
         else:
             router.out.weight.mul_(scale)
             router.out.bias.mul_(scale)
+
+
+def _mean_and_std(x_TD: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and sample deviation of each channel, in fp32 accuracy, without an fp32 copy of all tokens."""
+    chunks = x_TD.split(_CHUNK_TOKENS)
+    mean_D = torch.stack([x.double().sum(0) for x in chunks]).sum(0) / x_TD.shape[0]
+    square_D = torch.stack([(x.double() - mean_D).square().sum(0) for x in chunks]).sum(0)
+    return mean_D.float(), (square_D / max(1, x_TD.shape[0] - 1)).sqrt().float()
 
 
 def _fit_classifier(router: MLPRouter, x_TD: Tensor, sums_TE: Tensor, config: RouterTrainConfig) -> None:

@@ -4,12 +4,15 @@ import math
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 from moeify.errors import CheckpointError, ConfigError, DataError
 from moeify.evaluate import DenseReference, accuracy, agreement, default_metric, measure_quality, perplexity
-from moeify.layers import moe_layers, set_mode, set_rule
+from moeify.layers import MoEFFN, attach, moe_layers, set_mode, set_rule
+from moeify.routers import OracleRouterConfig, build_router
 from moeify.select import TopK
+from moeify.sites import find_ffn_sites
 
 
 def _logits(model, batch, mode):
@@ -191,3 +194,34 @@ def test_default_metric_by_model_and_batch(gpt, encoder, classifier, padded_batc
     assert default_metric(gpt, {"input_ids": windows}) == "perplexity"
     assert default_metric(encoder, padded_batch) == "cosine"
     assert default_metric(classifier, padded_batch | {"labels": torch.tensor([0, 1])}) == "accuracy"
+
+
+def _converted(model, batch):
+    for site in find_ffn_sites(model, batch):
+        router = build_router(OracleRouterConfig(), site=site, num_experts=10)
+        attach(model, MoEFFN(site, num_experts=10, router=router, rule=TopK(k=5)))
+    return model
+
+
+def _bert(cls):
+    config = transformers.BertConfig(
+        vocab_size=48, hidden_size=16, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=32
+    )
+    return cls(config).eval()
+
+
+def test_masked_language_model_is_measured_by_the_cosine_of_its_hidden_states(padded_batch):
+    model = _converted(_bert(transformers.BertForMaskedLM), padded_batch)
+    assert default_metric(model, padded_batch) == "cosine"
+    set_rule(model, TopK(k=10))
+    for cache_bytes in (0, 1 << 20):
+        reference = DenseReference(model, [padded_batch], metric="cosine", cache_bytes=cache_bytes)
+        measured = measure_quality(model, [padded_batch], metric="cosine", reference=reference)
+        assert measured.value == pytest.approx(1, abs=1e-5)
+        assert measured.agreement.kl is None
+
+
+@pytest.mark.parametrize("cls", [transformers.BertForTokenClassification, transformers.BertForQuestionAnswering])
+def test_default_metric_of_a_head_with_another_task_names_it(cls, padded_batch):
+    with pytest.raises(ConfigError, match=f"{cls.__name__} cannot be measured; supported are"):
+        default_metric(_bert(cls), padded_batch)

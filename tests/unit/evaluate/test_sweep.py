@@ -80,6 +80,17 @@ def test_sweep_with_done_points_measures_only_the_others_and_calls_back(gpt, win
     assert len(seen) == 2
 
 
+def test_sweep_of_steps_with_one_mean_knob_keeps_them_apart_also_when_resumed(random_gpt, windows):
+    first, second = moe_layers(random_gpt)
+    steps = [LayerRules(value=3.0, rules={first: TopK(k=a), second: TopK(k=6 - a)}) for a in (1, 5)]
+    points = sweep(random_gpt, _batches(windows), TopK, [*steps, steps[0]])
+    assert points[0].quality != points[1].quality
+    assert points[2] == points[0]
+    seen = []
+    assert sweep(random_gpt, _batches(windows), TopK, steps, done=points[:1], on_point=seen.append) == points[:2]
+    assert seen == points[1:2]
+
+
 def test_sweep_interrupted_by_error_restores_rules_and_modes(gpt, windows):
     set_mode(gpt, "dense")
     before = _state(gpt)

@@ -227,6 +227,13 @@ def test_too_few_tokens_are_refused(tokens):
     fit_site(weights, x_TD[:3], record_of(NormRouterConfig(width=4)), options(ContiguousSplit()), TRAIN)
 
 
+def test_a_single_token_to_train_on_is_refused():
+    weights, x_TD, _ = planted(tokens=5)
+    train = replace(TRAIN, holdout_frac=0.9)
+    with pytest.raises(DataError, match="1 of them to train on; a router needs at least 2"):
+        fit_site(weights, x_TD[:3], record_of(NormRouterConfig(width=4)), options(ContiguousSplit()), train)
+
+
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
