@@ -1,5 +1,6 @@
 # make demo: the whole pipeline on a small GPT in a few minutes.  make test: lint, types, contracts, tests, docs.
-# Both build .venv with pinned versions (constraints.txt). torch goes first: left open, it would pull a CUDA build of several GB.
+# Both build .venv with pinned versions (constraints.txt). torch goes first, so that nothing else decides its version; for a CPU build
+# where the registry serves CUDA ones, install torch into .venv from a CPU index before.
 
 PYTHON ?= python3
 VENV   := .venv
