@@ -1,4 +1,7 @@
-"""``python -m bench.run CASE --json OUT [--quick]``: run one case, print its rows, write them as JSON lines with the environment."""
+"""``python -m bench.run CASE --json OUT [--quick]``: run one case, print its rows, write them as JSON lines with the environment.
+
+A case is a module of ``bench/cases`` with ``run(*, quick, **options)``; its own options are those that its ``add_options(parser)`` adds.
+"""
 
 import argparse
 import difflib
@@ -9,7 +12,7 @@ import pkgutil
 import platform
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -18,6 +21,8 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+
+from moeify.errors import MoeifyError
 
 from . import cases
 
@@ -46,31 +51,49 @@ def environment() -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m bench.run", description=__doc__)
-    parser.add_argument("case", metavar="CASE", help=f"one of {', '.join(case_names())}")
-    parser.add_argument("--json", type=Path, metavar="OUT", help="write the rows here, one JSON object a line")
-    parser.add_argument("--quick", action="store_true", help="few shapes and repeats: does it run, not how fast")
-    args = parser.parse_args(argv)
-    if args.case not in case_names():
-        near = difflib.get_close_matches(args.case, case_names(), n=1)
-        print(
-            f"error: no case {args.case!r}; {'did you mean ' + repr(near[0]) + '?' if near else 'known: ' + ', '.join(case_names())}",
-            file=sys.stderr,
-        )
-        return 2
-    case = importlib.import_module(f"{cases.__name__}.{args.case}")
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("case", metavar="CASE", nargs="?", help=f"one of {', '.join(case_names())}")
+    common.add_argument("--json", type=Path, metavar="OUT", help="write the rows here, one JSON object a line")
+    common.add_argument("--quick", action="store_true", help="few shapes and repeats: does it run, not how fast")
+    parser = argparse.ArgumentParser(prog="python -m bench.run", description=(__doc__ or "").partition("\n")[0], parents=[common])
+    name = common.parse_known_args(argv)[0].case  # first the case alone: it knows the rest of its options
+    if name not in case_names():
+        if {"-h", "--help"} & set(sys.argv[1:] if argv is None else argv):
+            parser.print_help()
+            return 0
+        near = difflib.get_close_matches(name or "", case_names(), n=1)
+        return _fail(f"no case {name!r}; {'did you mean ' + repr(near[0]) + '?' if near else 'known: ' + ', '.join(case_names())}")
+    case = importlib.import_module(f"{cases.__name__}.{name}")
+    if hasattr(case, "add_options"):
+        case.add_options(parser)
+    options = vars(parser.parse_args(argv))
+    name, out = options.pop("case"), options.pop("json")
+    try:
+        rows = _rows_of(case, name, options)
+    except MoeifyError as error:
+        return _fail(str(error))
+    if out:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        about = {"case": name, "quick": options["quick"]} | environment()
+        out.write_text("".join(json.dumps(about | row) + "\n" for row in rows), encoding="utf-8")
+    return 0
+
+
+def _rows_of(case: Any, name: str, options: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Run the case, printing each row as it comes and all of them at the end."""
     rows = []
     console = Console()
-    with console.status(args.case):
-        for row in case.run(quick=args.quick):
+    with console.status(name):
+        for row in case.run(**options):
             rows.append(row)
             console.print(" ".join(f"[dim]{key}[/dim] {_cell(value)}" for key, value in row.items()), highlight=False, soft_wrap=True)
-    console.print(_table(args.case, rows))
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        about = {"case": args.case, "quick": args.quick} | environment()
-        args.json.write_text("".join(json.dumps(about | row) + "\n" for row in rows), encoding="utf-8")
-    return 0
+    console.print(_table(name, rows))
+    return rows
+
+
+def _fail(message: str) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return 2
 
 
 def _table(title: str, rows: Sequence[dict[str, Any]]) -> Table:

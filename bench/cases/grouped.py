@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bench.timing import interleave
+from moeify.evaluate import measure_ms
 from moeify.kernels import build_plan, explain, moe_ffn
 from moeify.sites.formula import ffn_dense, ffn_hidden
 from moeify.sites.site import FFNWeights, expert_bounds
@@ -70,17 +70,17 @@ def _measure(x_TD: Tensor, weights: FFNWeights, mask_TE: Tensor, *, activation: 
     for name, candidate in candidates.items():
         if name != "dense":
             torch.testing.assert_close(candidate(), expected, atol=1e-4, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
-    spread = interleave(candidates, repeats=repeats)
+    spread = measure_ms(candidates, rounds=repeats, warmup=2)
     (chosen,) = [c.name for c in explain(x_TD, weights, build_plan(mask_TE)) if c.chosen]
-    best = min(spread[name].median for name in candidates if name not in ("loop", "dense", "auto"))
+    best = min(spread[name].median_ms for name in candidates if name not in ("loop", "dense", "auto"))
     return {
         "chosen": chosen,
-        **{f"{name}_ms": spread[name].median * 1e3 for name in candidates},
-        "auto_p80_over_p20": spread["auto"].p80 / spread["auto"].p20,
-        "loop_over_grouped": spread["loop"].median / spread["grouped"].median,
-        "loop_over_auto": spread["loop"].median / spread["auto"].median,
-        "dense_over_auto": spread["dense"].median / spread["auto"].median,
-        "auto_over_best": spread["auto"].median / best,
+        **{f"{name}_ms": spread[name].median_ms for name in candidates},
+        "auto_p80_over_p20": spread["auto"].p80_ms / spread["auto"].p20_ms,
+        "loop_over_grouped": spread["loop"].median_ms / spread["grouped"].median_ms,
+        "loop_over_auto": spread["loop"].median_ms / spread["auto"].median_ms,
+        "dense_over_auto": spread["dense"].median_ms / spread["auto"].median_ms,
+        "auto_over_best": spread["auto"].median_ms / best,
     }
 
 

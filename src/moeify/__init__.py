@@ -14,6 +14,7 @@ from .convert import manifest_of as manifest_of
 from .convert import rebuild as rebuild
 from .convert import stamp as stamp
 from .convert import to_dense as to_dense
+from .cost import roofline_s as roofline_s
 from .data import DataConfig as DataConfig
 from .errors import CheckpointError as CheckpointError
 from .errors import ConfigError as ConfigError
@@ -24,6 +25,9 @@ from .errors import UnsupportedModelError as UnsupportedModelError
 from .evaluate import Curve as Curve
 from .evaluate import accuracy as accuracy
 from .evaluate import agreement as agreement
+from .evaluate import measure_ms as measure_ms
+from .evaluate import model_cost as model_cost
+from .evaluate import model_weights as model_weights
 from .evaluate import perplexity as perplexity
 from .evaluate import sweep as sweep
 from .hf import register as _register

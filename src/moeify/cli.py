@@ -7,6 +7,7 @@ import dataclasses
 import inspect
 import json
 import os
+import re
 import sys
 import time
 import traceback
@@ -18,6 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal, TextIO
 
+import torch
 import typer
 
 from . import _config
@@ -26,12 +28,12 @@ from .convert import ConvertConfig
 from .data import DataConfig
 from .errors import ConfigError, MoeifyError
 from .pipeline import CalibrationConfig
-from .routers import ROUTERS
+from .routers import ROUTERS, NormRouterConfig
 from .select import RULES, Rule
 from .split import SPLITS
 from .train.stages import RouterTrainConfig
 
-BAD_INPUT, INTERRUPTED = 2, 130
+BUG, BAD_INPUT, INTERRUPTED = 1, 2, 130
 _WIDEST = 140
 
 app = typer.Typer(
@@ -44,7 +46,12 @@ app = typer.Typer(
 
 Model = Annotated[str, typer.Argument(help="Hub id, folder or .gguf file of a dense model.")]
 Converted = Annotated[Path, typer.Argument(help="Folder that `moeify convert` wrote.")]
-Seed = Annotated[int | None, typer.Option(help="Seed of everything random, document order included; without it, 0 and the source's order.")]
+DType = Annotated[str, typer.Option(metavar="float32|bfloat16|float16", help="Type of the weights.")]
+Device = Annotated[str, typer.Option(metavar="cpu|cuda|cuda:N", help="Where the model runs.")]
+Seed = Annotated[
+    int | None,
+    typer.Option(min=0, max=2**32 - 1, help="Seed of everything random, document order included; without it, 0 and the source's order."),
+]
 
 
 def _signed(
@@ -110,38 +117,51 @@ def takes(parameter: str, config: type, *, skip: Sequence[str] = (), **names: st
     return decorate
 
 
-def command(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Add a function that returns a JSON-like result to the command line, with ``--json`` and ``--debug``."""
+def command(*, resumes: Callable[[Mapping[str, Any]], bool] = lambda _values: False) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Add a function that returns a JSON-like result to the command line, with ``--json`` and ``--debug``.
 
-    def run_command(*, json_: bool, debug: bool, **values: Any) -> None:
-        try:
-            result = function(**values)
-        except KeyboardInterrupt as error:
-            raise _Interrupted from error
-        _show(result, as_json=json_)
+    Args:
+        resumes: whether the command, interrupted with these values of its options, continues when run again.
+    """
 
-    as_json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON value.")]
-    debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
-    kind = inspect.Parameter.KEYWORD_ONLY
-    flags = [
-        inspect.Parameter("json_", kind, default=False, annotation=as_json),
-        inspect.Parameter("debug", kind, default=False, annotation=debug),
-    ]
-    app.command()(_signed(run_command, like=function, add=flags))
-    return function
+    def add(function: Callable[..., Any]) -> Callable[..., Any]:
+        def run_command(*, json_: bool, debug: bool, **values: Any) -> None:
+            try:
+                result = function(**values)
+            except KeyboardInterrupt as error:
+                way_out = "; the same command again continues where it stopped." if resumes(values) else "."
+                raise _Interrupted(f"interrupted{way_out}") from error
+            except (MemoryError, RuntimeError) as error:
+                if not _is_out_of_memory(error):
+                    raise
+                raise MoeifyError(_out_of_memory(error, options=values)) from error
+            _show(result, as_json=json_)
+
+        as_json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON value.")]
+        debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+        kind = inspect.Parameter.KEYWORD_ONLY
+        flags = [
+            inspect.Parameter("json_", kind, default=False, annotation=as_json),
+            inspect.Parameter("debug", kind, default=False, annotation=debug),
+        ]
+        app.command()(_signed(run_command, like=function, add=flags))
+        return function
+
+    return add
 
 
-@command
+@command()
 @takes("data", DataConfig, skip=("seed",), split="data_split")
-def profile(model: Model, *, data: DataConfig, seed: Seed = None) -> Any:
+def profile(model: Model, *, data: DataConfig, dtype: DType = "float32", device: Device = "cpu", seed: Seed = None) -> Any:
     """Measure how sparse the activations of every FFN are."""
     from .pipeline import profile_checkpoint
 
-    profiles = profile_checkpoint(model, data=dataclasses.replace(data, seed=seed), progress=make_progress())
+    data = dataclasses.replace(data, seed=seed)
+    profiles = profile_checkpoint(model, data=data, dtype=dtype, device=device, progress=make_progress())
     return {name: profile.summary() for name, profile in profiles.items()}
 
 
-@command
+@command(resumes=lambda _values: True)
 @takes("data", DataConfig, skip=("seed",), split="data_split")
 @takes("calibration", CalibrationConfig, skip=("max_tokens", "window", "router", "seed"))
 @takes("training", RouterTrainConfig, skip=("seed",), epochs="router_epochs", batch_tokens="router_batch_tokens", lr="router_lr")
@@ -155,33 +175,48 @@ def convert(
     expert_size: Annotated[int, typer.Option(help=_config.field_docs(ConvertConfig)["expert_size"])] = ConvertConfig.expert_size,
     router: Annotated[str, typer.Option(help=f"Router: {', '.join(ROUTERS)}.")] = "norm",
     router_width: Annotated[int | None, typer.Option(help="Hidden width of the norm router.")] = None,
+    router_output: Annotated[
+        str | None, typer.Option(metavar="exp|abs", help="Of the norm router. " + _config.field_docs(NormRouterConfig)["output"])
+    ] = None,
     split: Annotated[str, typer.Option(help=f"How neurons are grouped into experts: {', '.join(SPLITS)}.")] = "coactivation",
     rule: Annotated[str, typer.Option(help=f"Selection rule to calibrate: {', '.join(RULES)}.")] = "threshold",
+    always_on: Annotated[int, typer.Option(help=_config.field_docs(ConvertConfig)["always_on"])] = ConvertConfig.always_on,
     policy: Annotated[str | None, typer.Option(help="Exceptions by FFN name: JSON, or the path of a JSON file.")] = None,
-    dtype: Annotated[str, typer.Option(help="Type of the weights: float32, bfloat16 or float16.")] = "float32",
+    dtype: DType = "float32",
+    device: Device = "cpu",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier conversion in the output folder.")] = False,
     seed: Seed = None,
 ) -> Any:
     """Turn a dense model into a dynamic-k mixture of experts."""
     from .pipeline import convert_checkpoint
 
-    width = {} if router_width is None else {"width": router_width}
+    options = {"width": router_width, "output": router_output}
+    given = {name: value for name, value in options.items() if value is not None}
     config = ConvertConfig(
         expert_size=expert_size,
-        router=_config.from_dict(_config.lookup(ROUTERS, router, where="--router")[0], width, where="--router"),
+        router=_config.from_dict(_config.lookup(ROUTERS, router, where="--router")[0], given, where="--router"),
         split=_config.lookup(SPLITS, split, where="--split")(),
         rule=_runs_all(_config.lookup(RULES, rule, where="--rule")),
+        always_on=always_on,
         policy=_json_object(policy, option="--policy"),
         seed=seed or 0,
     )
     data = dataclasses.replace(data, seed=seed)
     calibration = dataclasses.replace(calibration, router=training, max_tokens=data.max_tokens, window=data.window, seed=seed or 0)
     return convert_checkpoint(
-        model, out, data=data, config=config, calibration=calibration, dtype=dtype, overwrite=overwrite, progress=make_progress()
+        model,
+        out,
+        data=data,
+        config=config,
+        calibration=calibration,
+        dtype=dtype,
+        device=device,
+        overwrite=overwrite,
+        progress=make_progress(),
     )
 
 
-@command
+@command(resumes=lambda values: values["out"] is not None)
 @takes("data", DataConfig, skip=("seed",), split="data_split")
 def sweep(
     directory: Converted,
@@ -190,7 +225,9 @@ def sweep(
     rule: Annotated[str | None, typer.Option(help=f"Selection rule: {', '.join(RULES)}; by default the checkpoint's own.")] = None,
     values: Annotated[str | None, typer.Option(help="Knob values, a,b,c; by default those that give active fractions 0.1 to 1.0.")] = None,
     targets: Annotated[str | None, typer.Option(help="Instead of values: active fractions, a,b,c, multiples of 0.05.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Windows per forward.")] = 1,
+    batch_size: Annotated[int, typer.Option(min=1, help="Windows per forward.")] = 1,
+    dtype: DType = "float32",
+    device: Device = "cpu",
     out: Annotated[Path | None, typer.Option(help="Where to write curve.json.")] = None,
     seed: Seed = None,
 ) -> Any:
@@ -201,26 +238,39 @@ def sweep(
     fractions = None if targets is None else _numbers(targets, option="--targets")
     data = dataclasses.replace(data, seed=seed)
     return sweep_checkpoint(
-        directory, data=data, rule=rule, values=numbers, targets=fractions, batch_size=batch_size, out=out, progress=make_progress()
+        directory,
+        data=data,
+        rule=rule,
+        values=numbers,
+        targets=fractions,
+        batch_size=batch_size,
+        dtype=dtype,
+        device=device,
+        out=out,
+        progress=make_progress(),
     )
 
 
-@command
+@command()
 def generate(
     directory: Converted,
     prompt: Annotated[str, typer.Argument(help="Text to continue.")],
     *,
-    max_new_tokens: Annotated[int, typer.Option(help="Most tokens to add.")] = 64,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to add.")] = 64,
     temperature: Annotated[float, typer.Option(help="Sampling temperature; 0 always takes the likeliest token.")] = 0.0,
+    dtype: DType = "float32",
+    device: Device = "cpu",
     seed: Seed = None,
 ) -> Any:
     """Continue a prompt with a converted model."""
     from .pipeline import generate_text
 
-    return generate_text(directory, prompt, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed or 0)
+    return generate_text(
+        directory, prompt, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed or 0, dtype=dtype, device=device
+    )
 
 
-@command
+@command()
 def report(
     directory: Converted,
     *,
@@ -233,7 +283,7 @@ def report(
     return report_checkpoint(directory, curve=curve, out=out)
 
 
-@command
+@command()
 def doctor() -> Any:
     """Show versions, processor, kernels (chosen or refused, and why), extras and caches."""
     from .doctor import doctor as examine
@@ -241,7 +291,7 @@ def doctor() -> Any:
     return examine()
 
 
-@command
+@command()
 def demo(
     *,
     out: Annotated[Path, typer.Option(help="New folder for everything that the demo makes.")] = Path("demo-out"),
@@ -255,7 +305,7 @@ def demo(
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Run one command line; returns the exit code and never raises for bad input."""
+    """Run one command line; returns the exit code and never raises: bad input exits with 2, a bug with 1, Ctrl-C with 130."""
     # Typer brought its own click in with 0.2x and depended on it before; in both, BadParameter < UsageError < ClickException.
     click_exception: Any = typer.BadParameter.__mro__[2]
     try:
@@ -263,12 +313,20 @@ def run(arguments: Sequence[str]) -> int:
         return app(args=list(arguments) or ["--help"], prog_name="moeify", standalone_mode=False) or 0
     except click_exception as error:
         return _fail(error.format_message(), BAD_INPUT)
-    except (_Interrupted, KeyboardInterrupt):
-        return _fail("interrupted; the same command again continues where it stopped.", INTERRUPTED)
-    except (MoeifyError, OSError) as error:
+    except _Interrupted as error:
+        return _fail(str(error), INTERRUPTED)
+    except KeyboardInterrupt:
+        return _fail("interrupted.", INTERRUPTED)
+    except (MoeifyError, OSError, FloatingPointError) as error:  # the last is training that diverged
         if "--debug" in arguments:
             traceback.print_exc()
         return _fail(str(error), BAD_INPUT)
+    except Exception as error:  # noqa: BLE001 - the outermost border: whatever comes here is a bug, said in a line and never hidden
+        if "--debug" in arguments:
+            traceback.print_exc()
+        hint = "" if "--debug" in arguments else "; run again with --debug for the traceback"
+        message = f"{type(error).__name__}: {error}".removesuffix(".")
+        return _fail(f"{message}{hint}.", BUG, kind="internal error")
 
 
 def main() -> None:
@@ -319,10 +377,11 @@ class _Bars:
 
 
 class _Lines:
-    """One line every ten seconds: a log stays readable. Work of under two seconds says nothing."""
+    """A line after two seconds, then one every ten: a log stays readable. Work of under two seconds says nothing."""
 
-    def __init__(self, stream: TextIO, *, every_s: float = 10.0, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, stream: TextIO, *, first_s: float = 2.0, every_s: float = 10.0, clock: Callable[[], float] = time.monotonic) -> None:
         self._stream = stream
+        self._first_s = first_s
         self._every_s = every_s
         self._clock = clock
 
@@ -330,18 +389,18 @@ class _Lines:
     def task(self, label: str, *, total: int) -> Iterator[Task]:
         """Lines of one task."""
         start = self._clock()
-        done, printed = 0, start
+        done, due = 0, start + self._first_s
 
         def advance(steps: int) -> None:
-            nonlocal done, printed
+            nonlocal done, due
             done += steps
             now = self._clock()
-            if now - printed >= self._every_s and 0 < done < total:
-                printed = now
+            if now >= due and 0 < done < total:
+                due = now + self._every_s
                 print(f"{label}: {done}/{total}, {(now - start) * (total - done) / done:.0f} s left", file=self._stream, flush=True)
 
         yield _Advance(advance)
-        if self._clock() - start >= 2:
+        if self._clock() - start >= self._first_s:
             print(f"{label}: done in {self._clock() - start:.0f} s", file=self._stream, flush=True)
 
 
@@ -376,8 +435,23 @@ def _runs_all(rule_type: type[Rule]) -> Any:
     return rule_type.at(min(value, float(2**31)))
 
 
-def _fail(message: str, code: int) -> int:
-    print("error: " + " ".join(message.split()), file=sys.stderr)
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether an allocation failed; torch has an exception of its own for accelerators only."""
+    known = ("can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED")  # CPU on Linux and Windows; cuBLAS
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(text in str(error) for text in known)
+
+
+def _out_of_memory(error: Exception, *, options: Mapping[str, Any]) -> str:
+    """One line with the size that was asked for, and those of the command's options that need less of it."""
+    size = re.search(r"tried to allocate ([\d.]+ [A-Za-z]+)", str(error), flags=re.IGNORECASE)
+    less = [f"a smaller --{name.replace('_', '-')}" for name in ("batch_size", "window", "max_tokens", "max_new_tokens") if name in options]
+    less += ["--dtype bfloat16"] * (options.get("dtype") == "float32")
+    way_out = f"try {' or '.join(less)}" if less else "free some, or use a machine with more"
+    return f"out of memory{f' (an allocation of {size[1]})' if size else ''}; {way_out}."
+
+
+def _fail(message: str, code: int, *, kind: str = "error") -> int:
+    print(f"{kind}: {' '.join(message.split())}", file=sys.stderr)
     return code
 
 

@@ -39,6 +39,8 @@ class ConvertConfig:
     """How neurons are grouped into experts; none means co-activation where activations are at hand, else k-means of the weights."""
     rule: RuleConfig = field(default_factory=lambda: Threshold(theta=0.0))
     """Selection rule before calibration; theta = 0 runs every expert."""
+    always_on: int = 0
+    """Experts of each FFN that run for every token: those with the largest peak output norm on the calibration tokens."""
     policy: dict[str, dict[str, Any] | None] = field(default_factory=dict)
     """Exceptions by site name, or by 're:' pattern on it: options to change there, or null to leave the FFN dense. An exact name wins, then
     the first matching pattern."""
@@ -48,6 +50,8 @@ class ConvertConfig:
     def __post_init__(self) -> None:
         if self.expert_size < 1:
             raise ConfigError(f"expert_size must be at least 1, got {self.expert_size}.")
+        if self.always_on < 0:
+            raise ConfigError(f"always_on must be at least 0, got {self.always_on}.")
         for key in self.policy:
             if key.startswith("re:"):
                 try:
@@ -130,10 +134,10 @@ def plan_conversion(model: nn.Module, sites: Sequence[FFNSite], config: ConvertC
         config: options and per-name policy.
 
     Returns:
-        The record and the effective options of each site that will be converted.
+        The record and the effective options of each site that will be converted. Which experts are always on is not known yet.
 
     Raises:
-        ConfigError: a policy entry matches no site, an option is unknown, an expert is larger than the FFN.
+        ConfigError: a policy entry matches no site, an option is unknown, an expert is larger than the FFN, more are always on than exist.
         UnsupportedModelError: nothing is left to convert, a site is converted already or its weights cannot be permuted, or they hold NaN
             or infinity.
     """
@@ -156,6 +160,8 @@ def plan_conversion(model: nn.Module, sites: Sequence[FFNSite], config: ConvertC
             if not tensor.is_meta and not torch.isfinite(tensor).all():
                 raise UnsupportedModelError(f"'{site.name}' has NaN or infinite weights; the checkpoint is damaged.")
         num_experts = -(-site.d_ff // options.expert_size)
+        if options.always_on > num_experts:
+            raise ConfigError(f"always_on {options.always_on} is more than the {num_experts} experts of '{site.name}'.")
         record = SiteRecord(site=site, num_experts=num_experts, router=options.router, rule=options.rule)
         plan.append((record, options))
     if not plan:
@@ -203,11 +209,11 @@ def convert(
         splits: ready-made splits by site name (co-activation needs a profile); the others are made from the weights.
 
     Returns:
-        The manifest, also written into ``model.config`` so that ``save_pretrained`` keeps it (`stamp` writes rules that were set since).
+        The manifest, also written into ``model.config`` so that ``save_pretrained`` keeps it; `set_rule` keeps it current.
 
     Raises:
-        ConfigError, UnsupportedModelError: see `plan_conversion`; or a split is missing (co-activation), of another size, or of no site.
-            Nothing has been changed then.
+        ConfigError, UnsupportedModelError: see `plan_conversion`; or a split is missing (co-activation), of another size, or of no site; or
+            ``always_on`` asks for activations. Nothing has been changed then.
     """
     plan = plan_conversion(model, sites, config)
     splits = splits or {}
@@ -215,6 +221,10 @@ def convert(
         raise ConfigError(f"splits name {min(unknown)!r}, which is not converted.")
     orders = {}
     for record, options in plan:
+        if options.always_on:
+            raise ConfigError(
+                f"'{record.site.name}': which experts are always on is read off activations; use convert_model, or leave always_on at 0."
+            )
         split = splits.get(record.site.name)
         if split is None:
             if isinstance(options.split, Coactivation):

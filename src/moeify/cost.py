@@ -169,7 +169,8 @@ def estimate_flops(
     if unknown := set(moe) - set(by_name):
         raise ValueError(f"moe names '{min(unknown)}', which is not among the sites.")
     register_formulas()
-    inputs = {name: value for name, value in example_inputs.items() if name != "labels"}
+    device = next((parameter.device for parameter in model.parameters()), None)
+    inputs = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in example_inputs.items() if name != "labels"}
     was_training = model.training
     model.eval()
     try:
@@ -177,42 +178,42 @@ def estimate_flops(
             model(**inputs)
     finally:
         model.train(was_training)
+    ffn, parts = _book(model, counter, by_name.values())
+    if silent := [name for name, flops in ffn.items() if flops == 0]:
+        raise ValueError(f"FFN '{silent[0]}' did not run in the forward that was watched; is the model in dense mode?")
 
-    owner = {path: site.name for site in by_name.values() for path in (*site.first, site.down)}
-    attention = _attention_roots(counter.attention, owner)
-    heads = _head_paths(model)
-    ffn = dict.fromkeys(by_name, 0)
-    proj = score = head = other = 0
+    rows = {name: ffn[name] / site_flops_per_token(site) for name, site in by_name.items()}
+    router = {name: rows[name] * cost.router_flops for name, cost in moe.items()}
+    ids, most_rows = inputs.get("input_ids"), int(max(rows.values(), default=1))
+    return CostBreakdown(
+        tokens=ids.numel() if isinstance(ids, Tensor) else most_rows,
+        context=ids.shape[-1] if isinstance(ids, Tensor) else max(1, most_rows // _batch_size(inputs)),
+        ffns={n: FFNCost(dense_flops=ffn[n], router_flops=router.get(n, 0.0), is_moe=n in moe) for n in by_name},
+        attention_proj_flops=parts["attention_proj"],
+        attention_score_flops=parts["attention_scores"],
+        head_flops=parts["head"],
+        other_flops=parts["other"],
+    )
+
+
+def _book(model: nn.Module, counter: "_Counter", sites: Iterable[FFNSite]) -> tuple[dict[str, int], dict[str, int]]:
+    """FLOPs of each FFN site by its name, and of everything else by part."""
+    owner = {path: site.name for site in sites for path in (*site.first, site.down)}
+    attention, heads = _attention_roots(counter.attention, owner), _head_paths(model)
+    ffn = dict.fromkeys(owner.values(), 0)
+    parts = dict.fromkeys(("attention_proj", "attention_scores", "head", "other"), 0)
     for (path, op), flops in counter.flops.items():
         if path in owner:
             ffn[owner[path]] += flops
         elif path in counter.attention and (op.startswith(_FUSED_ATTENTION) or op in _SCORE_PRODUCTS):
-            score += flops
+            parts["attention_scores"] += flops
         elif _inside(path, attention):
-            proj += flops
+            parts["attention_proj"] += flops
         elif _inside(path, heads):
-            head += flops
+            parts["head"] += flops
         else:
-            other += flops
-    if silent := [name for name, flops in ffn.items() if flops == 0]:
-        raise ValueError(f"FFN '{silent[0]}' did not run in the forward that was watched; is the model in dense mode?")
-
-    ffns = {}
-    for name, site in by_name.items():
-        rows = ffn[name] / site_flops_per_token(site)
-        cost = moe.get(name)
-        ffns[name] = FFNCost(dense_flops=ffn[name], router_flops=rows * cost.router_flops if cost else 0.0, is_moe=cost is not None)
-    ids = inputs.get("input_ids")
-    rows_seen = max((ffn[name] // site_flops_per_token(site) for name, site in by_name.items()), default=1)
-    return CostBreakdown(
-        tokens=ids.numel() if isinstance(ids, Tensor) else int(rows_seen),
-        context=ids.shape[-1] if isinstance(ids, Tensor) else max(1, int(rows_seen) // _batch_size(inputs)),
-        ffns=ffns,
-        attention_proj_flops=proj,
-        attention_score_flops=score,
-        head_flops=head,
-        other_flops=other,
-    )
+            parts["other"] += flops
+    return ffn, parts
 
 
 def site_flops_per_token(site: FFNSite) -> int:

@@ -167,6 +167,25 @@ def read_examples(config: DataConfig) -> Iterator[Example]:
     return examples()
 
 
+def read_images(config: DataConfig) -> Iterator[Any]:
+    """PIL images of a source without their labels, lazily: a folder of images, or a column of encoded bytes.
+
+    Raises:
+        DataError: as in `read_texts`; also a row that holds no image.
+    """
+    documents = _open(config, (config.column,), images=True)
+
+    def images() -> Iterator[Any]:
+        found = False
+        for name, (value,) in documents:
+            found = True
+            yield _as_image(value, config, name)
+        if not found:
+            raise DataError(f"'{config.data}' has no image{_of_split(config)}.")
+
+    return images()
+
+
 def text_windows(config: DataConfig, tokenizer: Tokenizer, *, progress: Progress = NO_PROGRESS) -> Tensor:
     """`token_windows` of `read_texts`, with the sizes of the config; the error of a too short source names it."""
     try:
@@ -246,6 +265,65 @@ def lm_batches(windows_WS: Tensor, *, batch_size: int, seed: int | None = None) 
     return [{"input_ids": batch_BS} for batch_BS in windows_WS.split(batch_size)]
 
 
+def text_pieces(texts: Iterable[str], tokenizer: Tokenizer, *, max_length: int) -> Iterator[str]:
+    """Each text in consecutive pieces of at most ``max_length`` tokens, special ones included, cut at white space where there is some.
+
+    Blank pieces are left out; nothing else is, whatever a token is worth: the length of a piece follows the one before it.
+
+    Args:
+        texts: documents of any length.
+        tokenizer: transformers tokenizer, or a callable text -> ids.
+        max_length: most tokens, at least 1 more than the tokenizer's special ones.
+
+    Raises:
+        DataError: a single character is more than ``max_length`` tokens.
+
+    Cost: one encoding to count each piece, more where the length of a token changes within the text.
+    """
+    num_chars = float(4 * max_length)  # English: four characters a token
+    for text in texts:
+        start = 0
+        while start < len(text):
+            stop = _word_end(text, start, start + max(1, int(num_chars)))
+            while (count := len(_encode_example(tokenizer, text[start:stop]))) > max_length:
+                if stop == start + 1:
+                    raise DataError(f"the character {text[start]!r} is more than {max_length} tokens with its special tokens.")
+                num_chars = max(1.0, 0.95 * (stop - start) * max_length / count)
+                stop = min(stop - 1, _word_end(text, start, start + int(num_chars)))
+            if text[start:stop].strip():
+                yield text[start:stop]
+                num_chars = 0.95 * (stop - start) * max_length / count
+            start = stop
+
+
+def special_ids(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """The special tokens that a tokenizer puts before and after a text; none for a plain callable."""
+    if not _is_transformers(tokenizer):
+        return [], []
+    whole, plain = (list(tokenizer("a", add_special_tokens=special)["input_ids"]) for special in (True, False))
+    start = next((i for i in range(len(whole)) if whole[i : i + len(plain)] == plain), 0)
+    return whole[:start], whole[start + len(plain) :]
+
+
+def seq2seq_batches(
+    windows_WS: Tensor, *, batch_size: int, start_id: int, specials: tuple[list[int], list[int]] = ([], [])
+) -> list[dict[str, Tensor]]:
+    """Windows for encoder-decoders: the encoder reads the first half of each, the decoder continues with the second.
+
+    Args:
+        windows_WS: windows of text.
+        batch_size: windows per batch; the last batch may be smaller.
+        start_id: token that the decoder starts with; each position then predicts the next token of ``decoder_input_ids``.
+        specials: tokens around the encoder's text, from `special_ids`.
+    """
+    num_windows, half = len(windows_WS), windows_WS.shape[1] // 2
+    before, after = (torch.tensor(ids, dtype=torch.int64).expand(num_windows, -1) for ids in specials)
+    encoder_WS = torch.cat([before, windows_WS[:, :half], after], dim=1)
+    decoder_WS = torch.cat([torch.full((num_windows, 1), start_id), windows_WS[:, half:]], dim=1)
+    pairs = zip(encoder_WS.split(batch_size), decoder_WS.split(batch_size), strict=True)
+    return [{"input_ids": encoder_BS, "decoder_input_ids": decoder_BS} for encoder_BS, decoder_BS in pairs]
+
+
 def padded_text_batches(
     texts: Iterable[str],
     tokenizer: Tokenizer,
@@ -272,7 +350,7 @@ def padded_text_batches(
     empty = True
     for group in _groups(pairs, batch_size):
         empty = False
-        rows = [_encode_example(tokenizer, text, max_length) for text, _ in group]
+        rows = [_encode_example(tokenizer, text, max_length=max_length) for text, _ in group]
         length = max([1, *map(len, rows)])
         ids_BS = torch.full((len(rows), length), pad_id, dtype=torch.int64)
         mask_BS = torch.zeros((len(rows), length), dtype=torch.int64)
@@ -339,13 +417,13 @@ def is_validation(name: str) -> bool:
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") < VALIDATION_SHARE * 2**64
 
 
-def _open(config: DataConfig, columns: tuple[str, ...]) -> Iterator[Document]:
-    """Documents of the split that the config asks for, with the values of ``columns``."""
+def _open(config: DataConfig, columns: tuple[str, ...], *, images: bool = False) -> Iterator[Document]:
+    """Documents of the split that the config asks for, with the values of ``columns``; a source of images needs labels or ``images``."""
     path = Path(config.data).expanduser()
     if config.data.startswith("builtin:"):
         documents, has_split = _builtin(config, columns), False
     elif path.exists():
-        documents, has_split = _files(config, path, columns)
+        documents, has_split = _files(config, path, columns, images=images)
     elif _looks_like_path(config.data):
         raise DataError(f"no such file or folder: '{config.data}'{_near_file(path)}")
     else:
@@ -389,7 +467,7 @@ def _source_text(path: Path) -> str:
         return file.read()
 
 
-def _files(config: DataConfig, path: Path, columns: tuple[str, ...]) -> tuple[Iterator[Document], bool]:
+def _files(config: DataConfig, path: Path, columns: tuple[str, ...], *, images: bool) -> tuple[Iterator[Document], bool]:
     """Documents of a file or folder, and whether its files are named by split."""
     kind, files = _list_files(config, path)
     own_splits = {name: split for name in files if (split := _split_of(name)) is not None}
@@ -407,9 +485,9 @@ def _files(config: DataConfig, path: Path, columns: tuple[str, ...]) -> tuple[It
     if kind == "jsonl":
         return _jsonl(files, columns), bool(own_splits)
     if kind == "image":
-        if columns == (config.column,):
+        if columns == (config.column,) and not images:
             raise DataError(f"'{config.data}' holds images, not text.")
-        return ((name, (file.read_bytes(), file.parent.name)) for name, file in files.items()), bool(own_splits)
+        return ((name, (file.read_bytes(), file.parent.name)[: len(columns)]) for name, file in files.items()), bool(own_splits)
     if columns != (config.column,):
         raise DataError(f"'{config.data}' is plain text and has no labels; use .jsonl or .parquet with a label column.")
     return _text_files(files, deal_pieces=path.is_file() and config.split != "all" and not own_splits), bool(own_splits)
@@ -653,10 +731,20 @@ def _encoder(tokenizer: Any) -> Callable[[list[str]], list[list[int]]]:
     return lambda texts: [list(tokenizer(text)) for text in texts]
 
 
-def _encode_example(tokenizer: Any, text: str, max_length: int) -> list[int]:
+def _encode_example(tokenizer: Any, text: str, *, max_length: int | None = None) -> list[int]:
+    """ids with special tokens, cut to ``max_length``."""
     if _is_transformers(tokenizer):
-        return list(tokenizer(text, truncation=True, max_length=max_length)["input_ids"])
+        # verbose=False: nothing is said of a text that is longer than the model's context
+        return list(tokenizer(text, truncation=max_length is not None, max_length=max_length, verbose=False)["input_ids"])
     return list(tokenizer(text))[:max_length]
+
+
+def _word_end(text: str, start: int, stop: int) -> int:
+    """``stop``, or the white space before it where there is some after ``start``; the end of the text where that comes first."""
+    if stop >= len(text):
+        return len(text)
+    space = max(text.rfind(c, start + 1, stop + 1) for c in " \n\t")
+    return space if space > 0 else stop
 
 
 def _interleave(texts: Iterable[str], separator: str) -> Iterator[str]:

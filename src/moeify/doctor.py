@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from . import kernels
+from .evaluate import measure_ms
 from .hf.checkpoint import library_versions
 from .sites import FFNWeights
 
@@ -20,12 +21,13 @@ _CPU_FLAGS = ("avx2", "fma", "f16c", "avx512f", "avx512_bf16", "avx512_vnni", "a
 
 
 def doctor() -> dict[str, Any]:
-    """Versions, processor, threads, kernels with the reason for each choice, extras and cache folders; JSON values only."""
+    """Versions, processor, threads, speed, kernels with the reason for each choice, extras and cache folders; JSON values only."""
     return {
         "versions": {"python": platform.python_version(), **library_versions()},
         "platform": platform.platform(),
         "cpu": _cpu(),
         "cuda": _cuda(),
+        "speed": _speed(),
         "kernels": _kernels(),
         "extras": {extra: _missing(packages) or "installed" for extra, packages in EXTRAS.items()},
         "caches": {"hub": _cache("HF_HUB_CACHE", "hub"), "datasets": _cache("HF_DATASETS_CACHE", "datasets")},
@@ -56,6 +58,18 @@ def _cuda() -> str:
         return "torch is built without CUDA"
     count = torch.cuda.device_count()
     return f"{count} device(s), CUDA {torch.version.cuda}" if count else f"no device (torch is built for CUDA {torch.version.cuda})"
+
+
+def _speed() -> dict[str, float]:
+    """What this processor reaches in fp32, medians of a few runs: the peaks that `moeify.roofline_s` takes."""
+    side, numbers = 512, 1 << 24  # 64 MiB do not fit a cache
+    a, b = torch.rand(side, side), torch.rand(side, side)
+    source, target = torch.zeros(numbers), torch.zeros(numbers)
+    times = measure_ms({"matmul": lambda: a @ b, "copy": lambda: target.copy_(source)}, rounds=5, warmup=2)
+    return {
+        "matmul_flops_per_s": 2 * side**3 / times["matmul"].median_ms * 1e3,
+        "copy_bytes_per_s": 2 * 4 * numbers / times["copy"].median_ms * 1e3,
+    }
 
 
 def _kernels() -> list[dict[str, Any]]:

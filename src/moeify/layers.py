@@ -12,24 +12,31 @@ that one instance:
 Everything between and around them (activation, product, dropout, reshapes, Bloom's residual, BERT's split in two modules) is the family's
 own code, so one mechanism serves every layout. Where weights must not be read directly (adapters, offload hooks; decision D7) the
 projections run as they are and the down projection's input is multiplied by the neuron mask: the same result, at dense cost.
+
+Others may put a module of theirs in a projection's place (PEFT, quantisers), which calls ours or does not. A pre-hook of the host looks
+before every forward, and such a module gets hooks that remember x and mask h from outside. A down projection that runs in moe mode while
+nobody has remembered x is an error: nothing ever runs dense in silence.
 """
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from types import MethodType
-from typing import Literal, NamedTuple, cast
+from typing import Literal, NamedTuple, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from . import _config
 from .errors import ConfigError, UnsupportedModelError
 from .kernels import build_plan, moe_ffn
+from .kernels.plan import neuron_mask
 from .routers import Router
 from .select import Rule
-from .sites import FFNSite, FFNWeights, expert_bounds, not_plain_reason, site_weights
+from .sites import FFNSite, FFNWeights, expert_bounds, in_decoder, not_plain_reason, site_weights, token_mask_of
 
 Mode = Literal["dense", "moe"]
 
@@ -42,11 +49,15 @@ class _Call(NamedTuple):
     use_kernel: bool
 
 
-class _Wrapper(NamedTuple):
-    """An adapter in the place of the down projection, and our hook on it."""
+class _Replacement(NamedTuple):
+    """A module that others have put in the place of a projection, and our hook on it."""
 
     module: nn.Module
     hook: RemovableHandle
+
+
+_FOLLOW = threading.Lock()
+"""Held while hooks are moved: two threads must not put two of them on one module."""
 
 
 class MoEFFN(nn.Module):
@@ -91,55 +102,41 @@ class MoEFFN(nn.Module):
         """Router scores, fp32."""
         return cast(Tensor, self.router(x_TD, self.weights() if getattr(self.router, "needs_weights", False) else None))
 
-    def select(self, x_TD: Tensor) -> Tensor:
-        """mask_TE: which experts run for which token; records it if a recorder listens."""
-        mask_TE = self.rule(self.scores(x_TD))
+    def select(self, x: Tensor) -> Tensor:
+        """mask_TE: which experts run for which token of ``x`` (..., D); records it if a recorder listens."""
+        mask_TE = self.rule(self.scores(x.reshape(-1, x.shape[-1])))
         if self.always_on:
             mask_TE = mask_TE.index_fill(1, torch.tensor(self.always_on, device=mask_TE.device), True)
         if self.recorder is not None:
-            self.recorder.add(self, mask_TE)
+            self.recorder.add(self, mask_TE, shape=x.shape[:-1])
         return mask_TE
-
-    def neuron_mask(self, mask_TE: Tensor) -> Tensor:
-        """mask_TF: the mask of each expert repeated over its neurons."""
-        sizes_E = torch.tensor(self.bounds, device=mask_TE.device).diff()
-        return mask_TE.repeat_interleave(sizes_E, dim=1, output_size=self.site.d_ff)
 
     # -- the model's modules --------------------------------------------------------------------------------------------------------
 
     def bind(self, host: nn.Module) -> None:
         """Redirect the projections of ``host``; called by `attach` only."""
-        self.__dict__["_host"] = host  # not registered: the host owns us, not we the host
-        cut = len(self.site.name) + 1 if self.site.name else 0
-        self._first_paths = tuple(path[cut:] for path in self.site.first)
-        self._down_path = self.site.down[cut:]
+        site, cut = self.site, len(self.site.name) + 1 if self.site.name else 0
+        gate = None if site.gate is None else site.gate[cut:]
         # The site as seen from the host, so that the weights are found without the model.
-        self._local = FFNSite(
-            name="",
-            up=self.site.up[cut:],
-            down=self._down_path,
-            gate=None if self.site.gate is None else self.site.gate[cut:],
-            fused=self.site.fused,
-            activation=self.site.activation,
-            d_model=self.site.d_model,
-            d_ff=self.site.d_ff,
-            d_out=self.site.d_out,
-        )
-        *firsts, down = self.__dict__["_leaves"] = tuple(host.get_submodule(path) for path in (*self._first_paths, self._down_path))
-        for leaf in firsts:
-            leaf.forward = partial(self._forward_first, leaf)
-        down.forward = partial(self._forward_down, down)
-        self.__dict__["_wrapper"] = None
+        self._local = replace(site, name="", up=site.up[cut:], down=site.down[cut:], gate=gate)
+        leaves = {path: host.get_submodule(path) for path in (*self._local.first, self._local.down)}
+        for path, leaf in leaves.items():
+            leaf.forward = partial(self._forward_down if path == self._local.down else self._forward_first, path, leaf)
+        self.__dict__["_host"] = host  # not registered: the host owns us, not we the host
+        self._leaves = leaves
+        self._replacements: dict[str, _Replacement] = {}
+        self._host_hook = host.register_forward_pre_hook(self._follow)
 
     def unbind(self) -> None:
         """Give the projections their own forward back; called by `detach` only."""
-        self._unhook_wrapper()
-        for leaf in self.__dict__["_leaves"]:
+        for hook in (self._host_hook, *(r.hook for r in self._replacements.values())):
+            hook.remove()
+        for leaf in self._leaves.values():
             if "_old_forward" in leaf.__dict__:  # accelerate has put its hook around ours, and keeps it
-                leaf._old_forward = MethodType(type(leaf).forward, leaf)
+                leaf.__dict__["_old_forward"] = MethodType(type(leaf).forward, leaf)
             else:
                 leaf.__dict__.pop("forward", None)
-        del self.__dict__["_host"], self.__dict__["_leaves"], self.__dict__["_wrapper"]
+        del self.__dict__["_host"], self._leaves, self._replacements, self._host_hook
 
     @property
     def host(self) -> nn.Module:
@@ -152,58 +149,105 @@ class MoEFFN(nn.Module):
 
     def masked_reason(self) -> str | None:
         """Why the kernels may not run now and the FFN is computed dense and masked; None if they may."""
-        leaves = [self.host.get_submodule(path) for path in (*self._first_paths, self._down_path)]
-        for path, leaf in zip((*self._first_paths, self._down_path), leaves, strict=True):
-            if reason := not_plain_reason(leaf):
+        dtypes = set()
+        for path, leaf in self._leaves.items():
+            module = _module_at(self.host, path)
+            if reason := not_plain_reason(module):
                 return f"'{path}' {reason}"
-        if len({leaf.weight.dtype for leaf in leaves}) > 1:
+            if module is not leaf:
+                return f"'{path}' was replaced by another {type(module).__name__}"
+            dtypes.add(leaf.weight.dtype)
+        if len(dtypes) > 1:
             return "projections differ in dtype"
         if self.host.training and _drops_activations(self.host):
             return "dropout inside the FFN while training"
         return None
 
+    def _replicate_for_data_parallel(self) -> NoReturn:
+        raise UnsupportedModelError(
+            f"'{self.site.name}' is a mixture of experts, which nn.DataParallel cannot copy to other devices; start one process per device "
+            "(torchrun, DistributedDataParallel), or let one device be visible."
+        )
+
     # -- forward --------------------------------------------------------------------------------------------------------------------
 
-    def _forward_first(self, leaf: nn.Module, x: Tensor) -> Tensor:
-        if self.mode == "dense":
+    def _forward_first(self, path: str, leaf: nn.Module, x: Tensor) -> Tensor:
+        if self.mode == "dense" or self._is_replaced(path):
             return cast(Tensor, type(leaf).forward(leaf, x))
-        call = self._calls.get(_thread())
-        # Of a GLU's two projections the second continues the call. The first never does: an error may have left a call behind.
-        if call is None or call.x is not x or call.first is leaf:
-            call = self._calls[_thread()] = _Call(x, leaf, self.masked_reason() is None)
+        call = self._begin(leaf, x)
         if call.use_kernel:
-            # Any tensor of width 1 (2 where it will be cut in two halves) does: the down projection never looks at what becomes of it.
-            # Of its own memory, so that an activation in place does not write into x.
-            return x.detach()[..., : 2 if self.site.fused else 1].clone()
-        self._follow_wrapped_down()
+            # Any tensor does, for the down projection never looks at what becomes of it: of width 1 (2 where it will be cut in two
+            # halves), but where the code between works with explicit sizes.
+            width = self.site.d_ff if self.site.explicit_width else 1
+            return x.detach().new_zeros((*x.shape[:-1], 2 * width if self.site.fused else width))
+        self._follow()
         return cast(Tensor, type(leaf).forward(leaf, x))
 
-    def _forward_down(self, leaf: nn.Module, h: Tensor) -> Tensor:
-        call = self._calls.pop(_thread(), None)
-        if self.mode == "dense" or call is None:  # None: a wrapper around this leaf has masked h already
+    def _forward_down(self, path: str, leaf: nn.Module, h: Tensor) -> Tensor:
+        if self.mode == "dense" or self._is_replaced(path):
             return cast(Tensor, type(leaf).forward(leaf, h))
+        call = self._end()
         if not call.use_kernel:
             return cast(Tensor, type(leaf).forward(leaf, self._masked(h, call.x)))
         x_TD = call.x.reshape(-1, call.x.shape[-1])
-        y_TD = moe_ffn(x_TD, self.weights(), build_plan(self.select(x_TD)), activation=self.site.activation, impl=self.impl)
+        y_TD = moe_ffn(x_TD, self.weights(), build_plan(self.select(call.x)), activation=self.site.activation, impl=self.impl)
         return y_TD.reshape(*h.shape[:-1], self.site.d_out)
 
+    def _begin(self, first: nn.Module, x: Tensor) -> _Call:
+        call = self._calls.get(_thread())
+        # Of a GLU's two projections the second continues the call. The first never does: an error may have left a call behind.
+        if call is None or call.x is not x or call.first is first:
+            call = self._calls[_thread()] = _Call(x, first, self.masked_reason() is None)
+        return call
+
+    def _end(self) -> _Call:
+        call = self._calls.pop(_thread(), None)
+        if call is None:
+            raise UnsupportedModelError(
+                f"'{self.site.down}' ran without '{self.site.first[0]}': something goes around the converted FFN, so that its input is not "
+                "known; run it dense (set_mode(model, 'dense'), to_dense(model))."
+            )
+        return call
+
     def _masked(self, h: Tensor, x: Tensor) -> Tensor:
-        mask_TF = self.neuron_mask(self.select(x.reshape(-1, x.shape[-1])))
+        mask_TF = neuron_mask(self.select(x), self.site.d_ff)
         return h.masked_fill(~mask_TF.reshape(h.shape), 0)  # not a product: an overflow in an unselected neuron stays unseen
 
-    def _follow_wrapped_down(self) -> None:
-        """If an adapter has replaced the down projection, mask the wrapper's input too, or its own branch would see every neuron."""
-        down, wrapper = self.host.get_submodule(self._down_path), self.__dict__["_wrapper"]
-        if wrapper is None or wrapper.module is not down:
-            self._unhook_wrapper()  # an adapter that was taken off, or changed for another
-            if down is not self.__dict__["_leaves"][-1]:
-                self.__dict__["_wrapper"] = _Wrapper(down, down.register_forward_pre_hook(partial(_mask_input, self)))
+    # -- modules that others put in a projection's place --------------------------------------------------------------------------------
 
-    def _unhook_wrapper(self) -> None:
-        if self.__dict__["_wrapper"] is not None:
-            self.__dict__["_wrapper"].hook.remove()
-            self.__dict__["_wrapper"] = None
+    def _follow(self, *_: object) -> None:
+        """Keep a hook on every module that stands in the place of one of our projections, and on no other."""
+        for path, leaf in self._leaves.items():
+            if self._hooked(path, leaf) is not _module_at(self.host, path):
+                with _FOLLOW:
+                    self._move_hook(path, leaf)
+
+    def _hooked(self, path: str, leaf: nn.Module) -> nn.Module:
+        """The module that we take for the one in this projection's place."""
+        replacement = self._replacements.get(path)
+        return leaf if replacement is None else replacement.module
+
+    def _move_hook(self, path: str, leaf: nn.Module) -> None:
+        module = _module_at(self.host, path)
+        if self._hooked(path, leaf) is module:  # another thread was faster
+            return
+        if (old := self._replacements.pop(path, None)) is not None:
+            old.hook.remove()
+        if module is not leaf:
+            watch = self._mask_input if path == self._local.down else self._remember_input
+            self._replacements[path] = _Replacement(module, module.register_forward_pre_hook(watch))
+
+    def _is_replaced(self, path: str) -> bool:
+        """Whether the module in this projection's place has our hook; the projection inside it then does what it always did."""
+        replacement = self._replacements.get(path)
+        return replacement is not None and replacement.module is _module_at(self.host, path)
+
+    def _remember_input(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        if self.mode == "moe":
+            self._begin(module, args[0])
+
+    def _mask_input(self, _module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        return None if self.mode == "dense" else (self._masked(args[0], self._end().x), *args[1:])
 
 
 class ActiveRecorder:
@@ -213,19 +257,20 @@ class ActiveRecorder:
     """
 
     def __init__(self) -> None:
-        self.token_mask: Tensor | None = None
+        self.token_masks: Mapping[str, Tensor | None] = {}
+        """Padding by layer name; set by `token_mask`."""
         self._active: dict[str, Tensor] = {}
         self._tokens: dict[str, Tensor] = {}
         self._neurons: dict[str, int] = {}
 
-    def add(self, layer: MoEFFN, mask_TE: Tensor) -> None:
-        """Count one forward of one layer; tokens outside ``token_mask`` are left out where it fits the number of tokens."""
+    def add(self, layer: MoEFFN, mask_TE: Tensor, *, shape: Sequence[int]) -> None:
+        """Count one forward of one layer over tokens of this shape, (B, S) or (T,); padding is left out where the layer's mask fits it."""
         name = layer.site.name
         sizes_E = torch.tensor(layer.bounds, device=mask_TE.device).diff()
         active_T = (mask_TE.detach() * sizes_E).sum(1)
-        keep = self.token_mask
-        if keep is not None and keep.numel() == active_T.numel():
-            keep_T = keep.reshape(-1).to(active_T.device, torch.bool)
+        keep_T = token_mask_of(self.token_masks.get(name), shape)
+        if keep_T is not None:
+            keep_T = keep_T.to(active_T.device)
             active, tokens = (active_T * keep_T).sum(), keep_T.sum()
         else:
             active, tokens = active_T.sum(), torch.tensor(active_T.numel(), device=active_T.device)
@@ -291,7 +336,7 @@ def set_mode(model: nn.Module, mode: Mode) -> None:
 
 
 def set_rule(model: nn.Module, rule: Rule | Mapping[str, Rule]) -> None:
-    """Set the selection rule of every MoE layer, or of the named ones.
+    """Set the selection rule of every MoE layer, or of the named ones; ``save_pretrained`` writes it.
 
     Raises:
         ConfigError: a name is not a MoE layer of the model.
@@ -302,6 +347,11 @@ def set_rule(model: nn.Module, rule: Rule | Mapping[str, Rule]) -> None:
         raise ConfigError(f"no MoE layer {min(unknown)!r} in this model; layers: {', '.join(layers)}.")
     for name, one in rules.items():
         layers[name].rule = one
+    # What `convert` wrote into the config; of a model from from_pretrained it is an object, which asks the model when it is saved.
+    stored = getattr(getattr(model, "config", None), "quantization_config", None)
+    for record in stored["sites"] if isinstance(stored, dict) else ():
+        if record["site"]["name"] in rules:
+            record["rule"] = _config.to_dict(rules[record["site"]["name"]])
 
 
 def set_impl(model: nn.Module, impl: str) -> None:
@@ -325,16 +375,24 @@ def record_active(model: nn.Module) -> Iterator[ActiveRecorder]:
 
 
 @contextmanager
-def token_mask(model: nn.Module, mask_BS: Tensor | None) -> Iterator[None]:
-    """Leave padding (False or 0 in ``mask_BS``) out of what `record_active` counts inside the ``with``."""
-    recorders = {id(r): r for layer in moe_layers(model).values() if (r := layer.recorder) is not None}.values()
+def token_mask(model: nn.Module, mask_BS: Tensor | None, *, decoder_mask_BS: Tensor | None = None) -> Iterator[None]:
+    """Leave padding out of what `record_active` counts inside the ``with``.
+
+    Args:
+        model: converted model.
+        mask_BS: ``attention_mask``; False or 0 at padding. A layer whose tokens are neither (B, S) nor flattened to (B * S,) counts all.
+        decoder_mask_BS: ``decoder_attention_mask`` of an encoder-decoder: its decoder's layers take this mask, and never the encoder's.
+    """
+    layers = [layer for layer in moe_layers(model).values() if layer.recorder is not None]
+    masks = {layer.site.name: decoder_mask_BS if in_decoder(model, layer.site) else mask_BS for layer in layers}
+    recorders = {id(r): r for layer in layers if (r := layer.recorder) is not None}.values()
     for recorder in recorders:
-        recorder.token_mask = mask_BS
+        recorder.token_masks = masks
     try:
         yield
     finally:
         for recorder in recorders:
-            recorder.token_mask = None
+            recorder.token_masks = {}
 
 
 def _thread() -> int:
@@ -342,15 +400,15 @@ def _thread() -> int:
     return 0 if torch.compiler.is_compiling() else threading.get_ident()
 
 
+def _module_at(host: nn.Module, path: str) -> nn.Module:
+    # get_submodule, which checks more, takes twice as long; every forward of every layer asks several times.
+    for name in path.split("."):
+        host = getattr(host, name)
+    return host
+
+
 def _drops_activations(host: nn.Module) -> bool:
     """Whether a dropout with p > 0 may sit between the projections; on the safe side: whatever in the host looks like one."""
     if any(isinstance(m, nn.Dropout) and m.p > 0 for m in host.modules()):
         return True
     return any("drop" in name and isinstance(value, float) and value > 0 for name, value in vars(host).items())
-
-
-def _mask_input(layer: MoEFFN, _module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-    call = layer._calls.pop(_thread(), None)
-    if layer.mode == "dense" or call is None:
-        return None
-    return (layer._masked(args[0], call.x), *args[1:])

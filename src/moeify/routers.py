@@ -28,7 +28,8 @@ class NormRouterConfig:
     width: int = 128
     """Hidden width W; the router costs W * (D + E) multiply-adds a token."""
     output: Literal["exp", "abs"] = "exp"
-    """Last step: exp(z / 2), fitted to squared norms by the Gamma deviance, or |z|, fitted to norms by the squared error as published."""
+    """Last step: "exp", exp(z / 2), fitted to squared norms by the Gamma deviance; or "abs", |z|, fitted to norms by the squared error, as
+    published (Szatkowski et al. 2024) and worse where norms differ by orders of magnitude."""
 
     def __post_init__(self) -> None:
         if self.width < 1:
@@ -111,18 +112,18 @@ class NormRouter(Router):
         self.out = nn.Linear(config.width, num_experts, dtype=torch.float32)
 
     def forward(self, x_TD: Tensor, weights: FFNWeights | None = None) -> Tensor:
-        z_TE = self.logits(x_TD)
+        z_TE = self.raw_scores(x_TD)
         # 40: exp(40) squared still fits fp32
         return z_TE.clamp(-40, 40).div(2).exp() if self.config.output == "exp" else z_TE.abs()
 
-    def logits(self, x_TD: Tensor) -> Tensor:
-        """z_TE, what the loss is made on."""
+    def raw_scores(self, x_TD: Tensor) -> Tensor:
+        """z_TE in fp32, any sign: scores before the last step. Of "exp" the log of the predicted squared norm; what the loss is made on."""
         with torch.autocast(x_TD.device.type, enabled=False):
             return cast(Tensor, self.out(F.relu(self.hidden(x_TD.float()))))
 
 
 class MLPRouter(Router):
-    """logits = W2 tanh(W1 x / |x|_2): W1 starts as the experts' centres, W2 as the identity.
+    """scores = sigmoid(z),   z = W2 tanh(W1 x / |x|_2): W1 starts as the experts' centres, W2 as the identity.
 
     Source: Zhang et al. 2022, arXiv:2110.01786 and its released code.
     """
@@ -134,10 +135,10 @@ class MLPRouter(Router):
 
     def forward(self, x_TD: Tensor, weights: FFNWeights | None = None) -> Tensor:
         # The sigmoid is monotone, so that top-k is the published one, and >= 0 for rules that compare with a maximum.
-        return torch.sigmoid(self.logits(x_TD))
+        return torch.sigmoid(self.raw_scores(x_TD))
 
-    def logits(self, x_TD: Tensor) -> Tensor:
-        """What the binary cross-entropy is made on."""
+    def raw_scores(self, x_TD: Tensor) -> Tensor:
+        """z_TE in fp32, any sign: scores before the sigmoid; what the binary cross-entropy is made on."""
         with torch.autocast(x_TD.device.type, enabled=False):
             return cast(Tensor, self.out(torch.tanh(self.hidden(F.normalize(x_TD.float(), dim=1)))))
 

@@ -14,17 +14,19 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import save_dense_tiny, tiny_inputs
-from transformers import AutoModelForCausalLM
+from tiny import byte_tokenizer, save_dense_tiny, tiny_inputs
+from transformers import AutoModelForCausalLM, T5Config, T5ForConditionalGeneration
 
-from moeify import cli, demo, pipeline
+from moeify import cli, demo
 from moeify._config import to_dict
 from moeify.convert import ConvertConfig, Manifest, to_dense
 from moeify.data import DataConfig
 from moeify.errors import CheckpointError, ConfigError, DataError
-from moeify.evaluate import Curve, CurvePoint
+from moeify.evaluate import Curve, CurvePoint, perplexity
+from moeify.hf.checkpoint import load_model
 from moeify.layers import moe_layers, record_active, set_mode
-from moeify.pipeline import TARGETS, CalibrationConfig, convert_checkpoint, sweep_checkpoint
+from moeify.pipeline import TARGETS, CalibrationConfig, convert_checkpoint, measure, profile_checkpoint, sweep_checkpoint
+from moeify.pipeline import convert as conversion
 from moeify.routers import NormRouterConfig
 from moeify.select import DynKMax, TopK
 from moeify.train.stages import RouterTrainConfig
@@ -85,11 +87,27 @@ def test_convert_writes_the_files_that_others_read(folder):
     for scores in calibration["router_scores"].values():
         assert set(scores) == {f"{kind}@{frac}" for kind in ("captured", "oracle") for frac in (0.1, 0.25, 0.5, 0.75)}
         assert all(0 <= scores[f"captured@{f}"] <= scores[f"oracle@{f}"] + 1e-6 <= 1 + 2e-6 for f in (0.1, 0.25, 0.5, 0.75))
-    assert calibration["tokens"] == TOKENS // WINDOW * WINDOW
+    assert calibration["tokens"] == (TOKENS // WINDOW - 2) * WINDOW  # two windows of 140 measure the result
     assert {"source", "data", "seed", "versions"} <= set(calibration)
 
     card = (moe / "README.md").read_text()
     assert f"{calibration['active_fraction']:.4g}" in card
+
+
+def test_convert_measures_what_it_made_on_windows_that_it_did_not_fit(folder):
+    calibration = json.loads((folder / "record.json").read_text())
+    measured = calibration["measured"]
+    model, tokenizer = load_model(folder / "moe")
+    ids = torch.tensor(tokenizer((folder / "text.txt").read_text()).input_ids[: TOKENS // WINDOW * WINDOW]).view(-1, WINDOW)
+    held_out = ids[[len(ids) // 2 - 1, len(ids) - 1]]
+    assert measured["quality"] == pytest.approx(perplexity(model, held_out), rel=1e-5)
+    set_mode(model, "dense")
+    assert measured["dense_quality"] == pytest.approx(perplexity(model, held_out), rel=1e-5)
+    assert measured["sequences"] * WINDOW + calibration["tokens"] == ids.numel()
+    assert measured["active_fraction"] == pytest.approx(0.4, abs=0.1)
+    card = (folder / "moe/README.md").read_text()
+    assert f"| held-out perplexity | {measured['quality']:.4g} (dense {measured['dense_quality']:.4g}" in card
+    assert "| MFLOPs per token, experts |" in card
 
 
 def test_convert_puts_the_calibrated_rules_in_the_model(folder):
@@ -158,6 +176,22 @@ def test_convert_by_policy_leaves_the_named_ffn_dense(folder, tmp_path):
     assert list(moe_layers(model)) == ["model.layers.1.mlp"]
 
 
+def test_convert_and_sweep_of_an_encoder_decoder_measure_how_it_continues_text(folder, tmp_path):
+    sizes = {"vocab_size": 257, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 1, "num_heads": 4}
+    torch.manual_seed(0)
+    T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0)).save_pretrained(tmp_path / "dense")
+    byte_tokenizer().save_pretrained(tmp_path / "dense")
+    data = DataConfig(data=str(folder / "text.txt"), window=WINDOW, max_tokens=2_000)
+    calibration = replace(CALIBRATION, max_tokens=2_000)
+    record = convert_checkpoint(str(tmp_path / "dense"), tmp_path / "moe", data=data, config=CONFIG, calibration=calibration)
+    assert set(record["router_scores"]) == {"encoder.block.0.layer.1.DenseReluDense", "decoder.block.0.layer.2.DenseReluDense"}
+    assert record["measured"]["metric"] == "perplexity"
+    assert 1 < record["measured"]["dense_quality"] < 1e4
+    curve = sweep_checkpoint(tmp_path / "moe", data=data, values=[0.0], batch_size=4)
+    assert curve.metric == "perplexity"
+    assert curve.points[0].quality_ratio == pytest.approx(1, abs=1e-4)
+
+
 # -- sweep -----------------------------------------------------------------------------------------------------------------------------
 
 
@@ -217,12 +251,12 @@ def test_sweep_killed_and_run_again_measures_only_what_is_missing(folder, tmp_pa
     whole = sweep(folder, rule="dynk_max", values=values)
     sweep(folder, rule="dynk_max", values=values[:2], out=out)
     measured = []
-    real = pipeline.sweep
+    real = measure.sweep
 
     def spy(*args, on_point, **kwargs):
         return real(*args, on_point=lambda point: (measured.append(point.value), on_point(point)), **kwargs)
 
-    monkeypatch.setattr(pipeline, "sweep", spy)
+    monkeypatch.setattr(measure, "sweep", spy)
     assert sweep(folder, rule="dynk_max", values=values, out=out).points == whole.points
     assert measured == [0.6]
     assert all(isinstance(point, CurvePoint) for point in whole.points)
@@ -231,7 +265,7 @@ def test_sweep_killed_and_run_again_measures_only_what_is_missing(folder, tmp_pa
 def test_sweep_killed_twice_keeps_all_points_and_those_of_other_values(folder, tmp_path, monkeypatch):
     out, values = tmp_path / "curve.json", [0.0, 0.2, 0.4, 0.6, 0.8]
     sweep(folder, rule="topk", values=[2], out=out)
-    real = pipeline.sweep
+    real = measure.sweep
 
     def killed_after_two(*args, on_point, **kwargs):
         seen = []
@@ -246,7 +280,7 @@ def test_sweep_killed_twice_keeps_all_points_and_those_of_other_values(folder, t
 
     for finished in (2, 4):
         with monkeypatch.context() as patch:
-            patch.setattr(pipeline, "sweep", killed_after_two)
+            patch.setattr(measure, "sweep", killed_after_two)
             with pytest.raises(KeyboardInterrupt):
                 sweep(folder, rule="dynk_max", values=values, out=out)
         assert [(p.rule, p.value) for p in Curve.read(out).points] == [("topk", 2), *(("dynk_max", v) for v in values[:finished])]
@@ -265,7 +299,7 @@ def test_sweep_checks_what_it_can_before_loading_the_model(folder, tmp_path, mon
     def fail(*_, **__):
         raise AssertionError("the model was loaded")
 
-    monkeypatch.setattr(pipeline, "load_model", fail)
+    monkeypatch.setattr(measure, "load_model", fail)
     (tmp_path / "curve.json").write_text("[]")
     with pytest.raises(ConfigError, match="tau"):
         sweep(folder, values=[7.0])
@@ -289,7 +323,7 @@ def test_sweep_with_a_window_above_the_models_positions_names_both(folder):
 
 def test_profile_of_a_converted_checkpoint_equals_that_of_the_dense_one(folder):
     data = DataConfig(data=str(folder / "text.txt"), window=WINDOW, max_tokens=2 * WINDOW)
-    dense, converted = (pipeline.profile_checkpoint(str(folder / name), data=data) for name in ("dense", "moe"))
+    dense, converted = (profile_checkpoint(str(folder / name), data=data) for name in ("dense", "moe"))
     for name, profile in dense.items():
         found, expected = (p.firing_rate_F.sort().values for p in (converted[name], profile))  # conversion re-orders neurons
         torch.testing.assert_close(found, expected, rtol=0, atol=0.01)
@@ -321,19 +355,26 @@ def test_a_fresh_process_loads_the_checkpoint_and_computes_the_same(folder):
 # What a process does before the command: it lets a step of the conversion run so many times, and dies of SIGKILL right before or after.
 MOMENTS = {
     "run.json not yet written": "before(pathlib.Path, 'replace', 1)",
-    "work folder made": "before(pipeline, 'capture_ffn_inputs', 1)",
+    "work folder made": "before(convert, 'capture_ffn_inputs', 1)",
     "second batch captured": "after(capture, '_write_state', 2)",
     "rows written, state not": "before(capture, '_write_state', 2)",
-    "first site fitted": "after(pipeline, '_write_fitted', 1)",
-    "file of the second site not yet written": "before(pipeline, 'save_file', 2)",
+    "first site fitted": "after(convert, 'write_fitted', 1)",
+    "file of the second site not yet written": "before(work, 'save_file', 2)",
     "checkpoint half-saved": "after(checkpoint, '_save', 1)",
+}
+# The same, with the checkpoint complete.
+LATE = {
+    "state not yet deleted": "before(convert, 'remove_work', 1)",
+    "half of the state deleted": "before(pathlib.Path, 'unlink', 2)",
+    "all of the state deleted but its folder": "before(os, 'rmdir', 2)",
 }
 # Forks a process for each moment, so that the libraries are imported once.
 KILL = """
 import json, os, pathlib, signal, sys
 import torch
 from transformers import LlamaForCausalLM
-from moeify import cli, pipeline
+from moeify import cli
+from moeify.pipeline import convert, work
 from moeify.hf import checkpoint
 from moeify.train import capture
 
@@ -375,18 +416,21 @@ def command(folder, out):
 def killed(folder):
     """What was there before, and one killed conversion for each moment."""
     source = hashes(folder / "dense")
-    outs = {moment: folder / f"killed{i}" / "moe" for i, moment in enumerate(MOMENTS)}
-    runs = {moment: (MOMENTS[moment], command(folder, out)) for moment, out in outs.items()}
+    moments = MOMENTS | LATE
+    outs = {moment: folder / f"killed{i}" / "moe" for i, moment in enumerate(moments)}
+    runs = {moment: (moments[moment], command(folder, out)) for moment, out in outs.items()}
     ended = json.loads(run_python(KILL, json.dumps(runs), torch.get_num_threads()).stdout)
-    assert ended == dict.fromkeys(MOMENTS, -signal.SIGKILL)
-    assert not [out for out in outs.values() if out.exists()]
+    assert ended == dict.fromkeys(moments, -signal.SIGKILL)
+    assert [moment for moment, out in outs.items() if out.exists()] == list(LATE)
+    assert all(out.with_name("moe.work").exists() for out in outs.values() if out.parent.exists() and any(out.parent.iterdir()))
+    shutil.copytree(outs["state not yet deleted"].parent, folder / "late")
     assert hashes(folder / "dense") == source
     assert cli.run(command(folder, folder / "uninterrupted")) == 0
     return source, outs
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no SIGKILL")
-@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize("moment", [*MOMENTS, *LATE])
 def test_convert_killed_and_run_again_gives_the_same_bits(folder, killed, moment):
     source, outs = killed
     out, whole = outs[moment], folder / "uninterrupted"
@@ -402,8 +446,18 @@ def test_convert_killed_and_run_again_gives_the_same_bits(folder, killed, moment
     assert [path.name for path in out.parent.iterdir()] == ["moe"]
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no SIGKILL")
+def test_convert_killed_when_complete_does_not_count_for_other_options(folder, killed, capsys):
+    out = folder / "late" / "moe"
+    before = hashes(out)
+    for words in ([*command(folder, out)[:-1], "1"], [*command(folder, out), "--target-active", "0.5"]):
+        assert cli.run(words) == 2
+        assert "exists and is not empty; --overwrite replaces it" in capsys.readouterr().err
+        assert hashes(out) == before
+
+
 def test_convert_run_again_reuses_what_the_interrupted_run_had_done(folder, tmp_path, monkeypatch):
-    fitted, real = [], pipeline.fit_site
+    fitted, real = [], conversion.fit_site
 
     def interrupted_at_the_second(*args):
         fitted.append(args[2].site.name)
@@ -411,7 +465,7 @@ def test_convert_run_again_reuses_what_the_interrupted_run_had_done(folder, tmp_
             raise KeyboardInterrupt
         return real(*args)
 
-    monkeypatch.setattr(pipeline, "fit_site", interrupted_at_the_second)
+    monkeypatch.setattr(conversion, "fit_site", interrupted_at_the_second)
     with pytest.raises(KeyboardInterrupt):
         convert_to(tmp_path / "moe", folder)
     convert_to(tmp_path / "moe", folder)
@@ -431,7 +485,7 @@ def test_convert_after_an_interrupted_one_with_other_weights_or_options_starts_a
             raise KeyboardInterrupt
 
         with monkeypatch.context() as patch:
-            patch.setattr(pipeline, "save_checkpoint", stop)
+            patch.setattr(conversion, "save_checkpoint", stop)
             with pytest.raises(KeyboardInterrupt):
                 convert_to(tmp_path / "moe", folder, source=source, calibration=calibration)
 

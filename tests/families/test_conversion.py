@@ -2,6 +2,7 @@
 
 import copy
 import functools
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -104,6 +105,15 @@ def mask_by_hand(model, layer):
     model.get_submodule(site.down).register_forward_pre_hook(mask_hidden)
 
 
+def replace_by_a_stranger(model, path):
+    """Put another module with the same weights in the place of a projection, as other libraries do; it knows nothing of the executor."""
+    parent, _, name = path.rpartition(".")
+    stranger = copy.copy(model.get_submodule(path))
+    del stranger.__dict__["forward"]
+    stranger.__dict__["_forward_pre_hooks"] = OrderedDict()
+    setattr(model.get_submodule(parent), name, stranger)
+
+
 @pytest.mark.parametrize("family_id", SUPPORTED)
 def test_convert_with_all_experts_on_equals_the_dense_model(family_id):
     model, inputs = build_or_skip(family_id)
@@ -148,6 +158,12 @@ def test_convert_with_a_sparse_rule_equals_masking_by_hand(family_id):
     for impl in (*IMPLS, "auto"):
         set_impl(model, impl)
         assert_same(outputs(model, inputs), masked, within)
+
+    for layer in layers.values():
+        for path in (*layer.site.first, layer.site.down):
+            replace_by_a_stranger(model, path)
+    assert all("was replaced by another" in layer.masked_reason() for layer in layers.values())
+    assert_same(outputs(model, inputs), masked, within)
 
 
 @pytest.mark.parametrize("family_id", SUPPORTED)

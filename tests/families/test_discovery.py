@@ -38,6 +38,7 @@ def test_discover_on_a_supported_family_finds_every_ffn_and_its_formula(family_i
         assert len(biases) == ((3 if site.is_gated else 2) if family.bias else 0)
         assert weights.up_FD.shape == weights.down_FD.shape == (site.d_ff, site.d_model)
         assert site.d_out == site.d_model
+        assert not site.explicit_width  # stand-ins of width 1 do in every family of the table
         assert all(path.startswith(f"{site.name}.") for path in (*site.first, site.down))
     assert len({site.name for site in found.sites}) == family.sites
     if family.refused is None:

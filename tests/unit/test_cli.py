@@ -11,11 +11,13 @@ from dataclasses import dataclass
 
 import pytest
 import tiny
+import torch
 import transformers
 from typer.testing import CliRunner
 
 from moeify import cli
 from moeify._config import field_docs
+from moeify._progress import NO_PROGRESS
 from moeify.data import DataConfig
 from moeify.errors import CheckpointError
 from moeify.layers import moe_layers
@@ -26,6 +28,7 @@ COMMANDS = ("profile", "convert", "sweep", "generate", "report", "doctor", "demo
 
 @pytest.fixture(autouse=True)
 def _quiet(monkeypatch):
+    monkeypatch.setattr(cli, "make_progress", lambda: NO_PROGRESS)  # which a slow machine would print
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -148,6 +151,43 @@ def test_convert_prints_nothing_on_stderr_and_writes_the_checkpoint(converted):
     assert sorted(p.name for p in converted.parent.iterdir()) == ["dense", "moe"], "no state of the conversion stays"
 
 
+def test_convert_with_options_of_router_and_experts_writes_them_to_the_manifest(dense, tmp_path, capsys):
+    options = ["--router-width", "4", "--router-output", "abs", "--router-epochs", "1", "--always-on", "2", "--dtype", "bfloat16"]
+    code, _, err = run(capsys, "convert", dense, "--out", tmp_path / "moe", *options, *SMALL)
+    assert (code, err) == (0, "")
+    record = json.loads((tmp_path / "moe" / "moeify.json").read_text())
+    sites = record["sites"]
+    # a third of the experts is always on, and counts: two thirds would run if calibration did not know
+    assert record["calibration"]["measured"]["active_fraction"] == pytest.approx(0.5, abs=0.1)
+    assert [site["router"]["output"] for site in sites] == ["abs", "abs"]
+    assert [len(site["always_on"]) for site in sites] == [2, 2]
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "moe")
+    assert model.model.layers[0].mlp.up_proj.weight.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [
+        (["convert", "m", "--data", "d", "--out", "o"], "convert_checkpoint"),
+        (["sweep", "m", "--data", "d"], "sweep_checkpoint"),
+        (["profile", "m", "--data", "d"], "profile_checkpoint"),
+        (["generate", "m", "text"], "generate_text"),
+    ],
+)
+def test_dtype_and_device_reach_the_pipeline(monkeypatch, arguments, name):
+    got = {}
+
+    def take(*_, dtype, device, **__):
+        got.update(dtype=dtype, device=device)
+        return {}
+
+    monkeypatch.setattr(f"moeify.pipeline.{name}", take)
+    assert cli.run([*arguments, "--json"]) == 0
+    assert got == {"dtype": "float32", "device": "cpu"}
+    assert cli.run([*arguments, "--dtype", "float16", "--device", "cuda:1"]) == 0
+    assert got == {"dtype": "float16", "device": "cuda:1"}
+
+
 def test_convert_with_policy_leaves_the_named_ffn_dense(dense, tmp_path, capsys):
     policy = '{"re:.*layers.0.mlp": null, "model.layers.1.mlp": {"expert_size": 12}}'
     code, _, err = run(
@@ -254,6 +294,9 @@ def test_doctor_names_every_kernel_and_its_reason(capsys):
         pytest.param(["sweep"], "Missing", id="missing argument"),
         pytest.param(["convert", "x", "--out", "y"], "Missing option '--data'", id="missing option"),
         pytest.param(["sweep", "x", "--data", "y", "--max-tokens", "many"], "'--max-tokens'", id="no number"),
+        pytest.param(["sweep", "x", "--data", "y", "--batch-size", "0"], "Invalid value for '--batch-size'", id="no batch"),
+        pytest.param(["generate", "x", "y", "--max-new-tokens", "0"], "Invalid value for '--max-new-tokens'", id="no token"),
+        pytest.param(["generate", "x", "y", "--seed", "-1"], "Invalid value for '--seed'", id="seed below 0"),
     ],
 )
 def test_usage_errors_are_one_line_with_exit_code_2(arguments, message, capsys):
@@ -286,18 +329,83 @@ def test_debug_shows_the_traceback_before_the_line(failing, capsys):
     assert err.endswith("error: what, where, the way out.\n")
 
 
-def test_interrupt_exits_with_130_and_says_that_it_resumes(failing, capsys):
-    failing(KeyboardInterrupt())
-    code, _, err = run(capsys, "doctor")
-    assert code == 130
-    assert "continues" in err
+@pytest.mark.parametrize(
+    ("arguments", "resumes"),
+    [
+        pytest.param(["convert", "m", "--data", "d", "--out", "o"], True, id="convert"),
+        pytest.param(["sweep", "m", "--data", "d", "--out", "o"], True, id="sweep with a file"),
+        pytest.param(["sweep", "m", "--data", "d"], False, id="sweep without a file"),
+        pytest.param(["profile", "m", "--data", "d"], False, id="profile"),
+        pytest.param(["generate", "m", "text"], False, id="generate"),
+    ],
+)
+def test_interrupt_exits_with_130_and_says_whether_it_resumes(monkeypatch, capsys, arguments, resumes):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    for name in ("convert_checkpoint", "sweep_checkpoint", "profile_checkpoint", "generate_text"):
+        monkeypatch.setattr(f"moeify.pipeline.{name}", interrupt)
+    line = "error: interrupted; the same command again continues where it stopped.\n" if resumes else "error: interrupted.\n"
+    assert run(capsys, *arguments) == (130, "", line)
+
+
+def test_a_bug_is_one_line_with_exit_code_1_and_its_traceback_with_debug(failing, capsys):
+    failing(ZeroDivisionError("ours."))
+    line = "internal error: ZeroDivisionError: ours"
+    assert run(capsys, "doctor") == (1, "", f"{line}; run again with --debug for the traceback.\n")
+    code, _, err = run(capsys, "doctor", "--debug")
+    assert code == 1
+    assert "Traceback" in err
+    assert err.endswith(f"\n{line}.\n")
+
+
+def test_training_that_diverged_is_bad_input(failing, capsys):
+    failing(FloatingPointError("the loss is nan at step 3; lower the learning rate (9)."))
+    assert run(capsys, "doctor") == (2, "", "error: the loss is nan at step 3; lower the learning rate (9).\n")
+
+
+@pytest.mark.parametrize(
+    ("error", "size"),
+    [
+        pytest.param(
+            RuntimeError(
+                "[enforce fail at alloc_cpu.cpp:118] DefaultCPUAllocator: can't allocate memory: you tried to allocate 12000 bytes."
+            ),
+            " (an allocation of 12000 bytes)",
+            id="torch on Linux",
+        ),
+        pytest.param(
+            RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 7 bytes."),
+            " (an allocation of 7 bytes)",
+            id="Windows",
+        ),
+        pytest.param(
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 139.72 GiB"),
+            " (an allocation of 2.50 GiB)",
+            id="CUDA",
+        ),
+        pytest.param(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), "", id="cuBLAS"),
+        pytest.param(MemoryError(), "", id="Python"),
+    ],
+)
+def test_out_of_memory_is_one_line_that_names_the_options_that_help(monkeypatch, capsys, error, size):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr("moeify.pipeline.sweep_checkpoint", fail)
+    code, out, err = run(capsys, "sweep", "m", "--data", "d")
+    assert (code, out) == (2, "")
+    assert err.startswith(f"error: out of memory{size}; try a smaller --batch-size or a smaller --window or a smaller --max-tokens")
     assert err.count("\n") == 1
+    monkeypatch.setattr("moeify.doctor.doctor", fail)
+    assert run(capsys, "doctor") == (2, "", f"error: out of memory{size}; free some, or use a machine with more.\n")
 
 
-def test_a_bug_keeps_its_traceback(failing):
-    failing(ZeroDivisionError("ours"))
-    with pytest.raises(ZeroDivisionError):
-        cli.run(["doctor"])
+def test_another_runtime_error_is_not_taken_for_missing_memory(failing, capsys):
+    failing(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    code, _, err = run(capsys, "doctor")
+    assert code == 1
+    assert "out of memory" not in err
 
 
 def test_an_error_of_several_lines_is_printed_on_one(failing, capsys):
@@ -316,17 +424,18 @@ class Clock:
         return self.now
 
 
-def test_lines_are_sparse_and_have_the_time_left():
+def test_lines_start_after_two_seconds_are_sparse_and_have_the_time_left():
     stream, clock = io.StringIO(), Clock()
     with cli._Lines(stream, every_s=10, clock=clock).task("fit", total=100) as task:
         for _ in range(100):
             clock.now += 0.5
             task.advance(1)
     assert stream.getvalue().splitlines() == [
-        "fit: 20/100, 40 s left",
-        "fit: 40/100, 30 s left",
-        "fit: 60/100, 20 s left",
-        "fit: 80/100, 10 s left",
+        "fit: 4/100, 48 s left",
+        "fit: 24/100, 38 s left",
+        "fit: 44/100, 28 s left",
+        "fit: 64/100, 18 s left",
+        "fit: 84/100, 8 s left",
         "fit: done in 50 s",
     ]
 
@@ -364,7 +473,8 @@ def test_main_in_a_process_prints_only_the_result(converted):
 
 def test_ctrl_c_in_a_process_exits_with_130_and_leaves_no_output(dense, tmp_path):
     arguments = ["convert", dense, "--out", tmp_path / "moe", "--router-width", "4", "--router-epochs", "2000", *SMALL]
-    first = process(*arguments)
+    # A test run in the background of a shell ignores Ctrl-C, and so would what it starts.
+    first = process(*arguments, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     deadline = time.monotonic() + 90
     while not (tmp_path / "moe.work").exists() and first.poll() is None and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -374,6 +484,18 @@ def test_ctrl_c_in_a_process_exits_with_130_and_leaves_no_output(dense, tmp_path
     assert err.strip().splitlines()[-1].startswith("error: interrupted; the same command again continues")
     assert "Traceback" not in err
     assert not (tmp_path / "moe").exists()
+
+
+def test_a_bug_in_a_process_is_one_line_with_exit_code_1():
+    code = (
+        "import moeify.doctor, moeify.cli\n"
+        "moeify.doctor.doctor = lambda: {}['versions']\n"
+        "moeify.cli.sys.argv = ['moeify', 'doctor']\n"
+        "moeify.cli.main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "internal error: KeyError: 'versions'; run again with --debug for the traceback.\n"
 
 
 def test_a_reader_that_closes_its_pipe_causes_no_message():

@@ -104,6 +104,49 @@ def test_policy_that_is_no_regular_expression_is_refused_at_once():
         ConvertConfig(policy={"re:mlp(": None})
 
 
+def test_convert_of_an_ffn_whose_code_slices_runs_it_sparse_and_keeps_its_function():
+    class Sliced(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.down = nn.Linear(6, 32), nn.Linear(16, 6)
+
+        def forward(self, x):
+            gate, up = self.first(x).split([16, 16], -1)
+            return x + self.down(nn.functional.silu(gate) * up)
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.mlp = Sliced()
+
+        def forward(self, x):
+            return self.mlp(x)
+
+    torch.manual_seed(0)
+    net, x = Net(), torch.randn(2, 5, 6)
+    dense = net(x)
+    manifest = convert(net, config(expert_size=4), sites=find_ffn_sites(net, {"x": x}))
+    torch.testing.assert_close(net(x), dense)
+    assert moe_layers(net)["mlp"].masked_reason() is None
+    again = Net()
+    rebuild(again, Manifest.from_dict(json.loads(json.dumps(manifest.to_dict()))))
+    again.load_state_dict(net.state_dict())
+    torch.testing.assert_close(again(x), dense)
+
+
+def test_set_rule_after_convert_is_what_save_pretrained_writes(model, sites, tmp_path):
+    convert(model, config(), sites=sites)
+    set_rule(model, {SECOND: TopK(k=2)})
+    assert model.config.quantization_config == {"quant_method": "moeify", **manifest_of(model).to_dict()}
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
+    assert [layer.rule for layer in moe_layers(loaded).values()] == [DynKMax(tau=0.0), TopK(k=2)]
+    set_rule(loaded, {FIRST: TopK(k=3)})
+    loaded.save_pretrained(tmp_path / "again")
+    again = type(model).from_pretrained(tmp_path / "again")
+    assert [layer.rule for layer in moe_layers(again).values()] == [TopK(k=3), TopK(k=2)]
+
+
 # -- refused before anything is touched ------------------------------------------------------------------------------------------------
 
 
@@ -112,6 +155,36 @@ def test_convert_with_experts_larger_than_the_ffn_touches_nothing(model, sites):
     with pytest.raises(ConfigError, match=f"expert_size 49 is larger than the 48 neurons of '{FIRST}'; choose at most 48"):
         convert(model, config(expert_size=49), sites=sites)
     assert_untouched(model, before)
+
+
+@pytest.mark.parametrize("where", ["config", "policy"])
+def test_convert_with_always_on_and_no_activations_touches_nothing(model, sites, where):
+    before = snapshot(model)
+    options = {"always_on": 1} if where == "config" else {"policy": {SECOND: {"always_on": 1}}}
+    with pytest.raises(ConfigError, match=f"'{FIRST if where == 'config' else SECOND}': which experts are always on .* use convert_model"):
+        convert(model, config(**options), sites=sites)
+    assert_untouched(model, before)
+
+
+def test_plan_with_more_experts_always_on_than_there_are_is_refused(model, sites):
+    assert len(plan_conversion(model, sites, config(always_on=7))) == 2
+    with pytest.raises(ConfigError, match=f"always_on 8 is more than the 7 experts of '{FIRST}'"):
+        plan_conversion(model, sites, config(always_on=8))
+    with pytest.raises(ConfigError, match="always_on must be at least 0, got -1"):
+        config(always_on=-1)
+
+
+def test_experts_that_are_always_on_survive_the_manifest_and_run(model, sites):
+    for (record, _), always_on in zip(plan_conversion(model, sites, config(always_on=2, rule=TopK(k=1))), ((0, 5), (3, 6)), strict=True):
+        apply_site(model, replace(record, always_on=always_on), order_F=None)
+    manifest = Manifest.from_dict(json.loads(json.dumps(manifest_of(model).to_dict())))
+    assert [record.always_on for record in manifest.sites] == [(0, 5), (3, 6)]
+    again = tiny_llama()
+    rebuild(again, manifest)
+    for layer in moe_layers(again).values():
+        mask_TE = layer.select(torch.randn(9, 32))
+        assert mask_TE[:, list(layer.always_on)].all()
+        assert mask_TE.sum() < 9 * 4
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

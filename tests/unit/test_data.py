@@ -19,7 +19,11 @@ from moeify.data import (
     lm_batches,
     padded_text_batches,
     read_examples,
+    read_images,
     read_texts,
+    seq2seq_batches,
+    special_ids,
+    text_pieces,
     text_windows,
     token_windows,
 )
@@ -485,3 +489,73 @@ def test_image_batches_with_broken_image_or_unknown_label_names_it(tmp_path):
         list(image_batches(examples, lambda image: torch.zeros(1), batch_size=1))
     with pytest.raises(DataError, match="'cat' is unknown"):
         list(image_batches(examples, lambda image: torch.zeros(1), batch_size=1, class_ids={"dog": 0}))
+
+
+def test_read_images_takes_folders_and_columns_without_labels(tmp_path):
+    raw = _png(tmp_path / "photos" / "1.png", 10).read_bytes()
+    assert [image.getpixel((0, 0)) for image in read_images(DataConfig(data=str(tmp_path / "photos")))] == [10]
+    table = _parquet(tmp_path / "a.parquet", image=[raw])
+    assert [image.getpixel((0, 0)) for image in read_images(DataConfig(data=str(table), column="image"))] == [10]
+    text = _jsonl(tmp_path / "a.jsonl", [{"text": "no image"}])
+    with pytest.raises(DataError, match="holds str, neither text nor image bytes"):
+        list(read_images(DataConfig(data=str(text))))
+
+
+# -- pieces of text, and text in two halves
+
+
+def _four_bytes_a_letter(text):
+    return [byte for letter in text for byte in letter.encode("utf-32-le")]
+
+
+@pytest.mark.parametrize(
+    ("encode", "text"),
+    [
+        pytest.param(ByteTokenizer(), "some words of text " * 30, id="bytes: a quarter of the first guess"),
+        pytest.param(ByteTokenizer(), "plain " * 20 + "ünïcödé 你好 " * 20, id="letters of one and of three bytes"),
+        pytest.param(_four_bytes_a_letter, "x" * 100, id="no white space"),
+        pytest.param(lambda text: text.split(), "a few words and so on " * 50, id="words"),
+        pytest.param(lambda text: [0, *text.encode(), 1], "some words of text " * 30, id="special tokens"),
+    ],
+)
+def test_text_pieces_loses_nothing_and_fits(encode, text):
+    pieces = list(text_pieces([text, "short"], encode, max_length=16))
+    assert "".join(pieces) == text + "short"
+    lengths = [len(encode(piece)) for piece in pieces]
+    assert max(lengths) <= 16
+    assert sum(lengths) > 0.6 * 16 * (len(lengths) - 2)
+
+
+def test_text_pieces_leaves_blank_pieces_out():
+    pieces = list(text_pieces(["word" + " " * 40 + "word", " " * 40], ByteTokenizer(), max_length=8))
+    assert "".join(pieces).split() == ["word", "word"]
+    assert all(piece.strip() for piece in pieces)
+
+
+def test_text_pieces_of_a_character_that_never_fits_names_it():
+    with pytest.raises(DataError, match="the character 'x' is more than 3 tokens"):
+        list(text_pieces(["x"], _four_bytes_a_letter, max_length=3))
+
+
+class _Specials:
+    """A stand-in for a tokenizer that puts 101 before a text and 102, 103 after it."""
+
+    def convert_ids_to_tokens(self):
+        raise NotImplementedError
+
+    def __call__(self, text, *, add_special_tokens=True):
+        return {"input_ids": [101, *text.encode(), 102, 103] if add_special_tokens else list(text.encode())}
+
+
+def test_special_ids_are_those_around_a_text():
+    assert special_ids(_Specials()) == ([101], [102, 103])
+    assert special_ids(ByteTokenizer()) == ([], [])
+
+
+def test_seq2seq_batches_halve_each_window():
+    windows = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8], [9, 10, 11, 12]])
+    first, second = seq2seq_batches(windows, batch_size=2, start_id=0, specials=([101], [102, 103]))
+    assert first["input_ids"].tolist() == [[101, 1, 2, 102, 103], [101, 5, 6, 102, 103]]
+    assert first["decoder_input_ids"].tolist() == [[0, 3, 4], [0, 7, 8]]
+    assert second["decoder_input_ids"].tolist() == [[0, 11, 12]]
+    assert first["input_ids"].dtype == first["decoder_input_ids"].dtype == torch.int64

@@ -1,7 +1,10 @@
 """The executor inside a model: selection, counting, what it must not read directly, threads, errors, autograd, compile, dtypes."""
 
 import copy
+import pickle
 import threading
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -186,6 +189,22 @@ def test_an_activation_in_place_does_not_write_into_the_input():
     assert torch.equal(x_TD, before)
 
 
+@pytest.mark.parametrize("kind", ["plain", "fused"])
+def test_code_with_explicit_sizes_between_the_projections_gets_the_full_width(kind):
+    class Sliced(HOSTS[kind][0]):
+        def forward(self, x):
+            h = self.up(x).view(*x.shape[:-1], self.up.out_features)
+            return self.down(self.act(h[..., :F_]) * h[..., F_:] if kind == "fused" else self.act(h))
+
+    net, x_TD, site = make_net(kind)
+    net.mlp.__class__ = Sliced
+    with pytest.raises(RuntimeError, match="shape"):
+        net(x_TD)
+    net.mlp.moe.site = replace(site, explicit_width=True)
+    assert_runs_masked(net, site, x_TD)
+    assert net.mlp.moe.masked_reason() is None
+
+
 def test_an_ffn_without_tokens_gives_none():
     net, _, _ = make_net()
     assert net(torch.zeros(0, D)).shape == (0, D)
@@ -231,6 +250,40 @@ def test_token_mask_leaves_padding_out_and_ignores_another_shape():
         with token_mask(net, None):
             net(x_TD)
     assert stats.active_fraction() == (6 + 13 + 13 + 13) / 170
+
+
+def test_token_mask_fits_by_batch_and_length_not_by_their_product():
+    net, x_TD, _ = make_net(rule=TopK(k=1))
+    mask_BS = torch.tensor([[1, 0], [0, 1]])
+    for x, counted in ((x_TD[:4].reshape(2, 2, D), 3 + 3), (x_TD[:4], 3 + 3), (x_TD[:4].reshape(1, 4, D), 3 + 2 + 2 + 3)):
+        with record_active(net) as stats, token_mask(net, mask_BS):
+            net(x)
+        assert stats.active_fraction() == counted / (20 if counted == 6 else 40)
+
+
+def test_token_mask_of_an_encoder_never_reaches_the_decoder():
+    class Pair(nn.Module):
+        config = SimpleNamespace(is_encoder_decoder=True)
+
+        def __init__(self):
+            super().__init__()
+            self.encoder, self.decoder = Net(PlainFFN()), Net(PlainFFN())
+
+        def forward(self, x):
+            return self.decoder(self.encoder(x))
+
+    net = Pair()
+    for part in ("encoder", "decoder"):
+        names = {key: f"{part}.mlp.{key}" for key in ("up", "down")}
+        site = FFNSite(name=f"{part}.mlp", **names, activation="relu", d_model=D, d_ff=F_, d_out=D)
+        attach(net, MoEFFN(site, num_experts=E, router=FixedScores(SCORES), rule=TopK(k=1)))
+    x_BSD, first, last = torch.randn(1, 5, D), torch.tensor([[1, 0, 0, 0, 0]]), torch.tensor([[0, 0, 1, 0, 0]])
+    with record_active(net) as stats, token_mask(net, first):  # of the very same shape
+        net(x_BSD)
+    assert stats.per_layer() == {"encoder.mlp": 3 / 10, "decoder.mlp": 13 / 50}
+    with record_active(net) as stats, token_mask(net, first, decoder_mask_BS=last):
+        net(x_BSD)
+    assert stats.per_layer() == {"encoder.mlp": 3 / 10, "decoder.mlp": 2 / 10}
 
 
 def test_record_active_weighs_layers_by_their_neurons():
@@ -335,6 +388,90 @@ def test_adapters_taken_off_again_leave_no_hook_and_the_kernels_run():
     assert net.mlp.moe.masked_reason() is None
     wrap(net, "down")
     torch.testing.assert_close(net(x_TD).double(), merged_by_hand(net, site, x_TD), rtol=1e-5, atol=1e-6)
+
+
+class Foreign(nn.Module):
+    """A linear layer of another library, which takes the weights and never calls the module that it replaces."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.matrix, self.offset = linear.weight, linear.bias
+
+    def forward(self, x):
+        return F.linear(x, self.matrix, self.offset)
+
+
+class Subclass(nn.Linear):
+    """What quantisers make of nn.Linear."""
+
+
+def another(linear, cls=nn.Linear):
+    new = cls(linear.in_features, linear.out_features, bias=linear.bias is not None)
+    new.load_state_dict(linear.state_dict())
+    return new
+
+
+REPLACE = {"foreign class": Foreign, "nn.Linear": another, "subclass": lambda linear: another(linear, Subclass)}
+
+
+@pytest.mark.parametrize("replace", REPLACE.values(), ids=REPLACE)
+@pytest.mark.parametrize(
+    ("kind", "names"),
+    [("plain", ("up",)), ("plain", ("down",)), ("plain", ("up", "down")), ("fused", ("up",)), ("fused", ("up", "down")),
+     ("gated", ("gate",)), ("gated", ("up",)), ("gated", ("down",)), ("gated", ("gate", "up")), ("gated", ("gate", "up", "down"))],
+    ids=lambda v: v if isinstance(v, str) else "+".join(v),
+)  # fmt: skip
+def test_projections_replaced_after_conversion_run_masked_and_ours_put_back_by_kernels(kind, names, replace):
+    net, x_TD, site = make_net(kind)
+    expected = by_hand(net, site, x_TD, net.mlp.moe.rule(torch.tensor(SCORES)))
+    ours = {name: getattr(net.mlp, name) for name in names}
+    theirs = {name: replace(leaf) for name, leaf in ours.items()}
+    for _ in range(2):
+        for name, leaf in theirs.items():
+            setattr(net.mlp, name, leaf)
+        assert net.mlp.moe.masked_reason() is not None
+        with record_active(net) as stats:
+            for _ in range(2):
+                torch.testing.assert_close(net(x_TD).double(), expected, rtol=1e-5, atol=1e-6)
+        assert 0.4 < stats.active_fraction() < 0.6
+        for name, leaf in ours.items():
+            setattr(net.mlp, name, leaf)
+        assert net.mlp.moe.masked_reason() is None
+        torch.testing.assert_close(net(x_TD).double(), expected, rtol=1e-5, atol=1e-6)
+        assert not any(module._forward_pre_hooks for module in (*ours.values(), *theirs.values()))
+
+
+def test_replaced_projections_in_dense_mode_and_after_to_dense_run_dense():
+    net, x_TD, _ = make_net()
+    dense = dense_by_hand(net, x_TD)
+    net.mlp.up, net.mlp.down = Foreign(net.mlp.up), Foreign(net.mlp.down)
+    net(x_TD)
+    set_mode(net, "dense")
+    assert torch.equal(net(x_TD), dense)
+    to_dense(net)
+    assert torch.equal(net(x_TD), dense)
+    assert not any(module._forward_pre_hooks for module in net.modules())
+
+
+@pytest.mark.parametrize("down", [False, True])
+def test_a_first_projection_that_nobody_can_follow_is_refused_not_run_dense(down):
+    net, x_TD, _ = make_net()
+    if down:
+        net.mlp.down = LowRank(net.mlp.down)
+        net(x_TD)  # its hook is there
+    net.mlp.up = Foreign(net.mlp.up)
+    with pytest.raises(UnsupportedModelError, match=r"'mlp.down' ran without 'mlp.up'.*set_mode\(model, 'dense'\)"):
+        net.mlp.forward(x_TD)  # not through the module's call: hooks of the host do not run
+    assert not net.mlp.moe._calls
+
+
+def test_offload_by_accelerate_runs_masked():
+    accelerate = pytest.importorskip("accelerate")
+    net, x_TD, site = make_net("gated")
+    expected = by_hand(net, site, x_TD, net.mlp.moe.rule(torch.tensor(SCORES)))
+    accelerate.cpu_offload(net, execution_device=torch.device("cpu"))
+    assert net.mlp.up.weight.is_meta
+    torch.testing.assert_close(net(x_TD).double(), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_to_dense_under_adapters_leaves_the_adapted_dense_model():
@@ -466,6 +603,33 @@ def test_deepcopy_is_independent_of_the_original():
     assert torch.equal(net(x_TD), before)
     assert net.mlp.moe.rule == TopK(k=2)
     assert_runs_masked(other, site, x_TD)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda net: pickle.loads(pickle.dumps(net))], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize("wrapped", [(), ("down",), ("up", "down")], ids=lambda names: "+".join(names) or "plain")
+def test_a_copy_runs_its_own_modules_and_hooks(copied, wrapped):
+    net, x_TD, _ = make_net()
+    wrap(net, *wrapped)
+    before = net(x_TD)
+    other = copied(net)
+    assert torch.equal(other(x_TD), before)
+    mine = {id(module) for module in net.modules()}
+    assert other.mlp.moe.host is other.mlp
+    assert not mine & {id(module) for module in (*other.modules(), *other.mlp.moe._leaves.values())}
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.fill_(float("nan"))
+    assert torch.equal(other(x_TD), before)
+    set_mode(other, "dense")
+    assert not torch.equal(other(x_TD), before)
+    to_dense(other)
+    assert not any("forward" in module.__dict__ or module._forward_pre_hooks for module in other.modules())
+
+
+def test_data_parallel_is_refused_with_the_way_out():
+    net, _, _ = make_net()
+    with pytest.raises(UnsupportedModelError, match=r"'mlp' is .*nn\.DataParallel.*torchrun"):
+        [module._replicate_for_data_parallel() for module in net.modules()]  # what torch.nn.parallel.replicate does first
 
 
 def test_state_dict_through_torch_save_holds_the_dense_names_and_the_router(tmp_path):

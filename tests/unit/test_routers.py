@@ -136,7 +136,7 @@ def test_mlp_router_starts_as_the_centres_and_the_identity():
     normed = weights.gate_FD / weights.gate_FD.norm(dim=1, keepdim=True)
     centres = torch.stack([normed[a:b].mean(0) for a, b in zip(bounds, bounds[1:], strict=False)])
     expected = torch.tanh(x_TD / x_TD.norm(dim=1, keepdim=True) @ centres.t())
-    torch.testing.assert_close(router.logits(x_TD), expected)
+    torch.testing.assert_close(router.raw_scores(x_TD), expected)
     torch.testing.assert_close(router(x_TD), torch.sigmoid(expected))
 
 

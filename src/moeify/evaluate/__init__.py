@@ -2,7 +2,6 @@
 
 from .latency import Latency as Latency
 from .latency import measure_ms as measure_ms
-from .latency import measure_tokens_per_s as measure_tokens_per_s
 from .quality import METRICS as METRICS
 from .quality import Agreement as Agreement
 from .quality import DenseReference as DenseReference
@@ -16,7 +15,6 @@ from .sweep import Curve as Curve
 from .sweep import CurvePoint as CurvePoint
 from .sweep import DenseQuality as DenseQuality
 from .sweep import LayerRules as LayerRules
-from .sweep import collect_scores as collect_scores
-from .sweep import make_rule as make_rule
 from .sweep import model_cost as model_cost
+from .sweep import model_weights as model_weights
 from .sweep import sweep as sweep

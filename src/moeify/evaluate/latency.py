@@ -44,13 +44,6 @@ def measure_ms(
     return {name: _summary(ms) for name, ms in times.items()}
 
 
-def measure_tokens_per_s(
-    fn: Callable[[], object], *, tokens: int, rounds: int = 5, warmup: int = 1, sync: Callable[[], None] | None = None
-) -> float:
-    """``tokens`` over the median time of one call of ``fn``, which processes or generates that many."""
-    return tokens / measure_ms({"fn": fn}, rounds=rounds, warmup=warmup, sync=sync)["fn"].median_ms * 1e3
-
-
 def _summary(ms: list[float]) -> Latency:
     ordered = sorted(ms)
     last = len(ordered) - 1

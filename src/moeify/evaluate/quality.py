@@ -157,7 +157,7 @@ def measure_quality(
     tally = _AgreementTally()
     with _evaluating(model), progress.task(metric, total=len(batches)) as task:
         for i, batch in enumerate(batches):
-            with token_mask(model, batch.get("attention_mask")):
+            with token_mask(model, batch.get("attention_mask"), decoder_mask_BS=batch.get("decoder_attention_mask")):
                 output = _forward(model, batch, hidden=metric == "cosine")
             part, rows = METRICS[metric].tally(output, batch)
             total, count = total + part, count + rows
@@ -319,13 +319,14 @@ class _AgreementTally:
 def _tally_nll(output: Output, batch: Batch) -> tuple[float, int]:
     """Sum of -log p of each next token, in fp32 by chunks of rows."""
     _require_logits(output, "perplexity")
-    ids_BS = batch["input_ids"]
+    side = "decoder_" if "decoder_input_ids" in batch else ""  # an encoder-decoder's logits are those of its decoder
+    ids_BS = batch[f"{side}input_ids"]
     if output.tensor.shape[:2] != ids_BS.shape:
         raise ConfigError(
             f"perplexity needs one row of logits per input token, got {tuple(output.tensor.shape)} for {tuple(ids_BS.shape)}."
         )
     targets_BS = ids_BS[:, 1:]
-    mask_BS = batch.get("attention_mask")
+    mask_BS = batch.get(f"{side}attention_mask")
     if mask_BS is not None:
         targets_BS = targets_BS.masked_fill(mask_BS[:, 1:] == 0, -100)
     total, step = 0.0, max(1, _CHUNK_ELEMENTS // output.tensor.shape[-1])
@@ -397,9 +398,10 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def _forward(model: nn.Module, batch: Batch, *, hidden: bool = False) -> Output:
-    """One forward; with ``hidden`` the last hidden states, also of a model with a head."""
+    """One forward, on the model's device; with ``hidden`` the last hidden states, also of a model with a head."""
     more: dict[str, Any] = {"output_hidden_states": True} if hidden and hasattr(model, "config") else {}
-    outputs: Any = model(**{name: value for name, value in batch.items() if name != "labels"}, **more)
+    device = next((parameter.device for parameter in model.parameters()), None)
+    outputs: Any = model(**{name: value.to(device) for name, value in batch.items() if name != "labels"}, **more)
     logits = outputs if isinstance(outputs, Tensor) else getattr(outputs, "logits", None)
     if logits is not None and not hidden:
         return Output(logits, is_logits=True)
@@ -415,7 +417,7 @@ def _forward(model: nn.Module, batch: Batch, *, hidden: bool = False) -> Output:
 
 def _kept_positions(output: Output, batch: Batch) -> Tensor | None:
     """bool mask of the positions that are not padding, where the output has positions."""
-    mask_BS = batch.get("attention_mask")
+    mask_BS = batch.get("decoder_attention_mask" if "decoder_input_ids" in batch else "attention_mask")
     if mask_BS is None or output.tensor.dim() != 3 or mask_BS.shape != output.tensor.shape[:2]:
         return None
     return mask_BS.to(output.tensor.device) != 0

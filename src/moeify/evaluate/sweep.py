@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .._config import from_dict, to_dict
 from .._progress import NO_PROGRESS, Progress
-from ..cost import CostBreakdown, MoECost, estimate_flops
+from ..cost import CostBreakdown, MoECost, WeightCost, estimate_flops, estimate_weights
 from ..errors import ConfigError, DataError
 from ..layers import MoEFFN, moe_layers, record_active, set_mode, set_rule
 from ..select import Rule
@@ -73,7 +73,8 @@ class Curve:
     points: tuple[CurvePoint, ...] = ()
     """In the order in which they were asked for."""
     extra: Mapping[str, Any] = field(default_factory=dict)
-    """Further top-level keys: data, column, window, tokens, seed, versions, calibrated ({"rule", "value"})."""
+    """Further top-level keys: data, column, window, tokens, seed, versions, calibrated ({"rule", "value"}), cost (`CostBreakdown.lines`
+    with every expert on)."""
 
     def to_json(self) -> dict[str, Any]:
         """The JSON object."""
@@ -95,6 +96,18 @@ class Curve:
         """The checkpoint's own point, if ``extra`` names it and it was measured."""
         named = self.extra.get("calibrated") or {}
         return next((p for p in self.points if (p.rule, p.value) == (named.get("rule"), named.get("value"))), None)
+
+    def cost_by_part(self, point: CurvePoint | None = None) -> dict[str, float]:
+        """FLOPs per token by part at a point, or of the dense model; empty for a curve without ``cost``.
+
+        Exact: routers and whatever is not an FFN cost the same at every point, so the experts are what is left of the point's FFN FLOPs.
+        """
+        if not (parts := dict(self.extra.get("cost") or {})):
+            return {}
+        dense = parts.pop("ffn_dense")
+        if point is None:
+            return parts | {"experts": dense - parts["ffn_unconverted"], "router": 0.0}
+        return parts | {"experts": point.ffn_flops_fraction * dense - parts["ffn_unconverted"] - parts["router"]}
 
     def write(self, path: str | Path) -> None:
         """Write ``curve.json`` in one step: a reader sees the old file or the whole new one.
@@ -200,49 +213,72 @@ def sweep(
     if not batches:
         raise DataError("there is no batch to evaluate on.")
     steps = [(value.value, value.rules) if isinstance(value, LayerRules) else (value, rule_type.at(value)) for value in values]
-    distinct: list[tuple[float, Rule | Mapping[str, Rule]]] = []
+    distinct: list[_Step] = []
     for step in steps:
         if step not in distinct:
             distinct.append(step)
-    left = [point for point in done if point.rule == rule_type.name]
-    points: dict[int, CurvePoint] = {}  # by index of the step: two of them may have one mean knob
-    for i, (value, _) in enumerate(distinct):
-        if (found := next((point for point in left if point.value == value), None)) is not None:
-            left.remove(found)
-            points[i] = found
-    todo = [(i, *step) for i, step in enumerate(distinct) if i not in points]
+    points = _known_points(distinct, [point for point in done if point.rule == rule_type.name])
+    todo = [i for i in range(len(distinct)) if i not in points]
     if todo:
         cost = cost or model_cost(model, batches[0])
         reference = reference or DenseReference(model, batches, metric=quality, progress=progress)
-    with _restored(model), progress.task(f"sweep {rule_type.name}", total=len(todo) * len(batches)) as task:
-        for i, value, rule in todo:
-            assert cost is not None
-            assert reference is not None
-            set_mode(model, "moe")
-            set_rule(model, rule)
-            with record_active(model) as stats:
-                measured = measure_quality(model, batches, metric=quality, reference=reference, progress=_Forward(task.advance))
-            per_layer = {name: active for name, active in stats.per_layer().items() if not math.isnan(active)}
-            assert measured.agreement is not None
-            point = CurvePoint(
-                rule=rule_type.name,
-                value=float(value),
-                active_fraction=stats.active_fraction(),
-                ffn_flops_fraction=cost.ffn_flops_fraction(per_layer),
-                flops_fraction=cost.flops_fraction(per_layer),
-                quality=measured.value,
-                quality_ratio=measured.value / reference.quality,
-                kl=measured.agreement.kl,
-            )
-            points[i] = point
-            if on_point is not None:
-                on_point(point)
+        with _restored(model), progress.task(f"sweep {rule_type.name}", total=len(todo) * len(batches)) as task:
+            for i in todo:
+                value, rule = distinct[i]
+                set_mode(model, "moe")
+                set_rule(model, rule)
+                points[i] = _measure_point(
+                    model,
+                    batches,
+                    labels=(rule_type.name, float(value)),
+                    quality=quality,
+                    cost=cost,
+                    reference=reference,
+                    progress=_Forward(task.advance),
+                )
+                if on_point is not None:
+                    on_point(points[i])
     return [points[distinct.index(step)] for step in steps]
 
 
-def make_rule(rule_type: type[Rule], value: float) -> Rule:
-    """The rule with its knob at ``value``; a `ConfigError` where that is out of range or not whole."""
-    return rule_type.at(value)
+_Step = tuple[float, Rule | Mapping[str, Rule]]  # the number that stands in the curve, and what to set
+
+
+def _known_points(steps: Sequence[_Step], done: Sequence[CurvePoint]) -> dict[int, CurvePoint]:
+    """The points that were measured already, by index of the step: two steps may have one mean knob. Each point serves once."""
+    left, known = list(done), {}
+    for i, (value, _) in enumerate(steps):
+        if (found := next((point for point in left if point.value == value), None)) is not None:
+            left.remove(found)
+            known[i] = found
+    return known
+
+
+def _measure_point(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    *,
+    labels: tuple[str, float],
+    quality: str,
+    cost: CostBreakdown,
+    reference: DenseReference,
+    progress: Progress,
+) -> CurvePoint:
+    """The model with the rules that it has now, under the name and the knob of ``labels``."""
+    with record_active(model) as stats:
+        measured = measure_quality(model, batches, metric=quality, reference=reference, progress=progress)
+    per_layer = {name: active for name, active in stats.per_layer().items() if not math.isnan(active)}
+    assert measured.agreement is not None
+    return CurvePoint(
+        rule=labels[0],
+        value=labels[1],
+        active_fraction=stats.active_fraction(),
+        ffn_flops_fraction=cost.ffn_flops_fraction(per_layer),
+        flops_fraction=cost.flops_fraction(per_layer),
+        quality=measured.value,
+        quality_ratio=measured.value / reference.quality,
+        kl=measured.agreement.kl,
+    )
 
 
 @torch.no_grad()
@@ -269,72 +305,12 @@ def model_cost(model: nn.Module, batch: Batch, *, sites: Iterable[FFNSite] = ())
     return cost if context is None else cost.at_context(context)
 
 
-@torch.no_grad()
-def collect_scores(
-    model: nn.Module,
-    batches: Iterable[Batch],
-    *,
-    max_tokens: int = 4096,
-    dtype: torch.dtype = torch.float32,
-    progress: Progress = NO_PROGRESS,
-) -> dict[str, Tensor]:
-    """Router scores of every MoE layer on held-out tokens of the dense model: what rules are calibrated on.
-
-    Args:
-        model: a converted model; its modes are restored. It runs dense, so that scores do not depend on the rules of earlier layers.
-        batches: inputs; padding is left out by ``attention_mask``.
-        max_tokens: most tokens per layer; no further batch is read once every layer has them.
-        dtype: of the result; float16 halves it where scores stay below 65504.
-        progress: told the tokens seen, of ``max_tokens``.
-
-    Returns:
-        scores_TE by site name, on the CPU: max_tokens * E numbers a layer.
-
-    Raises:
-        DataError: no batch gave a token.
-        ConfigError: the model has no MoE layer.
-    """
+def model_weights(model: nn.Module) -> WeightCost:
+    """`estimate_weights` of a converted model: what decoding one token reads, as the active fraction goes."""
     layers = moe_layers(model)
-    if not layers:
-        raise ConfigError("the model has no MoE layer to calibrate; convert it first.")
-    scores: dict[str, list[Tensor]] = {name: [] for name in layers}
-    seen = dict.fromkeys(layers, 0)
-    keep_T: Tensor | None = None
-
-    def record(name: str, layer: MoEFFN, x: Tensor) -> None:
-        x_TD = x.reshape(-1, x.shape[-1])
-        if keep_T is not None and keep_T.numel() == len(x_TD):
-            x_TD = x_TD[keep_T.to(x_TD.device)]
-        x_TD = x_TD[: max_tokens - seen[name]]
-        if len(x_TD):
-            scores[name].append(layer.scores(x_TD).to("cpu", dtype))
-            seen[name] += len(x_TD)
-
-    def hook_of(name: str, layer: MoEFFN) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        return lambda _module, args: record(name, layer, args[0])
-
-    was_training = model.training
-    handles = [model.get_submodule(layer.site.first[0]).register_forward_pre_hook(hook_of(name, layer)) for name, layer in layers.items()]
-    try:
-        with _restored(model), progress.task("collect router scores", total=max_tokens) as task:
-            model.eval()
-            set_mode(model, "dense")
-            for batch in batches:
-                mask = batch.get("attention_mask")
-                keep_T = None if mask is None else mask.reshape(-1) != 0
-                before = min(seen.values())
-                model(**{name: value for name, value in batch.items() if name != "labels"})
-                task.advance(min(seen.values()) - before)
-                if min(seen.values()) >= max_tokens:
-                    break
-    finally:
-        for handle in handles:
-            handle.remove()
-        model.train(was_training)
-    if not all(seen.values()):
-        name = next(name for name, count in seen.items() if count == 0)
-        raise DataError(f"'{name}' saw no token of the held-out data: there is no batch, or only padding.")
-    return {name: torch.cat(parts) for name, parts in scores.items()}
+    return estimate_weights(
+        model, sites=[layer.site for layer in layers.values()], routers={n: layer.router for n, layer in layers.items()}
+    )
 
 
 def _router_flops(layer: MoEFFN) -> float:

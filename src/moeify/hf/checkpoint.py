@@ -10,9 +10,8 @@ import json
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from .._config import did_you_mean
+from .._progress import NO_PROGRESS, Progress
 from ..convert import Manifest, stamp
 from ..errors import CheckpointError, MoeifyError, UnsupportedModelError
 from .registration import QUANT_METHOD, register
@@ -33,13 +33,16 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vo
 _PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 
 
-def load_model(source: str | os.PathLike[str], *, dtype: torch.dtype = torch.float32, auto_class: Any = None) -> tuple[Any, Any]:
+def load_model(
+    source: str | os.PathLike[str], *, dtype: torch.dtype = torch.float32, auto_class: Any = None, progress: Progress = NO_PROGRESS
+) -> tuple[Any, Any]:
     """A model, in eval mode, and its tokenizer or processor.
 
     Args:
         source: Hub id, folder (dense or converted), or ``.gguf`` file.
         dtype: of the weights; routers stay fp32.
         auto_class: transformers class to load with; None takes the one that the checkpoint's config names.
+        progress: told of the tokenizer, the weights and the check of each tensor.
 
     Returns:
         The model, and its tokenizer or processor; None where the source has neither.
@@ -63,25 +66,36 @@ def load_model(source: str | os.PathLike[str], *, dtype: torch.dtype = torch.flo
         what = "is a file" if path.exists() else "does not exist"
         raise CheckpointError(f"'{source}' {what}; give the folder of a checkpoint, a .gguf file or a Hub id such as 'org/name'.")
     file_options = {key: value for key, value in options.items() if key == "gguf_file"}
-    config = _load_config(where, file_options, source)
-    cls = _model_class(config, source) if auto_class is None else auto_class
-    processor = _load_processor(where, file_options, source)  # before the weights: a bad one is found at once
-    try:
-        # Shapes that differ are let through here: `_check_complete` names the tensor, transformers' own error does not.
-        model, info = cls.from_pretrained(
-            where, dtype=dtype, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True, **options
-        )
-    except MoeifyError:
-        raise
-    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
-        raise CheckpointError(f"'{source}': {_first_line(error)}") from error
+    with progress.task(f"read the tokenizer of {source}", total=1) as task:
+        config = _load_config(where, file_options, source)
+        cls = _model_class(config, source) if auto_class is None else auto_class
+        processor = _load_processor(where, file_options, source)  # before the weights: a bad one is found at once
+        task.advance(1)
+    with progress.task(f"load {source}", total=1) as task:
+        try:
+            # Shapes that differ are let through here: `_check_complete` names the tensor, transformers' own error does not.
+            model, info = cls.from_pretrained(
+                where, dtype=dtype, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True, **options
+            )
+        except MoeifyError:
+            raise
+        except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
+            raise CheckpointError(f"'{source}': {_first_line(error)}") from error
+        task.advance(1)
     _check_complete(info, source, type(model).__name__)
-    _check_finite(model, source)
+    _check_finite(model, source, progress=progress)
     return model.eval(), processor
 
 
 def save_checkpoint(
-    model: nn.Module, processor: Any, out: Path, *, calibration: Mapping[str, Any], card: str, overwrite: bool = False
+    model: nn.Module,
+    processor: Any,
+    out: Path,
+    *,
+    calibration: Mapping[str, Any],
+    card: str,
+    overwrite: bool = False,
+    progress: Progress = NO_PROGRESS,
 ) -> None:
     """Write a converted model: checkpoint, tokenizer, ``moeify.json`` and ``README.md``; all of it, or nothing.
 
@@ -92,6 +106,7 @@ def save_checkpoint(
         calibration: how the rules were set and what was measured; JSON values. Library versions are added.
         card: text of the model card, from `moeify.hf.card.model_card`.
         overwrite: replace ``out`` where it holds an earlier conversion; the old one is deleted only when the new one is complete.
+        progress: told when everything is on the disk under its name.
 
     Raises:
         CheckpointError: ``out`` is in the way, or cannot be written (disk full); nothing has changed then.
@@ -99,10 +114,12 @@ def save_checkpoint(
     """
     manifest = stamp(model)
     record = {**manifest.to_dict(), "calibration": {**calibration, "versions": library_versions()}}
-    with _whole_folder(out, overwrite=overwrite) as partial:
-        (partial / MANIFEST_FILE).write_text(json.dumps(record, indent=2) + "\n")
-        _save(model, processor, partial)
-        (partial / "README.md").write_text(card)
+    with progress.task(f"save {out}", total=1) as task:
+        with _whole_folder(out, overwrite=overwrite) as partial:
+            (partial / MANIFEST_FILE).write_text(json.dumps(record, indent=2) + "\n")
+            _save(model, processor, partial)
+            (partial / "README.md").write_text(card)
+        task.advance(1)
 
 
 def save_dense(model: nn.Module, processor: Any, out: Path) -> None:
@@ -116,11 +133,13 @@ def save_dense(model: nn.Module, processor: Any, out: Path) -> None:
 
 
 def check_output(out: Path, *, overwrite: bool) -> None:
-    """Refuse an output folder before any work is done for it.
+    """Refuse an output folder before any work is done for it; first `recover` what a killed save left.
 
     Raises:
-        CheckpointError: ``out`` exists, is not empty and may not be replaced, or its parent cannot be written.
+        CheckpointError: ``out`` exists, is not empty and may not be replaced, its parent cannot be written, or a name beside it that saving
+            needs is taken.
     """
+    recover(out)
     if out.is_dir():
         if any(out.iterdir()):
             converted = (out / MANIFEST_FILE).is_file()
@@ -133,9 +152,39 @@ def check_output(out: Path, *, overwrite: bool) -> None:
                 )
     elif out.exists() or out.is_symlink():
         raise CheckpointError(f"the output '{out}' is a file; choose another --out.")
+    for leftover in _names_beside(out):
+        _check_leftover(leftover)
     parent = next(p for p in out.absolute().parents if p.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise CheckpointError(f"'{parent}' is not a folder that can be written; choose another --out than '{out}'.")
+
+
+def recover(out: Path) -> None:
+    """Undo or finish a replacement of ``out`` that was killed: the earlier conversion gets its name back, or goes where the new one has it.
+
+    Nothing happens where no replacement was under way.
+    """
+    replaced = _names_beside(out)[1]
+    if not (replaced / MANIFEST_FILE).is_file():
+        if replaced.is_dir() and not any(replaced.iterdir()):
+            replaced.rmdir()  # killed when all but the folder was deleted
+        return
+    if out.is_dir() and any(out.iterdir()):
+        remove_folder(replaced, last=MANIFEST_FILE)
+    elif not out.exists() or out.is_dir():
+        if out.is_dir():
+            out.rmdir()
+        replaced.rename(out)
+
+
+def remove_folder(folder: Path, *, last: str) -> None:
+    """Delete a folder, the file that says whose it is at the end: what remains if this is killed is still known to be ours."""
+    for child in folder.iterdir():
+        if child.is_dir() and not child.is_symlink():
+            shutil.rmtree(child)
+        elif child.name != last:
+            child.unlink()
+    shutil.rmtree(folder)
 
 
 def read_calibration(directory: Path) -> dict[str, Any]:
@@ -181,8 +230,13 @@ def _gguf_options(path: Path) -> tuple[str, dict[str, Any]]:
     for package in ("gguf", "accelerate"):
         if importlib.util.find_spec(package) is None:
             raise CheckpointError(f"'{path}': reading GGUF needs the package '{package}'; pip install 'moeify[gguf]'.")
+    from gguf import GGUFReader
     from transformers import GgufConfig
 
+    try:
+        GGUFReader(path)
+    except (ValueError, IndexError, KeyError, OverflowError) as error:
+        raise CheckpointError(f"'{path}' is truncated or damaged ({_first_line(error)}); download it again.") from error
     return str(path.parent), {"gguf_file": path.name, "quantization_config": GgufConfig(dequantize=True)}
 
 
@@ -295,11 +349,18 @@ def _check_complete(info: Mapping[str, Any], source: str, cls: str) -> None:
         )
 
 
-def _check_finite(model: nn.Module, source: str) -> None:
-    for name, parameter in model.named_parameters():
-        # aminmax passes NaN on and, unlike isfinite, needs no copy of the tensor
-        if parameter.is_floating_point() and parameter.numel() and not all(torch.isfinite(x) for x in torch.aminmax(parameter.detach())):
-            raise CheckpointError(f"'{source}': the tensor '{name}' has NaN or infinite values; the checkpoint is damaged.")
+def _check_finite(model: nn.Module, source: str, *, progress: Progress) -> None:
+    parameters = dict(model.named_parameters())
+    with progress.task(f"check {source}", total=len(parameters)) as task:
+        for name, parameter in parameters.items():
+            # aminmax passes NaN on and, unlike isfinite, needs no copy of the tensor
+            if (
+                parameter.is_floating_point()
+                and parameter.numel()
+                and not all(torch.isfinite(x) for x in torch.aminmax(parameter.detach()))
+            ):
+                raise CheckpointError(f"'{source}': the tensor '{name}' has NaN or infinite values; the checkpoint is damaged.")
+            task.advance(1)
 
 
 def _load_processor(where: str, options: Mapping[str, Any], source: str) -> Any:
@@ -350,42 +411,45 @@ def _whole_folder(out: Path, *, overwrite: bool) -> Iterator[Path]:
     """
     check_output(out, overwrite=overwrite)
     out = out.absolute()
-    partial = out.with_name(out.name + ".partial")
-    _check_leftover(partial)
-    replaced: Path | None = None
+    partial, replaced = _names_beside(out)
     done = False
     try:
-        shutil.rmtree(partial, ignore_errors=True)
+        if partial.exists():
+            remove_folder(partial, last=MANIFEST_FILE)
         partial.mkdir(parents=True)
         marker = partial / MANIFEST_FILE
         marker.touch()  # says that the folder is ours, see _check_leftover
         yield partial
-        if marker.stat().st_size == 0:
-            marker.unlink()
+        is_dense = marker.stat().st_size == 0
         _sync(partial)
         if out.exists() and any(out.iterdir()):
-            replaced = Path(tempfile.mkdtemp(prefix=out.name + ".replaced-", dir=out.parent))
             out.rename(replaced)
         partial.rename(out)
         done = True
+        if is_dense:
+            (out / MANIFEST_FILE).unlink()
         _sync_directory(out.parent)
     except MoeifyError:
         raise
     except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"cannot write '{out}': {_reason(error)}; nothing was changed.") from error
     finally:
-        if not done:
-            shutil.rmtree(partial, ignore_errors=True)
-            if replaced is not None and not out.exists():
-                replaced.rename(out)
-    if replaced is not None:
-        shutil.rmtree(replaced, ignore_errors=True)
+        with suppress(OSError):  # the next run's check_output repeats it
+            if not done and partial.exists():
+                remove_folder(partial, last=MANIFEST_FILE)
+            recover(out)
 
 
-def _check_leftover(partial: Path) -> None:
-    """A killed save leaves its partial folder: it may go. Anything else of that name may not."""
-    if partial.exists() and not (partial.is_dir() and ((partial / MANIFEST_FILE).exists() or not any(partial.iterdir()))):
-        raise CheckpointError(f"'{partial}' is in the way and was not written by moeify; move it, or choose another --out.")
+def _names_beside(out: Path) -> tuple[Path, Path]:
+    """Where a new ``out`` is written, and where an earlier one is kept while the new one takes its name."""
+    out = out.absolute()
+    return out.with_name(out.name + ".partial"), out.with_name(out.name + ".replaced-by-moeify")
+
+
+def _check_leftover(folder: Path) -> None:
+    """A killed save leaves folders of its own: they may go. Anything else of that name may not."""
+    if folder.exists() and not (folder.is_dir() and ((folder / MANIFEST_FILE).exists() or not any(folder.iterdir()))):
+        raise CheckpointError(f"'{folder}' is in the way and was not written by moeify; move it, or choose another --out.")
 
 
 def _sync(directory: Path) -> None:

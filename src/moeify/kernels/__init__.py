@@ -105,24 +105,25 @@ def _auto(x_TD: Tensor, weights: FFNWeights, plan: DispatchPlan) -> str:
     return next(name for name in AUTO_ORDER if _objection(name, x_TD, weights, plan) is None)
 
 
-# Measured crossovers (decision D5): CPU time per call, one thread, fp32, AVX-512, torch 2.13, uniform masks; shapes gpt2 (768, 3072) and
-# smollm2 (576, 1536, gated). Each pair is time(masked) / time(gather) or time(masked) / time(grouped) for gpt2, smollm2.
-#   gather, by active fraction:  T=1, E=128:  0.1: 3.6, 3.2   0.25: 1.3, 1.6   0.4: 0.75, 1.2   0.5: 0.7, 0.8
-#                                T=4, E=128:  0.05: 2.1, 2.7  0.1: 1.5, 2.0    0.25: 0.7, 0.9
-#   so the union of the tokens' experts, 1 - (1 - f)^T for independent tokens, may be about a third.
+# Measured crossovers (decision D5): `python -m bench.run grouped` on two cores, fp32, AVX-512, torch 2.13, uniform masks; shapes gpt2
+# (768, 3072) and smollm2 (576, 1536, gated), of which each pair of numbers is.
+#   time(masked) / time(gather), by active fraction, T=1:   E=128: 0.1: 3.0, 3.2   0.25: 1.2, 1.9   0.5: 0.7, 1.0   0.75: 0.65, 0.6
+#                                                    T=4:   E=128: 0.1: 1.1, 1.6   0.25: 1.0, 0.8   0.5: 0.7, 0.6
+#   so the union of the tokens' experts, 1 - (1 - f)^T for independent tokens, may be about a third. Several tokens of experts of 128
+#   neurons and more are faster by `grouped` (0.7, 0.9 of gather at T=4, f=0.1, E=8).
 GATHER_UNION_FRAC = 0.35
-#   grouped, thin (E=128):  T=16:   0.1: 0.8, 0.8   0.25: 0.7, 0.6   0.5: 0.6, 0.5    the union is nearly everything: never grouped
-#                           T=64:   0.1: 1.5, 1.3   0.25: 1.1, 0.9   0.5: 0.8, 0.8
-#                           T=256:  0.1: 2.9, 2.5   0.25: 1.7, 1.5   0.4: 1.3, 1.1   0.5: 1.0, 0.9
-#                           T=1024: 0.1: 5.2, 4.0   0.25: 2.6, 2.0   0.5: 1.2, 0.9
-#   grouped, wide (E=8):    T=16:   0.1: 2.9, 1.5   0.25: 1.1, 0.9   0.5: 1.1, 0.8
-#                           T=64:   0.25: 2.2, 1.9  0.5: 1.4, 1.3    0.75: 1.1, 1.0
-#                           T=256:  0.25: 2.8, 2.7  0.5: 1.8, 1.7    0.75: 1.2, 1.1
-MASKED_FROM = {
-    "thin": ((16, 0.0), (64, 0.2), (math.inf, 0.45)),
-    "wide": ((16, 0.3), (64, 0.6), (math.inf, 0.8)),
-}
-"""By expert width (`grouped.WIDE_EXPERT`): (tokens at most, active fraction from which dense GEMMs win)."""
+#   time(masked) / time(grouped):
+#   thin (E=128):  T=16: 0.1: 0.8, 0.7    T=64: 0.1: 1.3, 0.9  0.25: 0.9, 0.6    T=256: 0.1: 2.5, 1.7  0.25: 1.6, 1.3  0.5: 1.0, 1.0
+#                  T=1024: 0.1: 4.2, 2.8  0.25: 2.3, 1.4  0.5: 1.05, 1.0
+#   middle (E=32, gpt2):  T=16: 0.1: 1.1  0.25: 0.9    T=64: 0.25: 1.2  0.5: 1.0  0.75: 0.85    T=256: 0.5: 1.3  0.75: 1.0
+#                  T=1024: 0.5: 1.9  0.75: 1.15  1: 0.95
+#   wide (E=8):    T=4, T=16: 0.25: 1.5, 1.0  0.5: 1.2, 0.7    T=64: 0.5: 1.4, 1.2  0.75: 1.1, 0.9    T=256: 0.5: 1.7, 1.4  0.75: 1.2, 1.0
+MASKED_FROM = (
+    (48, ((16, 0.0), (64, 0.1), (math.inf, 0.45))),
+    (127, ((16, 0.2), (64, 0.5), (256, 0.75), (math.inf, 0.85))),
+    (math.inf, ((16, 0.4), (64, 0.7), (math.inf, 0.85))),
+)
+"""(neurons of an expert at most, ((tokens at most, active fraction from which dense GEMMs win), ...))."""
 
 
 def _objection(name: str, x_TD: Tensor, weights: FFNWeights, plan: DispatchPlan) -> str | None:
@@ -130,16 +131,19 @@ def _objection(name: str, x_TD: Tensor, weights: FFNWeights, plan: DispatchPlan)
     if torch.compiler.is_compiling():  # N is unknown while tracing
         return None if name == "masked" else "the host reads the plan, which breaks a compiled graph"
     num_tokens, active = plan.num_tokens, plan.active_fraction
+    expert_size = weights.num_neurons // plan.num_experts
     if name == "gather":
         if x_TD.is_cuda:
             return "copying weights does not pay on a GPU, and the host would wait for their number"
         if (union := 1 - (1 - active) ** num_tokens) > GATHER_UNION_FRAC:
             return f"the tokens need about {union:.0%} of the experts; copying over {GATHER_UNION_FRAC:.0%} costs more than it saves"
+        if num_tokens > 1 and expert_size > MASKED_FROM[1][0]:
+            return f"experts of {expert_size} neurons run faster one by one for several tokens"
     if name == "masked":
-        kind = "thin" if weights.num_neurons // plan.num_experts < grouped.WIDE_EXPERT else "wide"
-        crossover = next(fraction for tokens, fraction in MASKED_FROM[kind] if num_tokens <= tokens)
+        by_tokens = next(rows for size, rows in MASKED_FROM if expert_size <= size)
+        crossover = next(fraction for tokens, fraction in by_tokens if num_tokens <= tokens)
         if active < crossover:
-            return f"active fraction {active:.2f} is below the crossover {crossover} for {num_tokens} tokens and {kind} experts"
+            return f"active fraction {active:.2f} is below the crossover {crossover}: {num_tokens} tokens, experts of {expert_size} neurons"
     return None
 
 

@@ -1,14 +1,19 @@
-"""Curves and costs as text: markdown for files, rich tables for terminals."""
+"""Curves and costs as markdown."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 from ..evaluate import Curve, CurvePoint
 
-if TYPE_CHECKING:
-    from rich.table import Table
-
 _HEADER = ("rule", "knob", "active", "FFN FLOPs", "all FLOPs", "{metric}", "ratio", "KL")
+_PARTS = {
+    "experts": "experts",
+    "routers": "router",
+    "FFNs not converted": "ffn_unconverted",
+    "attention: projections": "attention_proj",
+    "attention: scores": "attention_scores",
+    "head": "head",
+    "other": "other",
+}
 
 
 def curve_markdown(curve: Curve) -> str:
@@ -19,22 +24,15 @@ def curve_markdown(curve: Curve) -> str:
     return "\n".join(lines) + "\n"
 
 
-def curve_table(curve: Curve) -> "Table":
-    """The curve as a table for the terminal; rows as in `curve_markdown`."""
-    from rich.table import Table
-
-    table = Table(title=curve.model)
-    for i, name in enumerate(_header(curve)):
-        table.add_column(name, justify="left" if i == 0 else "right")
-    for cells, marked in _rows(curve):
-        table.add_row(*cells, style="bold" if marked else None)
-    return table
-
-
-def cost_markdown(lines: Mapping[str, float]) -> str:
-    """`CostBreakdown.lines` as a markdown table in MFLOPs per token."""
-    rows = [_markdown_row(["part", "MFLOPs per token"]), _markdown_row(["---", "---:"])]
-    return "\n".join([*rows, *(_markdown_row([name.replace("_", " "), f"{flops / 1e6:.3f}"]) for name, flops in lines.items())]) + "\n"
+def cost_markdown(curve: Curve) -> str:
+    """FLOPs per token by part, dense and at the calibrated point, as a markdown table in millions; empty for a curve without cost."""
+    point = curve.calibrated_point()
+    columns = {"dense": curve.cost_by_part()} | ({} if point is None else {"calibrated": curve.cost_by_part(point)})
+    if not columns["dense"]:
+        return ""
+    lines = [_markdown_row(["MFLOPs per token", *columns]), _markdown_row(["---", *["---:"] * len(columns)])]
+    lines += [_markdown_row([label, *(f"{parts[key] / 1e6:.3f}" for parts in columns.values())]) for label, key in _PARTS.items()]
+    return "\n".join([*lines, _markdown_row(["all", *(f"{sum(parts.values()) / 1e6:.3f}" for parts in columns.values())])]) + "\n"
 
 
 def layers_markdown(rows: Mapping[str, Mapping[str, str]]) -> str:

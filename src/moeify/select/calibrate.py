@@ -52,21 +52,15 @@ class Calibrator:
         *,
         weights: Mapping[str, float] | None = None,
         always_on: Mapping[str, Sequence[int]] | None = None,
-        scales: Mapping[str, float] | None = None,
     ) -> None:
         """See `calibrate`."""
         if not scores:
             raise ConfigError("calibration needs the scores of at least one layer.")
-        for what, named in (("weights", weights), ("always_on", always_on), ("scales", scales)):
+        for what, named in (("weights", weights), ("always_on", always_on)):
             for name in named or ():
                 if name not in scores:
                     raise ConfigError(f"{what} names the layer {name!r}, which has no scores.")
-        if scales and rule_type.grows:
-            raise ConfigError(f"scales divide a threshold; {rule_type.__name__}.{rule_type.knob} is none.")
         self.rule_type = rule_type
-        self.scales = {name: float((scales or {}).get(name, 1.0)) for name in scores}
-        if not all(0 < scale < math.inf for scale in self.scales.values()):
-            raise ConfigError(f"scales must be positive and finite, got {self.scales}.")
         self.weights = {name: float((weights or {}).get(name, 1.0)) for name in scores}
         self.layers = {
             name: _Switches(
@@ -80,17 +74,14 @@ class Calibrator:
         total = sum(self.weights.values())
         return sum(self.weights[name] * layer.active(knobs[name]) for name, layer in self.layers.items()) / total
 
-    def solve(self, target_active: float, *, scope: Scope = "layer", min_active: float = 0.0) -> Calibrated:
+    def solve(self, target_active: float, *, scope: Scope = "layer") -> Calibrated:
         """The knobs for one target; arguments as in `calibrate`."""
         if not 0 < target_active <= 1:
             raise ConfigError(f"target_active must be in (0, 1], got {target_active}.")
-        if not 0 <= min_active <= target_active:
-            raise ConfigError(f"min_active must be in [0, {target_active}] (the target), got {min_active}.")
         if scope == "layer":
             knobs = {name: layer.nearest(target_active) for name, layer in self.layers.items()}
         elif scope == "global":
-            floors = {name: layer.nearest(min_active) for name, layer in self.layers.items()} if min_active else None
-            knobs = self._mixed_k(target_active) if self.rule_type is TopK else self._one_knob(target_active, floors)
+            knobs = self._mixed_k(target_active) if self.rule_type is TopK else self._one_knob(target_active)
         else:
             raise ConfigError(f"scope must be 'layer' or 'global', got {scope!r}.")
         rules = {name: self.rule_type.at(knob) for name, knob in knobs.items()}
@@ -100,17 +91,16 @@ class Calibrator:
             per_layer={name: layer.active(knobs[name]) for name, layer in self.layers.items()},
         )
 
-    def _one_knob(self, target: float, floors: Mapping[str, float] | None) -> dict[str, float]:
-        """Bisection of the knob that all layers share, each divided by its scale and kept above its floor."""
-        keep = max if self.rule_type.grows else min
+    def _one_knob(self, target: float) -> dict[str, float]:
+        """Bisection of the knob that all layers share."""
 
         def knobs(common: float) -> dict[str, float]:
-            own = {name: self._clip(common / self.scales[name]) for name in self.layers}
-            return own if floors is None else {name: keep(knob, floors[name]) for name, knob in own.items()}
+            low, high = self.rule_type.bounds
+            return dict.fromkeys(self.layers, min(max(common, low), high))
 
-        fewest, most = (0.0, 1.0) if self.rule_type.grows else (max(s.largest * self.scales[n] for n, s in self.layers.items()), 0.0)
+        fewest, most = (0.0, 1.0) if self.rule_type.grows else (max(layer.largest for layer in self.layers.values()), 0.0)
         if self.rule_type.bounds[1] == 1 and not self.rule_type.grows:
-            fewest = max(self.scales.values())
+            fewest = 1.0
         if self.active(knobs(most)) <= target:
             return knobs(most)
         if self.active(knobs(fewest)) >= target:
@@ -128,9 +118,8 @@ class Calibrator:
 
     def _centre(self, common: float) -> float:
         """The middle of the interval around ``common`` in which no pair switches, so that rounding in the rule cannot matter."""
-        gaps = [layer.gap(common / self.scales[name]) for name, layer in self.layers.items()]
-        low = max(gap[0] * self.scales[name] for gap, name in zip(gaps, self.layers, strict=True))
-        high = min(gap[1] * self.scales[name] for gap, name in zip(gaps, self.layers, strict=True))
+        gaps = [layer.gap(common) for layer in self.layers.values()]
+        low, high = max(gap[0] for gap in gaps), min(gap[1] for gap in gaps)
         return (low + high) / 2 if math.isfinite(low) and math.isfinite(high) else common
 
     def _mixed_k(self, target: float) -> dict[str, float]:
@@ -146,10 +135,6 @@ class Calibrator:
                 knobs = raised
         return knobs
 
-    def _clip(self, knob: float) -> float:
-        low, high = self.rule_type.bounds
-        return min(max(knob, low), high)
-
 
 def calibrate(
     rule_type: type[Rule],
@@ -159,8 +144,6 @@ def calibrate(
     scope: Scope = "layer",
     weights: Mapping[str, float] | None = None,
     always_on: Mapping[str, Sequence[int]] | None = None,
-    scales: Mapping[str, float] | None = None,
-    min_active: float = 0.0,
 ) -> Calibrated:
     """Knobs at which the wanted fraction of (token, expert) pairs runs on the given scores.
 
@@ -172,8 +155,6 @@ def calibrate(
             layers whose scores are more concentrated run fewer experts. For `TopK`, whose knob is whole, some layers get one expert more.
         weights: what a layer counts in the mean, its number of neurons; 1 by default.
         always_on: experts of a layer that run for every token whatever their score; they count as active.
-        scales: of "global": layer l gets ``knob / scales[l]``, which makes scores of different units comparable (`Threshold`, `DynKMax`).
-        min_active: of "global": no layer runs less than this fraction.
 
     Returns:
         The rules, and the fraction that they reach: the nearest reachable one (scores tie, k is whole, one expert per token always runs).
@@ -183,8 +164,7 @@ def calibrate(
 
     Cost: one sort of T*E values per layer, 4 bytes kept for each. `Calibrator` keeps them for further targets, which are nearly free.
     """
-    calibrator = Calibrator(rule_type, scores, weights=weights, always_on=always_on, scales=scales)
-    return calibrator.solve(target_active, scope=scope, min_active=min_active)
+    return Calibrator(rule_type, scores, weights=weights, always_on=always_on).solve(target_active, scope=scope)
 
 
 class _Switches:

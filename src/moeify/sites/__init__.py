@@ -10,6 +10,8 @@ from .formula import ffn_hidden as ffn_hidden
 from .site import FFNSite as FFNSite
 from .site import FFNWeights as FFNWeights
 from .site import expert_bounds as expert_bounds
+from .site import in_decoder as in_decoder
 from .site import not_plain_reason as not_plain_reason
 from .site import permute_neurons as permute_neurons
 from .site import site_weights as site_weights
+from .site import token_mask_of as token_mask_of

@@ -10,7 +10,9 @@ Every pass is one forward of the whole model with hooks on its linear leaves:
    it was in pass 1. The first shows that nothing but one known elementwise function stands between the projections, at values where the
    functions differ (near zero, where an untrained model lives, gelu(z) and silu(z) are both z/2). The second shows that nobody else reads
    the neurons: all that follows must be as in pass 1.
-3. *Explain*, only if a wide pair of leaves was left over: move some tokens and some neurons of it and see which others move along.
+3. *Narrow*: let the first projections of what was proven give zeros of width 1, as in a converted model. Code that does not run with
+   these works with explicit sizes (`FFNSite.explicit_width`).
+4. *Explain*, only if a wide pair of leaves was left over: move some tokens and some neurons of it and see which others move along.
 
 Then the formula with the site's weights must give what `down` gave in pass 1. What fails is refused with the reason.
 """
@@ -72,7 +74,8 @@ def find_ffn_sites(model: nn.Module, example_inputs: Mapping[str, Any]) -> list[
     Raises:
         UnsupportedModelError: no FFN can be converted (names each near miss and its reason), or the weights are on the meta device.
 
-    Cost: two forwards of ``example_inputs``, three where something was left to explain (one more per site if neurons are read twice);
+    Cost: three forwards of ``example_inputs``, four where something was left to explain (one more per site if neurons are read twice, or
+        if one works with explicit sizes);
         memory for a few rows of every linear layer's input and output, and for the whole outputs of the down projections.
     """
     found = discover(model, example_inputs)
@@ -97,6 +100,7 @@ def discover(model: nn.Module, example_inputs: Mapping[str, Any]) -> Discovery:
         refused += _explain(probe, watched, misses)
         sites = [_site(probe, c) for c in candidates]
         sites = [site for site in sites if _prove_formula(probe, watched, site, refused)]
+        sites = _tell_widths(probe, watched, sites)
     sites = _refuse_heads(sites, watched, example_inputs, refused)
     sites.sort(key=lambda site: watched.calls[site.up].order)
     return Discovery(tuple(sites), tuple(dict.fromkeys(refused)))
@@ -404,7 +408,26 @@ def _refuse_heads(sites: list[FFNSite], watched: Trace, inputs: Mapping[str, Any
     return kept
 
 
-# ---- pass 3: what was left over
+# ---- pass 3: what the code between the projections makes of a stand-in
+
+
+def _tell_widths(probe: Probe, watched: Trace, sites: list[FFNSite]) -> list[FFNSite]:
+    if not sites or _runs_narrow(probe, watched, sites):
+        return sites
+    return [site if _runs_narrow(probe, watched, [site]) else replace(site, explicit_width=True) for site in sites]
+
+
+def _runs_narrow(probe: Probe, watched: Trace, sites: Iterable[FFNSite]) -> bool:
+    """Whether the model gives what it gave in pass 1 when these sites' neurons are stand-ins, and their outputs those of pass 1."""
+    widths = {path: 2 if site.fused else 1 for site in sites for path in site.first}
+    try:
+        result = probe.run_narrow(widths, pins={site.down: watched.outputs[site.down] for site in sites})
+    except (RuntimeError, ValueError, IndexError, TypeError, AssertionError):  # how sizes that do not fit show in a model's own code
+        return False
+    return len(result) == len(watched.result) and all(_close(a, b) for a, b in zip(watched.result, result, strict=True))
+
+
+# ---- pass 4: what was left over
 
 
 def _left_over(probe: Probe, watched: Trace, proposed: list[_Wiring]) -> list[_Wiring]:

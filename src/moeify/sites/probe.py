@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Set
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -96,6 +97,50 @@ class Probe:
                     stack.callback(module.register_forward_pre_hook(_bank_hook(trace, path, widths), with_kwargs=True).remove)
             trace.result = list(_tensors(self.model(**self.inputs)))
         return trace
+
+    def run_narrow(self, widths: Mapping[str, int], *, pins: Mapping[str, list[Tensor]]) -> list[Tensor]:
+        """One forward, as in a converted model: some leaves give zeros of another width, others what is pinned, whatever they get.
+
+        Args:
+            widths: leaf -> width of the zeros.
+            pins: leaf -> outputs of its calls in turn.
+
+        Returns:
+            Every tensor in the model's own output.
+
+        Raises:
+            ValueError: another number of rows than the pinned ones reaches a leaf; or whatever the model's code raises.
+        """
+        with ExitStack() as stack:
+            stack.enter_context(torch.random.fork_rng(devices=_cuda_devices(self.model)))
+            for path, width in widths.items():
+                stack.enter_context(_forward_of(self.leaves[path].module, partial(_zeros, width)))
+            for path, outputs in pins.items():
+                stack.enter_context(_forward_of(self.leaves[path].module, partial(_pinned, [*outputs])))
+            return list(_tensors(self.model(**self.inputs)))
+
+
+@contextmanager
+def _forward_of(module: nn.Module, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    old = module.__dict__.get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward
+        if old is not None:
+            module.forward = old
+
+
+def _zeros(width: int, x: Tensor) -> Tensor:
+    return x.new_zeros((*x.shape[:-1], width))
+
+
+def _pinned(outputs: list[Tensor], h: Tensor) -> Tensor:
+    y = outputs.pop(0).clone()  # models add the residual in place
+    if h.shape[:-1] != y.shape[:-1]:
+        raise ValueError(f"rows {tuple(h.shape[:-1])} instead of {tuple(y.shape[:-1])}.")
+    return y
 
 
 @contextmanager

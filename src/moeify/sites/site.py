@@ -6,14 +6,14 @@ This file is the only place that knows how a module stores its weights (nn.Linea
 `FFNWeights`, the canonical (F, D) view. The views alias the model's own Parameters: writing into them writes into the model.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import UnsupportedModelError
+from ..errors import ConfigError, UnsupportedModelError
 
 # Classes whose forward is exactly x @ W^T + b although they are neither nn.Linear itself nor transposed like Conv1D. By name, so that
 # nothing has to be imported; discovery's probe still proves the algebra for each site.
@@ -45,6 +45,8 @@ class FFNSite:
     """Number F of neurons."""
     d_out: int
     """Width of the FFN's output; equal to ``d_model`` but for rare adapters."""
+    explicit_width: bool = False
+    """Whether the code between the projections works with explicit sizes (slices, reshapes), so that a stand-in needs the full width."""
 
     @property
     def is_gated(self) -> bool:
@@ -113,7 +115,8 @@ def not_plain_reason(module: nn.Module, *, allow_meta: bool = False) -> str | No
     """
     kind = type(module)
     if not (kind is nn.Linear or is_transposed(module) or kind.__name__ in PLAIN_LINEAR_CLASSES):
-        return f"is a {kind.__name__}, not a plain Linear or Conv1D"
+        name = f"{kind.__module__}.Linear" if kind.__name__ == "Linear" else kind.__name__  # an adapter's class may be called Linear, too
+        return f"is a {name}, not a plain Linear or Conv1D"
     if hasattr(module, "_hf_hook"):
         return "has an accelerate hook (offload or device map)"
     if module._forward_hooks or module._forward_pre_hooks:
@@ -131,16 +134,30 @@ def not_plain_reason(module: nn.Module, *, allow_meta: bool = False) -> str | No
     return None
 
 
+def in_decoder(model: nn.Module, site: FFNSite) -> bool:
+    """Whether a site is in the decoder of an encoder-decoder, where padding is that of ``decoder_attention_mask``."""
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False)) and "decoder" in site.name.split(".")
+
+
+def token_mask_of(mask_BS: Tensor | None, shape: Sequence[int]) -> Tensor | None:
+    """The padding mask of tokens that have this shape, (B, S), or (T,) where the model has flattened them: bool (T,), True at real tokens.
+
+    None where there is none or it is of other tokens: of an encoder-decoder's other half, of samples and not of frames, of pooled tokens.
+    """
+    fits = mask_BS is not None and mask_BS.dim() == 2 and tuple(shape) in (tuple(mask_BS.shape), (mask_BS.numel(),))
+    return mask_BS.reshape(-1).bool() if fits and mask_BS is not None else None
+
+
 def expert_bounds(num_neurons: int, num_experts: int) -> tuple[int, ...]:
     """Boundaries of the experts' contiguous slices: expert e owns neurons [bounds[e], bounds[e + 1]).
 
     Sizes differ by at most one; the first ``num_neurons % num_experts`` experts are the larger ones. Only E has to be stored.
 
     Raises:
-        ValueError: fewer than one neuron per expert, or no expert.
+        ConfigError: fewer than one neuron per expert, or no expert.
     """
     if not 1 <= num_experts <= num_neurons:
-        raise ValueError(f"cannot split {num_neurons} neurons into {num_experts} experts.")
+        raise ConfigError(f"cannot split {num_neurons} neurons into {num_experts} experts.")
     size, larger = divmod(num_neurons, num_experts)
     return tuple(e * size + min(e, larger) for e in range(num_experts + 1))
 

@@ -8,6 +8,7 @@ is the sum of their profiles. Medians are exact because the counts are kept as h
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence, Sized
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from .._progress import NO_PROGRESS, Progress
-from ..sites.site import FFNSite, site_weights
+from ..errors import ConfigError, DataError
+from ..sites.site import FFNSite, in_decoder, site_weights, token_mask_of
 
 RELATIVE = (10, 100, 1000)
 """Relative thresholds: |h| below the token's largest |h| divided by these."""
@@ -44,12 +46,12 @@ class ActivationProfile:
             coactivation: also accumulate the (F, F) co-activation that `moeify.split.graph_features` takes; 2 T F^2 operations.
 
         Raises:
-            ValueError: F below 1, or eps negative or not finite.
+            ConfigError: F below 1, or eps negative or not finite.
         """
         if num_neurons < 1:
-            raise ValueError(f"num_neurons must be at least 1, got {num_neurons}.")
+            raise ConfigError(f"num_neurons must be at least 1, got {num_neurons}.")
         if not 0 <= eps < float("inf"):
-            raise ValueError(f"eps must be finite and >= 0, got {eps}.")
+            raise ConfigError(f"eps must be finite and >= 0, got {eps}.")
         self.num_neurons = num_neurons
         self.eps = eps
         self.tokens = 0
@@ -85,7 +87,8 @@ class ActivationProfile:
                 cross a sequence or a chunk; an incomplete last window does not count.
 
         Raises:
-            ValueError: shapes that do not fit, or NaN or infinity among the unmasked activations.
+            ValueError: shapes that do not fit.
+            DataError: NaN or infinity among the unmasked activations.
 
         Cost: one sort of T * F values; one host sync (the check), more with a mask on an accelerator.
         """
@@ -108,7 +111,7 @@ class ActivationProfile:
         h_TF = h_TF.detach().float()
         if not bool(h_TF.isfinite().all()):
             bad = int((~h_TF.isfinite()).any(0).nonzero()[0])
-            raise ValueError(f"the activations hold NaN or infinity (first in neuron {bad}); the weights or the input are damaged.")
+            raise DataError(f"the activations hold NaN or infinity (first in neuron {bad}); the weights or the input are damaged.")
         sums = self._on(h_TF.device)
         norm_F = down_norm_F.to(h_TF.device).float()
         important_TF = torch.empty(h_TF.shape, dtype=torch.bool, device=h_TF.device)
@@ -162,11 +165,11 @@ class ActivationProfile:
         """The profile of both streams; neither argument changes.
 
         Raises:
-            ValueError: another F, eps, or one has co-activation and the other has not.
+            ConfigError: another F, eps, or one has co-activation and the other has not.
         """
         mine, theirs = self._kind(), other._kind()
         if mine != theirs:
-            raise ValueError(f"cannot merge profiles of different kinds: (F, eps, coactivation) = {mine} and {theirs}.")
+            raise ConfigError(f"cannot merge profiles of different kinds: (F, eps, coactivation) = {mine} and {theirs}.")
         merged = ActivationProfile(self.num_neurons, eps=self.eps, coactivation=self.has_coactivation)
         merged.tokens = self.tokens + other.tokens
         merged.windows = {width: self.windows[width] + other.windows[width] for width in WINDOWS}
@@ -262,10 +265,10 @@ class ActivationProfile:
             tensors: what `tensors` returned, to get the co-activation back; None: the profile has none.
 
         Raises:
-            ValueError: another schema, or a field that is missing or of the wrong size; names it.
+            DataError: another schema, or a field that is missing or of the wrong size; names it.
         """
         if data.get("schema") != SCHEMA:
-            raise ValueError(f"activation profile has schema {data.get('schema')!r}; this version reads {SCHEMA}.")
+            raise DataError(f"activation profile has schema {data.get('schema')!r}; this version reads {SCHEMA}.")
         try:
             profile = cls(data["num_neurons"], eps=data["eps"], coactivation=tensors is not None and "coactivation_FF" in tensors)
             profile.tokens = int(data["tokens"])
@@ -276,12 +279,12 @@ class ActivationProfile:
                 if name not in ("coactivation", "amplitude")
             }
         except KeyError as error:
-            raise ValueError(f"activation profile lacks {error}.") from error
+            raise DataError(f"activation profile lacks {error}.") from error
         if profile.has_coactivation and tensors is not None:
             stored |= {"coactivation": tensors["coactivation_FF"].float(), "amplitude": tensors["amplitude_sum_F"].double()}
         for name, tensor in stored.items():
             if tensor.shape != profile._sums[name].shape:
-                raise ValueError(f"activation profile: {name!r} has shape {tuple(tensor.shape)}, not {tuple(profile._sums[name].shape)}.")
+                raise DataError(f"activation profile: {name!r} has shape {tuple(tensor.shape)}, not {tuple(profile._sums[name].shape)}.")
         profile._sums = stored
         return profile
 
@@ -304,9 +307,9 @@ def profile_activations(
 ) -> dict[str, ActivationProfile]:
     """Run the dense model over ``batches`` and record what the neurons of each site do.
 
-    Padding: a 2-D ``attention_mask`` with as many entries as the site has tokens excludes the masked ones. In an encoder-decoder, sites
-    inside the module called ``decoder`` use ``decoder_attention_mask`` instead. A mask that does not fit (speech models mask samples, the
-    FFN sees frames; pooled tokens) is not applied, with one warning that names the sites.
+    Padding: a 2-D ``attention_mask`` of the site's batch and length (or of as many tokens, where the model has flattened them) excludes the
+    masked ones. In an encoder-decoder, sites inside the module called ``decoder`` use ``decoder_attention_mask`` instead. A mask that does
+    not fit (speech models mask samples, the FFN sees frames; pooled tokens) is not applied, with one warning that names the sites.
 
     Args:
         model: in eval mode for the time of the call; hooks on the down projections are removed on return.
@@ -321,62 +324,61 @@ def profile_activations(
         One profile per site, by site name.
 
     Raises:
-        ValueError: no site, NaN activations (names the site).
+        ConfigError: no site.
+        DataError: NaN or infinite activations (names the site).
     """
     if not sites:
-        raise ValueError("no sites to profile; find_ffn_sites lists them.")
+        raise ConfigError("no sites to profile; find_ffn_sites lists them.")
     profiles = {site.name: ActivationProfile(site.d_ff, eps=eps, coactivation=coactivation) for site in sites}
-    norms = {site.name: down_norms(site_weights(model, site).down_FD) for site in sites}
-    is_encoder_decoder = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
-    batch_now: dict[str, Any] = {}
-    unmasked: dict[str, None] = {}
-
-    def hook_of(site: FFNSite) -> Any:
-        in_decoder = is_encoder_decoder and "decoder" in site.name.split(".")
-        mask_key = "decoder_attention_mask" if in_decoder else "attention_mask"
-
-        def hook(_module: nn.Module, args: tuple[Any, ...]) -> None:
-            h = args[0]
-            num_tokens = h.numel() // site.d_ff
-            mask = batch_now.get(mask_key)
-            if mask is not None and (mask.dim() != 2 or mask.numel() != num_tokens):
-                unmasked[site.name] = None
-                mask = None
-            num_sequences = h.shape[0] if h.dim() == 3 else (mask.shape[0] if mask is not None else 1)
-            try:
-                profiles[site.name].update(
-                    h.reshape(num_tokens, site.d_ff),
-                    norms[site.name],
-                    mask_T=None if mask is None else mask.reshape(-1),
-                    lengths=[num_tokens // max(num_sequences, 1)] * num_sequences,
-                )
-            except ValueError as error:
-                raise ValueError(f"'{site.name}': {error}") from error
-
-        return hook
-
+    listener = _Listener(model, sites, profiles)
     device = device if device is not None else next((p.device for p in model.parameters()), torch.device("cpu"))
     was_training = model.training
-    handles = [model.get_submodule(site.down).register_forward_pre_hook(hook_of(site)) for site in sites]
+    handles = [model.get_submodule(site.down).register_forward_pre_hook(partial(listener.hear, site)) for site in sites]
     try:
         model.eval()
         total = len(batches) if isinstance(batches, Sized) else 0
         with torch.no_grad(), progress.task("profile activations", total=total) as task:
             for batch in batches:
-                batch_now.clear()
-                batch_now.update({key: value.to(device) for key, value in batch.items()})
-                model(**batch_now)
+                listener.batch = {key: value.to(device) for key, value in batch.items()}
+                model(**listener.batch)
                 task.advance(1)
     finally:
         model.train(was_training)
         for handle in handles:
             handle.remove()
-    if unmasked:
-        warnings.warn(f"the attention mask does not fit the tokens of {', '.join(unmasked)}: padding is counted there.", stacklevel=2)
+    if listener.unmasked:
+        where = ", ".join(listener.unmasked)
+        warnings.warn(f"the attention mask does not fit the tokens of {where}: padding is counted there.", stacklevel=2)
     idle = [name for name, profile in profiles.items() if profile.tokens == 0]
     if idle:
         warnings.warn(f"no token reached {', '.join(idle)}: the profile is empty there.", stacklevel=2)
     return profiles
+
+
+class _Listener:
+    """Adds what the hooks on the down projections hear to the sites' profiles, without the padding of the batch in flight."""
+
+    def __init__(self, model: nn.Module, sites: Sequence[FFNSite], profiles: Mapping[str, ActivationProfile]) -> None:
+        self.batch: dict[str, Tensor] = {}
+        self.unmasked: dict[str, None] = {}
+        """Sites whose tokens the mask does not fit, in order."""
+        self._profiles = profiles
+        self._norms = {site.name: down_norms(site_weights(model, site).down_FD) for site in sites}
+        self._mask_keys = {site.name: "decoder_attention_mask" if in_decoder(model, site) else "attention_mask" for site in sites}
+
+    def hear(self, site: FFNSite, _module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        """Pre-hook of a site's down projection."""
+        h, mask_BS = args[0], self.batch.get(self._mask_keys[site.name])
+        h_TF = h.reshape(-1, site.d_ff)
+        mask_T = token_mask_of(mask_BS, h.shape[:-1])
+        if mask_BS is not None and mask_T is None:
+            self.unmasked[site.name] = None
+        num_sequences = h.shape[0] if h.dim() == 3 else (1 if mask_BS is None or mask_T is None else mask_BS.shape[0])
+        lengths = [len(h_TF) // max(num_sequences, 1)] * num_sequences
+        try:
+            self._profiles[site.name].update(h_TF, self._norms[site.name], mask_T=mask_T, lengths=lengths)
+        except DataError as error:
+            raise DataError(f"'{site.name}': {error}") from error
 
 
 def _sort_descending(x_TF: Tensor) -> Tensor:

@@ -47,7 +47,8 @@ def split_neurons(features_FK: Tensor, *, num_experts: int, method: SplitConfig,
         The split; ``order_F`` is on the CPU and is what `moeify.sites.site.permute_neurons` takes.
 
     Raises:
-        ValueError: features not 2-D, empty or not finite; E out of range; a warm start of another F or E.
+        DataError: features not 2-D, empty or not finite.
+        ConfigError: E out of range; a warm start of another F or E.
     """
     check_features(features_FK)
     return method(features_FK, num_experts=num_experts, warm_start=warm_start)

@@ -125,7 +125,8 @@ def balanced_kmeans(
         The best partition, its centroids, and the inertia by round.
 
     Raises:
-        ValueError: features not 2-D, empty or not finite; E out of range; a warm start of another F or E.
+        DataError: features not 2-D, empty or not finite.
+        ConfigError: E out of range; a warm start of another F or E.
 
     Cost: about F (F + E) K multiply-adds in all, O(F E) memory. F=3072, K=768, E=128: see bench/cases/split.py.
     """
@@ -135,7 +136,7 @@ def balanced_kmeans(
     slice_labels(num_neurons, num_experts)  # refuses a bad E before anything else does
     if warm_start is not None:
         if (warm_start.num_neurons, warm_start.num_experts) != (num_neurons, num_experts):
-            raise ValueError(
+            raise ConfigError(
                 f"warm_start splits {warm_start.num_neurons} neurons into {warm_start.num_experts} experts, "
                 f"not {num_neurons} into {num_experts}."
             )

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..errors import ConfigError
+from ..errors import ConfigError, DataError
 from .balanced_kmeans import balanced_kmeans, check_solver_options
 from .record import ExpertSplit
 
@@ -86,16 +86,16 @@ def coactivation_features(energy_TF: Tensor, *, method: Coactivation | None = No
         features_FK in fp32; K <= min(T, F) + 1. Rows have norm 1 before the level feature; neurons that never vary have a zero row.
 
     Raises:
-        ValueError: not 2-D, or not finite, or negative.
+        DataError: not 2-D, or not finite, or negative.
 
     Cost: O(T F) for T <= F; else O(T F^2), a Gram matrix and its Cholesky factor, which have the same inner products.
     """
     method = method or Coactivation()
     if energy_TF.dim() != 2 or not energy_TF.is_floating_point():
-        raise ValueError(f"energy_TF must be a 2-D floating-point tensor, got {tuple(energy_TF.shape)} {energy_TF.dtype}.")
+        raise DataError(f"energy_TF must be a 2-D floating-point tensor, got {tuple(energy_TF.shape)} {energy_TF.dtype}.")
     energy_TF = energy_TF.detach().float()
     if not bool((energy_TF.isfinite() & (energy_TF >= 0)).all()):
-        raise ValueError("energy_TF holds NaN, infinity or negative values; energies are (h_tj * ||down_j||)^2.")
+        raise DataError("energy_TF holds NaN, infinity or negative values; energies are (h_tj * ||down_j||)^2.")
     if method.transform == "log_energy":
         return log_energy_features(energy_TF, seed=method.seed)
     share_TF = energy_TF / energy_TF.sum(1, keepdim=True)
@@ -167,22 +167,23 @@ def graph_features(
         features_FK in fp32, K = F (+ 1); equal partitions come out of `coactivation_features` on the same tokens.
 
     Raises:
-        ValueError: not a finite square matrix, sums of another width, or another transform.
+        DataError: not a finite square matrix, or sums of another width.
+        ConfigError: another transform.
 
     Cost: F^3 / 3 multiply-adds.
     """
     method = method or Coactivation(transform="amplitude")
     if method.transform != "amplitude":
-        raise ValueError(f"graph_features has the 'amplitude' transform accumulated, not {method.transform!r}; use coactivation_features.")
+        raise ConfigError(f"graph_features has the 'amplitude' transform accumulated, not {method.transform!r}; use coactivation_features.")
     num_neurons = coactivation_FF.shape[0]
     if coactivation_FF.shape != (num_neurons, num_neurons) or amplitude_sum_F.shape != (num_neurons,):
-        raise ValueError(
+        raise DataError(
             f"coactivation_FF {tuple(coactivation_FF.shape)} and amplitude_sum_F {tuple(amplitude_sum_F.shape)} must be (F, F) and (F,)."
         )
     # fp64: centring subtracts nearly equal numbers
     graph_FF = coactivation_FF.detach().double()
     if not bool(graph_FF.isfinite().all()):
-        raise ValueError("coactivation_FF holds NaN or infinity.")
+        raise DataError("coactivation_FF holds NaN or infinity.")
     level_F = graph_FF.diagonal() if energy_F is None else energy_F
     if method.centring == "mean" and num_tokens:
         sum_F = amplitude_sum_F.detach().double()

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..errors import ConfigError, DataError
 from ..sites.site import expert_bounds
 
 
@@ -29,10 +30,10 @@ class ExpertSplit:
     def __post_init__(self) -> None:
         order_F = self.order_F
         if order_F.dim() != 1 or order_F.dtype is not torch.int64:
-            raise ValueError(f"order_F must be a 1-D int64 tensor, got {tuple(order_F.shape)} {order_F.dtype}.")
+            raise ConfigError(f"order_F must be a 1-D int64 tensor, got {tuple(order_F.shape)} {order_F.dtype}.")
         expert_bounds(order_F.numel(), self.num_experts)
         if not torch.equal(order_F.sort().values, torch.arange(order_F.numel(), device=order_F.device)):
-            raise ValueError(f"order_F is not a permutation of 0..{order_F.numel() - 1}.")
+            raise ConfigError(f"order_F is not a permutation of 0..{order_F.numel() - 1}.")
 
     @property
     def num_neurons(self) -> int:
@@ -64,13 +65,13 @@ def check_features(features_FK: Tensor) -> None:
     """Refuse what cannot be clustered, before the first expensive step.
 
     Raises:
-        ValueError: not a 2-D floating-point tensor with at least one row, or not finite; names the shape, or the first bad neuron.
+        DataError: not a 2-D floating-point tensor with at least one row, or not finite; names the shape, or the first bad neuron.
     """
     if features_FK.dim() != 2 or not features_FK.is_floating_point() or features_FK.shape[0] == 0:
-        raise ValueError(
+        raise DataError(
             f"features_FK must be a 2-D floating-point tensor, one row a neuron; got {tuple(features_FK.shape)} {features_FK.dtype}."
         )
     finite_F = features_FK.isfinite().all(1)
     if not bool(finite_F.all()):
         bad = int((~finite_F).nonzero()[0])
-        raise ValueError(f"features_FK holds NaN or infinity in {int((~finite_F).sum())} neurons, the first is {bad}.")
+        raise DataError(f"features_FK holds NaN or infinity in {int((~finite_F).sum())} neurons, the first is {bad}.")

@@ -21,7 +21,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .._progress import NO_PROGRESS, Progress
 from ..errors import DataError
-from ..sites import FFNSite
+from ..sites import FFNSite, in_decoder, token_mask_of
 
 _STATE = "capture.json"
 
@@ -66,7 +66,8 @@ def capture_ffn_inputs(
     Args:
         model: dense model; put into eval mode for the pass and back.
         sites: FFNs to record, in execution order.
-        batches: keyword arguments of ``model``; rows where ``attention_mask`` is 0 are left out.
+        batches: keyword arguments of ``model``; rows where ``attention_mask`` is 0 are left out, in the decoder of an encoder-decoder those
+            where ``decoder_attention_mask`` is.
         directory: where to write; a capture that was killed continues after its last whole batch.
         compute: dtype of the model's matrix products (autocast); None leaves the model's own. A family whose code does not run under
             autocast is read in its own dtype.
@@ -84,6 +85,7 @@ def capture_ffn_inputs(
     files = {site.name: f"site{i:04d}.bf16" for i, site in enumerate(sites)}
     result = FFNInputs(directory, {s.name: s.d_model for s in sites}, files)
     state = _read_state(result, len(batches))
+    device = next(model.parameters()).device
     was_training = model.training
     model.eval()
     sinks = {name: _open_at(directory / file, state["bytes"].get(name, 0)) for name, file in files.items()}
@@ -99,13 +101,14 @@ def capture_ffn_inputs(
         recorder = _Recorder(sinks, calls_per_forward=calls)
         for site in sites:
             first = model.get_submodule(site.first[0])
-            handles.append(first.register_forward_pre_hook(recorder.hook(site.name), prepend=True, with_kwargs=True))
+            mask = "decoder_attention_mask" if in_decoder(model, site) else "attention_mask"
+            handles.append(first.register_forward_pre_hook(recorder.hook(site.name, mask=mask), prepend=True, with_kwargs=True))
         with progress.task("read FFN inputs", total=len(batches)) as task:
             task.advance(state["done"])
             for i, batch in enumerate(batches[state["done"] :], start=state["done"]):
                 recorder.start(batch)
                 with suppress(_LastSiteReached), _autocast(model, compute):
-                    model(**{k: v for k, v in batch.items() if k != "labels"})
+                    model(**{k: v.to(device) for k, v in batch.items() if k != "labels"})
                 for sink in sinks.values():
                     sink.flush()
                 _write_state(directory, result.widths, len(batches), done=i + 1, sizes={n: s.tell() for n, s in sinks.items()})
@@ -132,23 +135,23 @@ class _Recorder:
 
     def __init__(self, sinks: Mapping[str, BinaryIO], *, calls_per_forward: int) -> None:
         self._sinks = sinks
-        self._keep: Tensor | None = None
+        self._batch: Mapping[str, Tensor] = {}
         self._calls = 0
         self._calls_per_forward = calls_per_forward
 
     def start(self, batch: Mapping[str, Tensor]) -> None:
-        mask = batch.get("attention_mask")
-        self._keep = None if mask is None or mask.dim() != 2 or bool(mask.all()) else mask.reshape(-1).bool()
+        self._batch = batch
         self._calls = 0
 
-    def hook(self, name: str) -> Any:
+    def hook(self, name: str, *, mask: str) -> Any:
+        """The hook of one site; ``mask`` names the batch's entry with its padding."""
         sink = self._sinks[name]
 
         def record(_module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
             x = args[0] if args else next(iter(kwargs.values()))
             x_TD = x.detach().reshape(-1, x.shape[-1])
-            if self._keep is not None and self._keep.numel() == x_TD.shape[0]:
-                x_TD = x_TD[self._keep.to(x_TD.device)]
+            if (keep_T := token_mask_of(self._batch.get(mask), x.shape[:-1])) is not None:
+                x_TD = x_TD[keep_T.to(x_TD.device)]
             if not torch.isfinite(x_TD).all():
                 raise DataError(f"the input of '{name}' holds NaN or infinity: the model's weights are damaged, or its dtype overflows.")
             sink.write(x_TD.to("cpu", torch.bfloat16).contiguous().view(torch.int16).numpy().tobytes())
@@ -186,8 +189,9 @@ def _count_calls(model: nn.Module, sites: Sequence[FFNSite], batch: Mapping[str,
     try:
         # One example, and of text its first tokens: the number of calls does not depend on the length.
         short = {k: v[:1, :16] if v.dim() == 2 and not v.is_floating_point() else v[:1] for k, v in batch.items() if k != "labels"}
+        device = next(model.parameters()).device
         with _autocast(model, compute):
-            model(**short)
+            model(**{k: v.to(device) for k, v in short.items()})
     finally:
         for handle in handles:
             handle.remove()

@@ -21,7 +21,7 @@ from ..sites.formula import ffn_hidden
 from ..split import Coactivation, ExpertSplit, coactivation_features, parameter_features, split_neurons
 from .capture import fast_dtype
 
-_CHUNK_TOKENS = 4096  # rows of x whose activations are in memory at once
+_CHUNK_TOKENS = 1024  # rows of x whose activations are in memory at once; larger is no faster
 _SILENT_ENERGY = 1e-4  # of the mean energy of an expert's output; less is as good as none
 _HOLDOUT_BLOCK = 512
 _SPLIT_TOKENS = 4096  # tokens whose activations make the features of a co-activation split
@@ -58,6 +58,8 @@ class FittedSite:
     router_state: dict[str, Tensor]
     scores_TE: Tensor
     """Router scores of the held-out tokens, fp32."""
+    always_on: tuple[int, ...] = ()
+    """Experts that are to run for every token; the record's, and the calibrator's."""
     captured: dict[str, float] = field(default_factory=dict)
     """Share of the held-out output norm that the router's top 10, 25, 50 and 75 % of the experts hold, and the oracle's ("oracle@0.25")."""
 
@@ -70,16 +72,16 @@ def fit_site(weights: FFNWeights, x_TD: Tensor, record: SiteRecord, options: Con
         x_TD: FFN inputs of the dense model, any float dtype, on the CPU; ``holdout_frac`` of them, in blocks spread over the data,
             score the router.
         record: number of experts and router.
-        options: split method.
+        options: split method, and how many experts are always on.
         train: router training.
 
     Returns:
-        Permutation, router tensors and held-out scores.
+        Permutation, router tensors, held-out scores and the experts that are always on.
 
     Raises:
         DataError: too few tokens to train on some and hold out others.
     """
-    weights = _cast(weights, torch.float32)
+    weights = _cast(weights, torch.float32, device=x_TD.device)  # of a model on another device, one layer at a time
     num_tokens = x_TD.shape[0]
     held_out_T = _held_out(num_tokens, train.holdout_frac) if num_tokens else torch.zeros(0, dtype=torch.bool)
     num_train = num_tokens - int(held_out_T.sum())
@@ -100,8 +102,11 @@ def fit_site(weights: FFNWeights, x_TD: Tensor, record: SiteRecord, options: Con
         router = build_router(record.router, site=record.site, num_experts=record.num_experts)
         fit_router(router, train_TD, ordered, activation=record.site.activation, num_experts=record.num_experts, config=train)
     scores_TE, captured = score_router(router, held_out_TD, ordered, activation=record.site.activation, num_experts=record.num_experts)
+    always_on = loudest_experts(
+        train_TD, ordered, activation=record.site.activation, num_experts=record.num_experts, count=options.always_on
+    )
     state = {name: tensor.detach().contiguous() for name, tensor in router.state_dict().items()}
-    return FittedSite(order_F=split.order_F, router_state=state, scores_TE=scores_TE, captured=captured)
+    return FittedSite(order_F=split.order_F, router_state=state, scores_TE=scores_TE, always_on=always_on, captured=captured)
 
 
 def _held_out(num_tokens: int, share: float) -> Tensor:
@@ -155,6 +160,23 @@ def fit_router(router: Router, x_TD: Tensor, weights: FFNWeights, *, activation:
 
 
 @torch.no_grad()
+def loudest_experts(x_TD: Tensor, weights: FFNWeights, *, activation: str, num_experts: int, count: int) -> tuple[int, ...]:
+    """The ``count`` experts that give the largest output norm on any one token, ascending; of equal ones the lower numbers.
+
+    A few neurons write outliers that all later layers rely on, on few tokens: a router that misses them once costs more than running them
+    always.
+
+    Cost: one pass over the activations; none for 0.
+    """
+    if count == 0:
+        return ()
+    bounds = expert_bounds(weights.num_neurons, num_experts)
+    grams_EGG = expert_grams(weights.down_FD, bounds)
+    norms_TE = _per_chunk(x_TD, weights, activation, lambda h_TF: expert_norms(h_TF, grams_EGG, bounds))
+    return tuple(sorted(norms_TE.amax(0).sort(descending=True, stable=True).indices[:count].tolist()))
+
+
+@torch.no_grad()
 def score_router(
     router: Router, x_TD: Tensor, weights: FFNWeights, *, activation: str, num_experts: int
 ) -> tuple[Tensor, dict[str, float]]:
@@ -197,7 +219,7 @@ def _fit_norm_router(router: NormRouter, x_TD: Tensor, norms_TE: Tensor, config:
         router.hidden.bias.zero_()
 
     def loss_of(rows: Tensor) -> Tensor:
-        z_TE = router.logits((x_TD[rows].float() - mean_D) / std_D)
+        z_TE = router.raw_scores((x_TD[rows].float() - mean_D) / std_D)
         t_TE = targets_TE[rows]
         return (t_TE * torch.exp(-z_TE.clamp(-30, 30)) + z_TE).mean() if log_link else (z_TE.abs() - t_TE).square().mean()
 
@@ -215,15 +237,21 @@ def _fit_norm_router(router: NormRouter, x_TD: Tensor, norms_TE: Tensor, config:
 def _mean_and_std(x_TD: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and sample deviation of each channel, in fp32 accuracy, without an fp32 copy of all tokens."""
     chunks = x_TD.split(_CHUNK_TOKENS)
-    mean_D = torch.stack([x.double().sum(0) for x in chunks]).sum(0) / x_TD.shape[0]
-    square_D = torch.stack([(x.double() - mean_D).square().sum(0) for x in chunks]).sum(0)
-    return mean_D.float(), (square_D / max(1, x_TD.shape[0] - 1)).sqrt().float()
+    # One tensor made before: small results between large temporaries keep the heap from giving these back (400 MB at 90,000 tokens).
+    parts_KD = torch.empty(len(chunks), x_TD.shape[1], dtype=torch.float64)
+    for part_D, x in zip(parts_KD, chunks, strict=True):
+        torch.sum(x.double(), 0, out=part_D)
+    mean_D = parts_KD.sum(0) / x_TD.shape[0]
+    for part_D, x in zip(parts_KD, chunks, strict=True):
+        torch.sum(x.double().sub_(mean_D).square_(), 0, out=part_D)
+    variance_D = parts_KD.sum(0) / max(1, x_TD.shape[0] - 1)
+    return mean_D.float(), variance_D.sqrt().float()
 
 
 def _fit_classifier(router: MLPRouter, x_TD: Tensor, sums_TE: Tensor, config: RouterTrainConfig) -> None:
     def loss_of(rows: Tensor) -> Tensor:
         labels = sums_TE[rows]
-        return F.binary_cross_entropy_with_logits(router.logits(x_TD[rows]), labels / labels.max().clamp_min(1e-12))
+        return F.binary_cross_entropy_with_logits(router.raw_scores(x_TD[rows]), labels / labels.max().clamp_min(1e-12))
 
     _adam(router, loss_of, x_TD.shape[0], config)
 
@@ -251,7 +279,13 @@ def _per_chunk(x_TD: Tensor, weights: FFNWeights, activation: str, function: Cal
     """
     dtype = fast_dtype(x_TD.device)
     low = _cast(weights, dtype)
-    return torch.cat([function(ffn_hidden(x.to(dtype), low, activation=activation).float()) for x in x_TD.split(_CHUNK_TOKENS)])
+    result = torch.empty(0)
+    for start in range(0, x_TD.shape[0], _CHUNK_TOKENS):
+        part = function(ffn_hidden(x_TD[start : start + _CHUNK_TOKENS].to(dtype), low, activation=activation).float())
+        if start == 0:  # filled, not concatenated: T * E numbers would exist twice for a moment
+            result = part.new_empty(x_TD.shape[0], part.shape[1])
+        result[start : start + len(part)] = part
+    return result
 
 
 @torch.no_grad()
@@ -262,5 +296,6 @@ def _energies(weights: FFNWeights, x_TD: Tensor, activation: str) -> Tensor:
     return _per_chunk(x_TD[rows], weights, activation, lambda h_TF: (h_TF * down_norm_F).square())
 
 
-def _cast(weights: FFNWeights, dtype: torch.dtype) -> FFNWeights:
-    return replace(weights, **{f.name: t.detach().to(dtype) for f in fields(weights) if (t := getattr(weights, f.name)) is not None})
+def _cast(weights: FFNWeights, dtype: torch.dtype, *, device: torch.device | None = None) -> FFNWeights:
+    tensors = {f.name: t for f in fields(weights) if (t := getattr(weights, f.name)) is not None}
+    return replace(weights, **{name: tensor.detach().to(device=device, dtype=dtype) for name, tensor in tensors.items()})

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from moeify.evaluate import measure_ms, measure_tokens_per_s
+from moeify.evaluate import measure_ms
 
 
 def test_measure_ms_interleaves_and_leaves_warmup_out(monkeypatch):
@@ -26,9 +26,3 @@ def test_measure_ms_waits_for_device_around_each_call():
 def test_measure_ms_without_rounds_raises():
     with pytest.raises(ValueError, match="rounds"):
         measure_ms({"a": lambda: None}, rounds=0)
-
-
-def test_measure_tokens_per_s_divides_by_median(monkeypatch):
-    ticks = itertools.count()
-    monkeypatch.setattr("moeify.evaluate.latency.time.perf_counter", lambda: next(ticks) * 0.5)
-    assert measure_tokens_per_s(lambda: None, tokens=100, rounds=3) == pytest.approx(200.0)

@@ -1,6 +1,7 @@
-"""Points, resuming, state after errors, curve files, calibration scores."""
+"""Points, resuming, state after errors, curve files."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,8 +14,8 @@ from moeify.evaluate import (
     DenseReference,
     LayerRules,
     agreement,
-    collect_scores,
     model_cost,
+    model_weights,
     perplexity,
     sweep,
 )
@@ -151,33 +152,27 @@ def test_model_cost_prices_router_and_context_of_the_batch(random_gpt, windows):
     assert cost.lines()["attention_scores"] == 2 * 2 * 2 * 12 * 16
 
 
-def test_collect_scores_equal_router_on_dense_inputs_and_stop_at_max_tokens(random_gpt, windows):
-    first, second = moe_layers(random_gpt).values()
-    set_rule(random_gpt, TopK(k=1))
-    before = _state(random_gpt)
-    scores = collect_scores(random_gpt, _batches(windows), max_tokens=20)
-    assert _state(random_gpt) == before
-    assert {name: tuple(s.shape) for name, s in scores.items()} == {first.site.name: (20, 10), second.site.name: (20, 10)}
-    seen = []
-    handle = random_gpt.get_submodule(second.site.up).register_forward_pre_hook(lambda _m, args: seen.append(args[0]))
-    set_mode(random_gpt, "dense")
-    with torch.no_grad():
-        random_gpt(input_ids=windows[:1])
-        torch.testing.assert_close(scores[second.site.name][:12], second.router(seen[0].reshape(12, 16)))
-    handle.remove()
+def test_model_weights_reads_a_fifth_of_the_experts_and_all_routers(random_gpt):
+    weights = model_weights(random_gpt)
+    ffn = 4 * (2 * 16 * 40 + 40 + 16)  # bytes of one layer, biases included
+    assert weights.num_params == random_gpt.num_parameters()
+    assert list(weights.router) == list(moe_layers(random_gpt))
+    assert weights.read_bytes_per_token(0.2) == pytest.approx(weights.read_bytes_per_token() - 0.8 * 2 * ffn)
 
 
-def test_collect_scores_leaves_padding_out(encoder, padded_batch):
-    scores = collect_scores(encoder, [padded_batch], dtype=torch.float16)
-    assert {tuple(s.shape) for s in scores.values()} == {(9, 10)}
-    assert {s.dtype for s in scores.values()} == {torch.float16}
-
-
-def test_collect_scores_without_batches_or_layers_raises(gpt):
-    with pytest.raises(DataError, match="saw no token"):
-        collect_scores(gpt, [])
-    with pytest.raises(ConfigError, match="convert it first"):
-        collect_scores(torch.nn.Linear(2, 2), [])
+def test_cost_by_part_of_a_point_adds_up_to_its_flops(random_gpt, windows):
+    first, _ = moe_layers(random_gpt)
+    rules = LayerRules(value=0.3, rules={first: TopK(k=1)})
+    points = sweep(random_gpt, _batches(windows), TopK, [rules, 10])
+    cost = model_cost(random_gpt, {"input_ids": windows})
+    dense = DenseQuality(quality=1.0, flops_per_token=cost.dense_flops_per_token)
+    curve = Curve(model="m", metric="perplexity", dense=dense, points=tuple(points), extra={"cost": cost.lines()})
+    assert sum(curve.cost_by_part().values()) == pytest.approx(dense.flops_per_token)
+    for point in points:
+        assert sum(curve.cost_by_part(point).values()) == pytest.approx(point.flops_fraction * dense.flops_per_token)
+    assert curve.cost_by_part(points[1])["experts"] == pytest.approx(curve.cost_by_part()["experts"])
+    assert curve.cost_by_part(points[0])["experts"] < 0.5 * curve.cost_by_part()["experts"]
+    assert replace(curve, extra={}).cost_by_part() == {}
 
 
 def _curve(**extra):

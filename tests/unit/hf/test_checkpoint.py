@@ -4,6 +4,11 @@ import errno
 import json
 import os
 import shutil
+import subprocess
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -364,6 +369,101 @@ def test_save_checkpoint_when_the_rename_fails_puts_the_old_one_back(saved, monk
     with pytest.raises(CheckpointError, match="Input/output error"):
         save_checkpoint(tiny.convert_tiny(tiny.tiny_llama()), None, saved, calibration={}, card="", overwrite=True)
     assert files_below(saved) == before
+
+
+# Replaces a conversion in one process for each system call that changes the file system, and ends it before that call.
+KILL = """
+import json, os, sys
+from pathlib import Path
+from moeify.hf import checkpoint
+
+CALLS = ("mkdir", "rename", "replace", "unlink", "rmdir", "fsync", "open")
+root, ended = Path(sys.argv[1]), None
+for step in range(1000):
+    out = root / str(step) / "moe"
+    out.mkdir(parents=True)
+    for name in ("moeify.json", "model.safetensors", "tokenizer.json"):
+        (out / name).write_text("old")
+    child = os.fork()
+    if child == 0:
+        left = [step]
+        def killed_at(real):
+            def call(*args, **kwargs):
+                if left[0] == 0:
+                    os._exit(9)
+                left[0] -= 1
+                return real(*args, **kwargs)
+            return call
+        for name in CALLS:
+            setattr(os, name, killed_at(getattr(os, name)))
+        with checkpoint._whole_folder(out, overwrite=True) as partial:
+            for name in ("moeify.json", "model.safetensors", "README.md"):
+                (partial / name).write_text("new")
+        os._exit(0)
+    if os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0:
+        break
+print(step)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_save_checkpoint_killed_at_any_step_of_a_replacement_loses_neither(tmp_path):
+    old = {"moeify.json": "old", "model.safetensors": "old", "tokenizer.json": "old"}
+    new = {"moeify.json": "new", "model.safetensors": "new", "README.md": "new"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(Path(checkpoint.__file__).parents[2]), os.environ.get("PYTHONPATH", "")]),
+    }
+    done = subprocess.run([sys.executable, "-c", KILL, str(tmp_path)], capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    found = []
+    for step in range(int(done.stdout)):
+        out = tmp_path / str(step) / "moe"
+        lost_its_name = not out.exists()
+        check_output(out, overwrite=True)
+        files = {path.name: path.read_text() for path in out.iterdir()}
+        assert files in (old, new), step
+        found.append((lost_its_name, files == new))
+        with checkpoint._whole_folder(out, overwrite=True) as partial:
+            for name, text in new.items():
+                (partial / name).write_text(text)
+        assert {path.name: path.read_text() for path in out.iterdir()} == new
+        assert [path.name for path in out.parent.iterdir()] == ["moe"], "nothing stays beside it"
+    assert set(found) == {(False, False), (True, False), (False, True)}, "before, between and after the two renames"
+
+
+def test_check_output_leaves_a_folder_of_somebody_else_where_the_old_one_would_be_kept(saved):
+    foreign = saved.with_name("moe.replaced-by-moeify")
+    foreign.mkdir()
+    (foreign / "thesis.tex").write_text("years of work")
+    with pytest.raises(CheckpointError, match="is in the way and was not written by moeify"):
+        check_output(saved, overwrite=True)
+    assert (foreign / "thesis.tex").read_text() == "years of work"
+
+
+class _Steps:
+    """Listens to progress."""
+
+    def __init__(self):
+        self.done = {}
+
+    @contextmanager
+    def task(self, label, *, total):
+        self.done[label] = [0, total]
+
+        def advance(steps):
+            self.done[label][0] += steps
+
+        yield SimpleNamespace(advance=advance)
+
+
+def test_loading_and_saving_tell_how_far_they_are(dense, tmp_path):
+    steps = _Steps()
+    model, tokenizer = load_model(dense, progress=steps)
+    save_checkpoint(tiny.convert_tiny(model), tokenizer, tmp_path / "out", calibration={}, card="", progress=steps)
+    count = len(list(tiny.tiny_llama().parameters()))
+    reading = {f"read the tokenizer of {dense}": [1, 1], f"load {dense}": [1, 1], f"check {dense}": [count, count]}
+    assert steps.done == {**reading, f"save {tmp_path / 'out'}": [1, 1]}
 
 
 def test_save_checkpoint_after_a_killed_save_replaces_its_partial_folder(saved):

@@ -1,11 +1,9 @@
 """Tables to the letter."""
 
-import io
-
-from rich.console import Console
+from dataclasses import replace
 
 from moeify.evaluate import Curve, CurvePoint, DenseQuality
-from moeify.report import cost_markdown, curve_markdown, curve_table
+from moeify.report import cost_markdown, curve_markdown
 
 CURVE = Curve(
     model="tiny",
@@ -47,12 +45,33 @@ def test_curve_markdown_is_sorted_by_cost_with_calibrated_in_bold_and_dense_last
     ]
 
 
-def test_curve_table_prints_every_point():
-    console = Console(width=120, record=True, file=io.StringIO())
-    console.print(curve_table(CURVE))
-    text = console.export_text()
-    assert all(word in text for word in ("dynk_max", "topk", "dense", "1.0445"))
+COST = {
+    "ffn_dense": 10e6,
+    "ffn_unconverted": 1e6,
+    "experts": 9e6,
+    "router": 0.5e6,
+    "attention_proj": 4e6,
+    "attention_scores": 2e6,
+    "head": 3e6,
+    "other": 0.0,
+}
 
 
-def test_cost_markdown_is_in_mflops():
-    assert "| ffn dense | 1.500 |" in cost_markdown({"ffn_dense": 1.5e6, "head": 2e5})
+def test_cost_markdown_has_every_part_dense_and_at_the_calibrated_point():
+    assert cost_markdown(replace(CURVE, extra={**CURVE.extra, "cost": COST})).splitlines() == [
+        "| MFLOPs per token | dense | calibrated |",
+        "| --- | ---: | ---: |",
+        "| experts | 9.000 | 4.000 |",  # 0.55 * 10 - 1 - 0.5
+        "| routers | 0.000 | 0.500 |",
+        "| FFNs not converted | 1.000 | 1.000 |",
+        "| attention: projections | 4.000 | 4.000 |",
+        "| attention: scores | 2.000 | 2.000 |",
+        "| head | 3.000 | 3.000 |",
+        "| other | 0.000 | 0.000 |",
+        "| all | 19.000 | 14.500 |",
+    ]
+
+
+def test_cost_markdown_without_calibrated_point_has_the_dense_column_and_without_cost_nothing():
+    assert cost_markdown(replace(CURVE, extra={"cost": COST})).splitlines()[2] == "| experts | 9.000 |"
+    assert cost_markdown(CURVE) == ""

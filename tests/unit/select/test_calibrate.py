@@ -72,23 +72,6 @@ def test_calibrate_when_all_scores_are_equal_runs_everything():
         assert calibrate(rule_type, {"a": torch.ones(4, 3)}, target_active=0.5).active_fraction == 1.0
 
 
-def test_calibrate_when_scales_differ_compares_in_scaled_units(scores):
-    stretched = {name: s * (i + 1) ** 5 for i, (name, s) in enumerate(scores.items())}
-    scales = {name: 1 / (i + 1) ** 5 for i, name in enumerate(scores)}
-    plain = calibrate(Threshold, scores, target_active=0.4, scope="global")
-    scaled = calibrate(Threshold, stretched, target_active=0.4, scope="global", scales=scales)
-    assert scaled.per_layer == pytest.approx(plain.per_layer, abs=1e-3)
-    assert scaled.rules["layer1"].theta == pytest.approx(32 * plain.rules["layer1"].theta, rel=0.05)
-
-
-def test_calibrate_when_min_active_is_set_no_layer_falls_below(scores):
-    free = calibrate(Threshold, scores, target_active=0.4, scope="global")
-    assert min(free.per_layer.values()) < 0.1
-    kept = calibrate(Threshold, scores, target_active=0.4, scope="global", min_active=0.2)
-    assert min(kept.per_layer.values()) == pytest.approx(0.2, abs=1e-3)
-    assert kept.active_fraction == pytest.approx(0.4, abs=2e-3)
-
-
 def test_calibrate_of_chunks_equals_calibrate_of_the_whole(scores):
     chunks = {name: s.split(64) for name, s in scores.items()}
     assert calibrate(DynKMax, chunks, target_active=0.3) == calibrate(DynKMax, scores, target_active=0.3)
@@ -105,10 +88,8 @@ def test_calibrate_when_always_on_exceeds_the_target_runs_one_more_at_most(score
         pytest.param({"target_active": 0.0}, r"in \(0, 1\], got 0.0", id="nothing"),
         pytest.param({"target_active": 1.2}, "got 1.2", id="more than all"),
         pytest.param({"target_active": 0.5, "scope": "model"}, "'layer' or 'global', got 'model'", id="scope"),
-        pytest.param({"target_active": 0.5, "min_active": 0.7}, r"min_active must be in \[0, 0.5\]", id="floor above the target"),
         pytest.param({"target_active": 0.5, "weights": {"b": 1.0}}, "weights names the layer 'b'", id="foreign weights"),
         pytest.param({"target_active": 0.5, "always_on": {"b": (0,)}}, "always_on names the layer 'b'", id="foreign always_on"),
-        pytest.param({"target_active": 0.5, "scales": {"a": 0.0}}, "scales must be positive", id="zero scale"),
     ],
 )
 def test_calibrate_when_an_argument_is_wrong_says_so(arguments, message):
@@ -116,10 +97,8 @@ def test_calibrate_when_an_argument_is_wrong_says_so(arguments, message):
         calibrate(DynKMax, {"a": torch.rand(3, 4)}, **arguments)
 
 
-def test_calibrate_without_scores_or_with_scales_of_a_growing_knob_is_refused():
+def test_calibrate_without_scores_is_refused():
     with pytest.raises(ConfigError, match="at least one layer"):
         calibrate(DynKMax, {}, target_active=0.5)
     with pytest.raises(ConfigError, match="'a' has no scores"):
         calibrate(DynKMax, {"a": torch.zeros(0, 4)}, target_active=0.5)
-    with pytest.raises(ConfigError, match=r"TopK\.k is none"):
-        calibrate(TopK, {"a": torch.rand(3, 4)}, target_active=0.5, scope="global", scales={"a": 2.0})

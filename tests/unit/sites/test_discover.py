@@ -100,6 +100,38 @@ def test_discover_on_a_glu_tells_gate_from_up(leaves, hidden, gate, fused):
     assert site.is_gated
 
 
+def sliced(b, x):
+    return F.silu(b.fused(x)[..., :D_FF]) * b.fused(x)[..., D_FF:]
+
+
+EXPLICIT = {
+    "slices": ("fused", sliced),
+    "split": ("fused", lambda b, x: F.silu((h := b.fused(x).split([D_FF, D_FF], -1))[0]) * h[1]),
+    "view": ("up", lambda b, x: F.relu(b.up(x).view(-1, D_FF)).view(*x.shape[:-1], D_FF)),
+    "assert": ("up", lambda b, x: F.relu(b.checked(b.up(x)))),
+    "rows": ("up", lambda b, x: F.relu(b.up(x).view(x.shape[0], -1)).view(x.shape[0], -1, D_FF)),
+}
+NARROW = {
+    "chunk": ("fused", lambda b, x: F.silu((h := b.fused(x).chunk(2, -1))[0]) * h[1]),
+    "view by shape": ("up", lambda b, x: F.relu((h := b.up(x)).view(-1, h.shape[-1])).view(h.shape)),
+}
+
+
+@pytest.mark.parametrize("name", [*EXPLICIT, *NARROW])
+def test_discover_tells_code_with_explicit_sizes_from_code_that_takes_any_width(name):
+    def checked(h):
+        assert h.shape[-1] == D_FF
+        return h
+
+    first, hidden = (EXPLICIT | NARROW)[name]
+    block = Block(hidden, leaves=(first, "down"))
+    block.checked = checked
+    model = Stack(plain(), block, plain())
+    sites = find_ffn_sites(model, inputs(tokens=D_FF))
+    assert [site.explicit_width for site in sites] == [False, name in EXPLICIT, False]
+    assert not any("forward" in module.__dict__ for module in model.modules())
+
+
 def test_discover_lists_sites_in_execution_order():
     class Backwards(Stack):
         def forward(self, x):

@@ -1,11 +1,22 @@
 """Site records: canonical views alias the model, and permuting neurons changes nothing but their order."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
 
-from moeify.errors import UnsupportedModelError
-from moeify.sites import FFNSite, expert_bounds, ffn_dense, not_plain_reason, permute_neurons, site_weights
+from moeify.errors import ConfigError, UnsupportedModelError
+from moeify.sites import (
+    FFNSite,
+    expert_bounds,
+    ffn_dense,
+    in_decoder,
+    not_plain_reason,
+    permute_neurons,
+    site_weights,
+    token_mask_of,
+)
 
 
 class Conv1D(nn.Module):
@@ -60,7 +71,7 @@ def test_expert_bounds_splits_as_evenly_as_possible(num_neurons, num_experts, bo
 
 @pytest.mark.parametrize(("num_neurons", "num_experts"), [(3, 4), (3, 0)])
 def test_expert_bounds_on_an_impossible_split_raises(num_neurons, num_experts):
-    with pytest.raises(ValueError, match="cannot split"):
+    with pytest.raises(ConfigError, match="cannot split"):
         expert_bounds(num_neurons, num_experts)
 
 
@@ -85,3 +96,38 @@ def test_not_plain_reason_names_hooks_and_parametrisations():
     assert not_plain_reason(hooked) == "has a forward hook"
     assert "Parametrized" in not_plain_reason(normed)
     assert "accelerate" in not_plain_reason(offloaded)
+
+
+def test_not_plain_reason_tells_another_class_called_linear_from_ours():
+    other = type("Linear", (nn.Linear,), {"__module__": "peft.tuners.lora.layer"})(2, 2)
+    assert not_plain_reason(other) == "is a peft.tuners.lora.layer.Linear, not a plain Linear or Conv1D"
+
+
+@pytest.mark.parametrize(
+    ("shape", "fits"),
+    [((2, 3), True), ((6,), True), ((3, 2), False), ((1, 6), False), ((2,), False), ((2, 1), False), ((2, 3, 1), False)],
+)
+def test_token_mask_of_fits_batch_and_length_or_flattened_tokens_only(shape, fits):
+    mask_BS = torch.tensor([[1, 0, 1], [0, 0, 1]])
+    mask_T = token_mask_of(mask_BS, shape)
+    assert (mask_T is not None and mask_T.tolist() == [True, False, True, False, False, True]) == fits
+    assert fits or mask_T is None
+    assert token_mask_of(None, shape) is None
+    assert token_mask_of(mask_BS[:, None], shape) is None
+
+
+@pytest.mark.parametrize(
+    ("config", "name", "expected"),
+    [
+        ({"is_encoder_decoder": True}, "model.decoder.layers.0", True),
+        ({"is_encoder_decoder": True}, "model.encoder.layers.0", False),
+        ({"is_encoder_decoder": True}, "model.my_decoder.0", False),
+        ({"is_encoder_decoder": False}, "model.decoder.layers.0", False),
+        ({}, "decoder", False),
+    ],
+)
+def test_in_decoder_is_true_in_the_decoder_of_an_encoder_decoder_only(config, name, expected):
+    model = nn.Module()
+    model.config = SimpleNamespace(**config)
+    assert in_decoder(model, make_site(name=name)) is expected
+    assert not in_decoder(nn.Module(), make_site(name=name))

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from moeify.errors import ConfigError, DataError
 from moeify.sites.site import FFNSite
 from moeify.sparsity import ActivationProfile, down_norms, profile_activations
 
@@ -110,11 +111,11 @@ def test_json_when_read_back_is_the_same_profile():
 
 def test_from_json_dict_when_damaged_raises():
     data = profile_of([[1.0, 2.0]]).to_json_dict()
-    with pytest.raises(ValueError, match="schema 2"):
+    with pytest.raises(DataError, match="schema 2"):
         ActivationProfile.from_json_dict(data | {"schema": 2})
-    with pytest.raises(ValueError, match="lacks 'tokens'"):
+    with pytest.raises(DataError, match="lacks 'tokens'"):
         ActivationProfile.from_json_dict({key: value for key, value in data.items() if key != "tokens"})
-    with pytest.raises(ValueError, match="'fired' has shape"):
+    with pytest.raises(DataError, match="'fired' has shape"):
         ActivationProfile.from_json_dict(data | {"sums": data["sums"] | {"fired": [1]}})
 
 
@@ -150,11 +151,11 @@ def test_update_when_input_is_bad_raises(h, options, message):
 
 
 def test_profile_when_kinds_differ_refuses_to_merge():
-    with pytest.raises(ValueError, match="different kinds"):
+    with pytest.raises(ConfigError, match="different kinds"):
         ActivationProfile(3).merge(ActivationProfile(3, eps=0.5))
-    with pytest.raises(ValueError, match="num_neurons"):
+    with pytest.raises(ConfigError, match="num_neurons"):
         ActivationProfile(0)
-    with pytest.raises(ValueError, match="eps"):
+    with pytest.raises(ConfigError, match="eps"):
         ActivationProfile(3, eps=-1.0)
 
 
@@ -215,10 +216,10 @@ def test_profile_activations_when_a_site_never_runs_warns_with_the_site():
 def test_profile_activations_when_weights_are_nan_names_the_site():
     model = TinyModel()
     model.b["up"].weight.data[2] = torch.nan
-    with pytest.raises(ValueError, match="'b': the activations hold NaN or infinity \\(first in neuron 2\\)"):
+    with pytest.raises(DataError, match="'b': the activations hold NaN or infinity \\(first in neuron 2\\)"):
         profile_activations(model, SITES, [{"input_ids": torch.ones(1, 3, dtype=torch.int64)}])
     assert not model.a["down"]._forward_pre_hooks
-    with pytest.raises(ValueError, match="no sites"):
+    with pytest.raises(ConfigError, match="no sites"):
         profile_activations(model, [], [])
 
 

@@ -3,6 +3,7 @@ import itertools
 import pytest
 import torch
 
+from moeify.errors import ConfigError
 from moeify.split import ExpertSplit, balanced_kmeans
 
 
@@ -78,7 +79,7 @@ def test_balanced_kmeans_when_rows_are_degenerate_ends_with_a_partition(x, num_e
 
 def test_balanced_kmeans_when_warm_start_has_another_shape_raises():
     start = ExpertSplit.from_order(torch.arange(8), num_experts=2)
-    with pytest.raises(ValueError, match="warm_start splits 8 neurons into 2 experts, not 8 into 4"):
+    with pytest.raises(ConfigError, match="warm_start splits 8 neurons into 2 experts, not 8 into 4"):
         balanced_kmeans(torch.randn(8, 2), num_experts=4, warm_start=start)
 
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from moeify.errors import ConfigError
+from moeify.errors import ConfigError, MoeifyError
 from moeify.split import Coactivation, coactivation_features, graph_features, log_energy_features, split_neurons
 
 
@@ -61,15 +61,15 @@ def test_level_weight_when_large_groups_by_mean_energy():
 
 
 def test_coactivation_when_input_is_bad_raises():
-    with pytest.raises(ValueError, match="NaN, infinity or negative"):
+    with pytest.raises(MoeifyError, match="NaN, infinity or negative"):
         coactivation_features(torch.full((2, 2), torch.nan))
-    with pytest.raises(ValueError, match="2-D"):
+    with pytest.raises(MoeifyError, match="2-D"):
         coactivation_features(torch.ones(3))
-    with pytest.raises(ValueError, match="NaN or infinity"):
+    with pytest.raises(MoeifyError, match="NaN or infinity"):
         graph_features(torch.full((2, 2), torch.nan), amplitude_sum_F=torch.ones(2), num_tokens=1)
-    with pytest.raises(ValueError, match="must be"):
+    with pytest.raises(MoeifyError, match="must be"):
         graph_features(torch.ones(2, 3), amplitude_sum_F=torch.ones(2), num_tokens=1)
-    with pytest.raises(ValueError, match="'log'"):
+    with pytest.raises(MoeifyError, match="'log'"):
         graph_features(torch.ones(2, 2), amplitude_sum_F=torch.ones(2), num_tokens=1, method=Coactivation(transform="log"))
     with pytest.raises(ConfigError, match="level_weight"):
         Coactivation(level_weight=-1.0)

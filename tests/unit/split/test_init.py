@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from moeify._config import from_tagged, to_dict
-from moeify.errors import ConfigError
+from moeify.errors import ConfigError, MoeifyError
 from moeify.sites.site import FFNWeights
 from moeify.split import SPLITS, parameter_features, split_neurons
 
@@ -46,7 +46,7 @@ def test_split_neurons_when_sizes_are_awkward_is_a_partition(name, num_neurons, 
     ],
 )
 def test_split_neurons_when_input_is_bad_raises(name, features, num_experts, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(MoeifyError, match=message):
         split_neurons(features, num_experts=num_experts, method=SPLITS[name]())
 
 

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from moeify.errors import ConfigError
 from moeify.sites.site import expert_bounds
 from moeify.split import ExpertSplit
 
@@ -22,5 +23,5 @@ def test_from_order_when_sizes_differ_sorts_inside_experts():
     ],
 )
 def test_expert_split_when_not_a_partition_raises(order, num_experts, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ConfigError, match=message):
         ExpertSplit(order_F=order, num_experts=num_experts)

@@ -86,6 +86,19 @@ def test_capture_of_an_encoder_decoder_masks_the_encoder_only(tmp_path):
     assert [captured.num_tokens(site.name) for site in sites] == [13, 12]
 
 
+def test_capture_of_a_decoder_as_long_as_its_encoder_takes_the_decoders_mask(tmp_path):
+    sizes = {"encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 4, "decoder_attention_heads": 4}
+    config = BartConfig(vocab_size=64, d_model=32, encoder_ffn_dim=52, decoder_ffn_dim=44, max_position_embeddings=32, **sizes)
+    model = BartModel(config).eval()
+    batch = {**PADDED, "decoder_input_ids": torch.arange(18).reshape(3, 6)}
+    sites = find_ffn_sites(model, batch)
+    for mask, tokens in ((None, 18), (torch.tensor([[1] * 6, [1] * 5 + [0], [1] * 6]), 17)):
+        if mask is not None:
+            batch["decoder_attention_mask"] = mask
+        captured = capture_ffn_inputs(model, sites, [batch], tmp_path / str(tokens))
+        assert [captured.num_tokens(site.name) for site in sites] == [13, tokens]
+
+
 def test_capture_ends_each_forward_after_the_last_ffn_has_its_input(tmp_path):
     model, ran = tiny_llama(), []
     sites = find_ffn_sites(model, tiny_inputs())

@@ -22,7 +22,7 @@ from moeify.routers import (
 from moeify.select import DynKMax
 from moeify.sites import FFNSite, FFNWeights, expert_bounds, ffn_hidden
 from moeify.split import BalancedKMeans, Coactivation, ContiguousSplit, RandomSplit
-from moeify.train.stages import RouterTrainConfig, _held_out, fit_router, fit_site, score_router, split_site
+from moeify.train.stages import RouterTrainConfig, _held_out, fit_router, fit_site, loudest_experts, score_router, split_site
 
 D, E, G = 16, 6, 5
 TRAIN = RouterTrainConfig(epochs=20, batch_tokens=128)
@@ -246,3 +246,24 @@ def test_a_single_token_to_train_on_is_refused():
 def test_train_config_refuses_what_means_nothing(bad, message):
     with pytest.raises(ConfigError, match=message):
         RouterTrainConfig(**bad)
+
+
+def test_loudest_experts_are_those_with_the_largest_peak_not_the_largest_mean():
+    # one neuron an expert: the output norm is the activation. Expert 1 is the loudest on average, 3 and 0 on one token each.
+    weights = FFNWeights(up_FD=torch.eye(4), down_FD=torch.eye(4))
+    x_TD = torch.tensor([[0.0, 5.0, 1.0, 0.0], [7.0, 5.0, 1.0, -9.0], [0.0, 5.0, 1.0, 8.0]])
+    loudest = [loudest_experts(x_TD, weights, activation="relu", num_experts=4, count=count) for count in range(5)]
+    assert loudest == [(), (3,), (0, 3), (0, 1, 3), (0, 1, 2, 3)]
+    tied = loudest_experts(torch.ones(2, 4), weights, activation="relu", num_experts=4, count=2)
+    assert tied == (0, 1)
+
+
+def test_fit_site_numbers_the_experts_that_are_always_on_by_their_new_order():
+    weights, x_TD, groups_F = planted()
+    loud_F = (groups_F == 2) | (groups_F == 4)
+    weights = replace(weights, down_FD=torch.where(loud_F[:, None], 10 * weights.down_FD, weights.down_FD))
+    fitted = fit_site(weights, x_TD, record_of(NormRouterConfig(width=4)), options(always_on=2), replace(TRAIN, epochs=1))
+    groups = [set(group) for group in groups_of(fitted.order_F, groups_F)]
+    assert {e for e, group in enumerate(groups) if group & {2, 4}} == set(fitted.always_on)
+    assert len(fitted.always_on) == 2
+    assert fit_site(weights, x_TD, record_of(RandomRouterConfig()), options(), TRAIN).always_on == ()

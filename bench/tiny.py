@@ -1,0 +1,43 @@
+"""A model for cases that were given none: it shows that they run, its numbers say nothing."""
+
+from pathlib import Path
+
+import torch
+
+from moeify import CalibrationConfig, ConvertConfig, DataConfig, convert_checkpoint
+from moeify.demo import byte_tokenizer
+from moeify.hf.checkpoint import save_dense
+from moeify.routers import NormRouterConfig
+from moeify.train.stages import RouterTrainConfig
+
+
+def convert_tiny(folder: Path) -> tuple[str, Path]:
+    """A random Llama of two layers, D = 32, F = 48, on bytes, and its conversion to experts of 8."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=256,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=None,
+        initializer_range=0.2,  # so that the logits are of ordinary size
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(config).eval()
+    dense, converted = folder / "dense", folder / "moe"
+    save_dense(model, byte_tokenizer(), dense)
+    convert_checkpoint(
+        str(dense),
+        converted,
+        data=DataConfig(data="builtin:pydoc"),
+        config=ConvertConfig(expert_size=8, router=NormRouterConfig(width=4)),
+        calibration=CalibrationConfig(max_tokens=2048, window=64, router=RouterTrainConfig(epochs=1)),
+    )
+    return str(dense), converted

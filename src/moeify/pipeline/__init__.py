@@ -1,0 +1,17 @@
+"""The command line's verbs as functions: source checkpoint in, converted checkpoint or measurement out.
+
+`convert` makes a checkpoint, `work` keeps what an interrupted run has done, `heldout` measures the result, `measure` holds the other verbs,
+`inputs` reads batches of each kind of model, `names` knows types and devices by name.
+"""
+
+from .convert import TARGETS as TARGETS
+from .convert import CalibrationConfig as CalibrationConfig
+from .convert import convert_checkpoint as convert_checkpoint
+from .convert import convert_model as convert_model
+from .convert import knob_table as knob_table
+from .inputs import calibration_batches as calibration_batches
+from .inputs import evaluation_batches as evaluation_batches
+from .measure import generate_text as generate_text
+from .measure import profile_checkpoint as profile_checkpoint
+from .measure import report_checkpoint as report_checkpoint
+from .measure import sweep_checkpoint as sweep_checkpoint

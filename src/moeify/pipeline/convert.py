@@ -1,0 +1,234 @@
+"""From a dense checkpoint to a converted one."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from .. import _config
+from .._progress import NO_PROGRESS, Progress
+from ..convert import ConvertConfig, SiteRecord, apply_site, plan_conversion
+from ..data import DataConfig
+from ..errors import ConfigError
+from ..hf.card import model_card
+from ..hf.checkpoint import check_output, library_versions, load_model, recover, save_checkpoint
+from ..hf.inputs import example_inputs
+from ..select import RULES, RuleConfig
+from ..select.calibrate import Calibrator, Scope
+from ..sites import find_ffn_sites, site_weights
+from ..train.capture import FFNInputs, capture_ffn_inputs, fast_dtype
+from ..train.stages import FittedSite, RouterTrainConfig, fit_site
+from .heldout import card_rows, measure_converted
+from .inputs import calibration_batches, hold_out
+from .names import torch_device, torch_dtype
+from .work import fingerprint, finished_record, open_work, read_fitted, remove_work, run_id, weights_checksum, write_fitted
+
+TARGETS = tuple(round(0.05 * i, 2) for i in range(1, 20))
+"""Active fractions whose knobs a checkpoint keeps; 1.0 needs none."""
+
+_SCORE_TOKENS = 2048  # held-out tokens whose scores calibrate the rules: 0.1 points of active fraction
+_Plan = Sequence[tuple[SiteRecord, ConvertConfig]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationConfig:
+    """How the routers are fitted and the rule is set."""
+
+    target_active: float = 0.5
+    """Active fraction that the rule is calibrated to on held-out tokens, in (0, 1]."""
+    scope: Scope = "layer"
+    """One knob for each layer, all at the target, or one knob for all, the target met on average."""
+    max_tokens: int | None = 100_000
+    """Most calibration tokens, rounded down to whole windows; none means all. One window of 50 is kept to measure the result, and a tenth
+    of the others, in blocks spread over the data, to calibrate the rule."""
+    window: int = 1024
+    """Tokens per sequence."""
+    router: RouterTrainConfig = field(default_factory=RouterTrainConfig)
+    """How routers are fitted."""
+    seed: int = 0
+    """Seed of the routers' initial weights and of the order of tokens."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.target_active <= 1:
+            raise ConfigError(f"target_active must be in (0, 1], got {self.target_active}.")
+
+
+def convert_checkpoint(
+    source: str,
+    out: Path,
+    *,
+    data: DataConfig,
+    config: ConvertConfig,
+    calibration: CalibrationConfig,
+    dtype: str = "float32",
+    device: str = "cpu",
+    overwrite: bool = False,
+    progress: Progress = NO_PROGRESS,
+) -> dict[str, Any]:
+    """Convert a checkpoint: read, split, fit routers, calibrate, measure, save.
+
+    Args:
+        source: Hub id, folder or ``.gguf`` file; never written to.
+        out: new folder for the converted checkpoint. A run that was killed continues; also one that was killed when ``out`` was complete.
+        data: calibration data.
+        config: expert size, router, split, rule, policy.
+        calibration: tokens, router training, target.
+        dtype: of the model's weights, "float32", "bfloat16" or "float16".
+        device: "cpu", "cuda" or "cuda:1": where the model runs; routers are fitted on the CPU, a layer at a time.
+        overwrite: replace an earlier conversion at ``out``.
+        progress: told every stage.
+
+    Returns:
+        What ``moeify.json`` holds under "calibration"; of it, "measured" is what `measure_converted` found on windows kept for it.
+
+    Raises:
+        MoeifyError: see `errors`; whatever goes wrong, ``source`` and an existing ``out`` are untouched.
+    """
+    work = out.with_name(out.name + ".work")
+    recover(out)
+    finished = finished_record(out, work)
+    if finished is None:
+        check_output(out, overwrite=overwrite)
+    data = replace(data, window=calibration.window, max_tokens=calibration.max_tokens)
+    place = torch_device(device)
+    model, processor = load_model(source, dtype=torch_dtype(dtype), progress=progress)
+    model.to(place)
+    batches, held_out = hold_out(model, calibration_batches(model, processor, data, progress=progress))
+    run = {"source": source, "dtype": dtype, "device": place.type, "held_out": fingerprint(held_out)}
+    if finished is not None:
+        if _is_of(finished, run_id(_run_of(model, batches, config, calibration, run)), calibration):
+            remove_work(work)
+            return finished
+        check_output(out, overwrite=overwrite)
+    record = convert_model(model, batches, config=config, calibration=calibration, work=work, run=run, progress=progress)
+    measured = measure_converted(model, held_out, progress=progress)
+    record |= {"data": data.data, "source": source, "versions": library_versions(), "measured": measured}
+    shown = {key: value for key, value in record.items() if key not in ("run", "measured")}
+    card = model_card(model, name=out.name, base_model=source, calibration=shown, results=card_rows(measured))
+    save_checkpoint(model, processor, out, calibration=record, card=card, overwrite=overwrite, progress=progress)
+    remove_work(work)
+    return record
+
+
+def convert_model(
+    model: nn.Module,
+    batches: Sequence[Mapping[str, Tensor]],
+    *,
+    config: ConvertConfig,
+    calibration: CalibrationConfig,
+    work: Path,
+    run: Mapping[str, Any] | None = None,
+    progress: Progress = NO_PROGRESS,
+) -> dict[str, Any]:
+    """Split, fit and calibrate a model in memory, in place; what `convert_checkpoint` does between loading and measuring.
+
+    Args:
+        model: dense model.
+        batches: calibration inputs; blocks of their tokens, spread over the data, are held out.
+        config: expert size, router, split, rule, policy.
+        calibration: router training and target.
+        work: folder for captured inputs and fitted layers; a call with the same arguments continues what it holds.
+        run: what else tells this run from another (the name of the source).
+        progress: told every stage.
+
+    Returns:
+        How the rules were set and how good the routers are: JSON values for ``moeify.json``.
+
+    Raises:
+        MoeifyError: see `plan_conversion` and `capture_ffn_inputs`; the model is unchanged then.
+    """
+    from ..hf.quantizer import adopt  # here, and not on top: it imports transformers' model code, which takes seconds
+
+    sites = find_ffn_sites(model, batches[0] if not hasattr(model, "config") else example_inputs(model))
+    plan = plan_conversion(model, sites, config)
+    if changed := next((record.site.name for record, _ in plan if record.rule != config.rule), None):
+        raise ConfigError(f"policy of '{changed}': one rule is calibrated for all layers; set_rule changes a layer's afterwards.")
+    identity = _run_of(model, batches, config, calibration, run or {})
+    open_work(work, identity)
+    compute = fast_dtype(next(model.parameters()).device)
+    inputs = capture_ffn_inputs(model, [record.site for record, _ in plan], batches, work / "inputs", compute=compute, progress=progress)
+    fitted = _fit_sites(model, plan, inputs, calibration, work, progress)
+    rules, record = _calibrate(plan, fitted, config, calibration)
+    for site_record, _ in plan:
+        name = site_record.site.name
+        site_record = replace(site_record, rule=rules[name], always_on=fitted[name].always_on)
+        apply_site(model, site_record, order_F=fitted[name].order_F, router_state=fitted[name].router_state)
+    adopt(model)
+    tokens = max(inputs.num_tokens(name) for name in inputs.widths)
+    return {**record, "tokens": tokens, "seed": calibration.seed, "run": run_id(identity)}
+
+
+def knob_table(calibrator: Calibrator, *, scope: Scope) -> dict[str, list[float]]:
+    """The knob of every layer at each of `TARGETS`, by layer name: a checkpoint can be swept, or set to another budget, without data."""
+    columns = [calibrator.solve(target, scope=scope).rules for target in TARGETS]
+    return {name: [column[name].value for column in columns] for name in columns[0]}
+
+
+def _fit_sites(
+    model: nn.Module, plan: _Plan, inputs: FFNInputs, calibration: CalibrationConfig, work: Path, progress: Progress
+) -> dict[str, FittedSite]:
+    """Fit every site, or read what an earlier run fitted."""
+    fitted = {}
+    train = replace(calibration.router, seed=calibration.seed)
+    with progress.task("split and fit routers", total=len(plan)) as task:
+        for i, (record, options) in enumerate(plan):
+            name, path = record.site.name, work / f"site{i:04d}.safetensors"
+            site = read_fitted(path)
+            if site is None:
+                site = fit_site(site_weights(model, record.site), inputs.read(name), record, options, train)
+                # Evenly spaced rows: consecutive tokens resemble each other.
+                rows = torch.linspace(0, len(site.scores_TE) - 1, min(_SCORE_TOKENS, len(site.scores_TE))).long()
+                site = replace(site, scores_TE=site.scores_TE[rows].contiguous())
+                write_fitted(path, site)
+            fitted[name] = site
+            task.advance(1)
+    return fitted
+
+
+def _calibrate(
+    plan: _Plan, fitted: Mapping[str, FittedSite], config: ConvertConfig, calibration: CalibrationConfig
+) -> tuple[dict[str, RuleConfig], dict[str, Any]]:
+    """The rule of each layer, and what to record of how it was set."""
+    scores = {name: f.scores_TE for name, f in fitted.items()}
+    options: dict[str, Any] = {
+        "weights": {record.site.name: float(record.site.d_ff) for record, _ in plan},
+        "always_on": {name: f.always_on for name, f in fitted.items()},
+    }
+    calibrated = Calibrator(type(config.rule), scores, **options).solve(calibration.target_active, scope=calibration.scope)
+    values = [rule.value for rule in calibrated.rules.values()]
+    record = {
+        "rule": config.rule.name,
+        "knob": config.rule.knob,
+        "value": sum(values) / len(values),
+        "scope": calibration.scope,
+        "target_active": calibration.target_active,
+        "active_fraction": calibrated.active_fraction,
+        "router_scores": {name: f.captured for name, f in fitted.items()},
+        "targets": list(TARGETS),
+        # One calibrator at a time: each holds the sorted scores of all layers.
+        "knobs": {n: knob_table(Calibrator(rule_type, scores, **options), scope=calibration.scope) for n, rule_type in RULES.items()},
+        "most_experts": max(record.num_experts for record, _ in plan),
+    }
+    return {name: cast(RuleConfig, rule) for name, rule in calibrated.rules.items()}, record
+
+
+def _run_of(
+    model: nn.Module,
+    batches: Sequence[Mapping[str, Tensor]],
+    config: ConvertConfig,
+    calibration: CalibrationConfig,
+    run: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Everything that decides what is captured and fitted."""
+    router = _config.to_dict(replace(calibration.router, seed=calibration.seed))
+    weights = weights_checksum(model)
+    return {**run, "batches": fingerprint(batches), "weights": weights, "config": _config.to_dict(config), "router": router}
+
+
+def _is_of(record: Mapping[str, Any], run: str, calibration: CalibrationConfig) -> bool:
+    """Whether a finished conversion is what this run would make."""
+    asked = {"run": run, "target_active": calibration.target_active, "scope": calibration.scope, "seed": calibration.seed}
+    return all(record.get(key) == value for key, value in asked.items())

@@ -1,0 +1,82 @@
+"""The state of a conversion: whose it is, and whether it has served."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from moeify.errors import CheckpointError
+from moeify.pipeline import work as state
+from moeify.pipeline.work import finished_record, open_work, read_fitted, remove_work, run_id, write_fitted
+from moeify.train.stages import FittedSite
+
+RUN = {"source": "a", "weights": "0"}
+
+
+@pytest.fixture
+def folders(tmp_path):
+    out, work = tmp_path / "moe", tmp_path / "moe.work"
+    out.mkdir()
+    record = {"schema": 1, "sites": [], "calibration": {"run": run_id(RUN), "value": 1.0}}
+    (out / "moeify.json").write_text(json.dumps(record))
+    open_work(work, RUN)
+    return out, work
+
+
+def test_finished_record_is_that_of_the_run_whose_state_lies_there(folders):
+    out, work = folders
+    assert finished_record(out, work) == {"run": run_id(RUN), "value": 1.0}
+    (work / "run.json").unlink()  # the last moment of its deletion
+    assert finished_record(out, work) is not None
+    work.rmdir()
+    assert finished_record(out, work) is None
+
+
+@pytest.mark.parametrize("name", ["other run", "no output", "damaged output", "folder of somebody else"])
+def test_finished_record_of_anything_else_is_none(folders, name):
+    out, work = folders
+    if name == "other run":
+        open_work(work, {**RUN, "weights": "1"})
+    elif name == "no output":
+        (out / "moeify.json").unlink()
+    elif name == "damaged output":
+        (out / "moeify.json").write_text("{")
+    else:
+        (work / "run.json").rename(work / "thesis.txt")
+    assert finished_record(out, work) is None
+
+
+def test_open_work_keeps_the_state_of_the_same_run_only(folders):
+    _, work = folders
+    (work / "site0000.safetensors").write_bytes(b"fitted")
+    open_work(work, dict(reversed(RUN.items())))
+    assert (work / "site0000.safetensors").exists()
+    open_work(work, {**RUN, "weights": "1"})
+    assert [path.name for path in work.iterdir()] == ["run.json"]
+    remove_work(work)
+    assert not work.exists()
+
+
+def test_write_fitted_then_read_fitted_is_the_same(tmp_path):
+    site = FittedSite(order_F=torch.tensor([1, 0]), router_state={"w": torch.ones(2)}, scores_TE=torch.zeros(3, 2), captured={"a": 0.5})
+    site = replace(site, always_on=(0, 1))
+    write_fitted(tmp_path / "site.safetensors", site)
+    found = read_fitted(tmp_path / "site.safetensors")
+    assert (found.captured, found.always_on) == (site.captured, (0, 1))
+    assert torch.equal(found.order_F, site.order_F)
+    assert torch.equal(found.scores_TE, site.scores_TE)
+    assert torch.equal(found.router_state["w"], site.router_state["w"])
+    assert read_fitted(tmp_path / "other.safetensors") is None
+
+
+def test_write_fitted_on_a_full_disk_says_that_nothing_is_lost(tmp_path, monkeypatch):
+    def full(_tensors, path, **_):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(state, "save_file", full)
+    site = FittedSite(order_F=torch.tensor([0]), router_state={}, scores_TE=torch.zeros(1, 1))
+    with pytest.raises(CheckpointError, match=r"No space left.*what is fitted already is kept"):
+        write_fitted(tmp_path / "site.safetensors", site)
+    assert list(tmp_path.iterdir()) == []

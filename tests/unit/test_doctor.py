@@ -1,0 +1,25 @@
+"""What the report is made of."""
+
+import pytest
+
+from moeify import doctor
+from moeify.evaluate import Latency
+
+
+def test_speed_divides_work_by_median_time(monkeypatch):
+    def measure(fns, **_):
+        for fn in fns.values():
+            fn()
+        return {"matmul": Latency(median_ms=2.0, p20_ms=1.0, p80_ms=9.0), "copy": Latency(median_ms=4.0, p20_ms=1.0, p80_ms=9.0)}
+
+    monkeypatch.setattr(doctor, "measure_ms", measure)
+    speed = doctor.doctor()["speed"]
+    assert speed["matmul_flops_per_s"] == pytest.approx(2 * 512**3 / 2e-3)
+    assert speed["copy_bytes_per_s"] == pytest.approx(2 * 64 * 2**20 / 4e-3)  # read and written
+
+
+def test_kernels_have_one_choice_for_each_shape(monkeypatch):
+    monkeypatch.setattr(doctor, "_speed", dict)
+    rows = doctor.doctor()["kernels"]
+    shapes = {(row["tokens"], row["active"]) for row in rows}
+    assert [sum(row["chosen"] for row in rows if (row["tokens"], row["active"]) == shape) for shape in shapes] == [1, 1, 1]
