@@ -6,8 +6,11 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+# What `make bench` runs, and whose folder of bench/results it writes; local is ignored by git.
+CASES  ?= split grouped exactness moe_ffn_cpu
+DEVICE ?= local
 
-.PHONY: demo test lint types contracts docs-check bench clean
+.PHONY: demo test lint types contracts docs-check bench sanitize clean
 
 demo: $(VENV)/.runtime
 	$(BIN)/moeify demo --out demo-out --overwrite
@@ -31,10 +34,16 @@ docs-check: $(VENV)/.dev
 
 bench: $(VENV)/.dev
 	$(PIP) -e '.[bench]'
-	$(BIN)/python -m bench.run split --json bench/results/split.jsonl
-	$(BIN)/python -m bench.run grouped --json bench/results/grouped.jsonl
+	for case in $(CASES); do $(BIN)/python -m bench.run $$case --json bench/results/$(DEVICE)/$$case.jsonl || exit 1; done
 
-$(VENV)/.runtime: pyproject.toml constraints.txt
+# The compiled kernels under AddressSanitizer and UBSan; needs g++.
+sanitize: $(VENV)/.dev
+	MOEIFY_CXXFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g" $(BIN)/python setup.py -q build_ext --inplace
+	ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" $(BIN)/python -m pytest -q tests/unit/kernels/test_cpu.py
+	$(BIN)/python setup.py -q build_ext --inplace
+
+# csrc is compiled by the installation.
+$(VENV)/.runtime: pyproject.toml constraints.txt setup.py $(wildcard csrc/*)
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch==2.13.0
 	$(PIP) -e '.[report]'

@@ -71,7 +71,7 @@ def _measure(x_TD: Tensor, weights: FFNWeights, mask_TE: Tensor, *, activation: 
         if name != "dense":
             torch.testing.assert_close(candidate(), expected, atol=1e-4, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
     spread = measure_ms(candidates, rounds=repeats, warmup=2)
-    (chosen,) = [c.name for c in explain(x_TD, weights, build_plan(mask_TE)) if c.chosen]
+    (chosen,) = [c.name for c in explain(x_TD, weights, build_plan(mask_TE), activation=activation) if c.chosen]
     best = min(spread[name].median_ms for name in candidates if name not in ("loop", "dense", "auto"))
     return {
         "chosen": chosen,

@@ -94,6 +94,8 @@ def lookup(table: Mapping[str, T], name: object, *, where: str = "") -> T:
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """'; did you mean 'x'?' for the nearest known word, else the list of all of them."""
     known = list(known)
+    if not known:
+        return "; there are none."
     near = difflib.get_close_matches(word, known, n=1)
     return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}."
 

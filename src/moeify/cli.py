@@ -152,12 +152,20 @@ def command(*, resumes: Callable[[Mapping[str, Any]], bool] = lambda _values: Fa
 
 @command()
 @takes("data", DataConfig, skip=("seed",), split="data_split")
-def profile(model: Model, *, data: DataConfig, dtype: DType = "float32", device: Device = "cpu", seed: Seed = None) -> Any:
+def profile(
+    model: Model,
+    *,
+    data: DataConfig,
+    eps: Annotated[float, typer.Option(help="A neuron is near zero on a token where its absolute activation is at most this.")] = 1e-3,
+    dtype: DType = "float32",
+    device: Device = "cpu",
+    seed: Seed = None,
+) -> Any:
     """Measure how sparse the activations of every FFN are."""
     from .pipeline import profile_checkpoint
 
     data = dataclasses.replace(data, seed=seed)
-    profiles = profile_checkpoint(model, data=data, dtype=dtype, device=device, progress=make_progress())
+    profiles = profile_checkpoint(model, data=data, eps=eps, dtype=dtype, device=device, progress=make_progress())
     return {name: profile.summary() for name, profile in profiles.items()}
 
 
@@ -194,7 +202,7 @@ def convert(
     given = {name: value for name, value in options.items() if value is not None}
     config = ConvertConfig(
         expert_size=expert_size,
-        router=_config.from_dict(_config.lookup(ROUTERS, router, where="--router")[0], given, where="--router"),
+        router=_config.from_dict(_config.lookup(ROUTERS, router, where="--router")[0], given, where=f"--router {router}"),
         split=_config.lookup(SPLITS, split, where="--split")(),
         rule=_runs_all(_config.lookup(RULES, rule, where="--rule")),
         always_on=always_on,

@@ -12,9 +12,10 @@ import re
 import sysconfig
 import tokenize
 from array import array
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import repeat
 from pathlib import Path
 from typing import Any, Protocol
@@ -116,6 +117,16 @@ class ByteTokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ``ids``; bytes that are not UTF-8 become U+FFFD."""
         return bytes(ids).decode(errors="replace")
+
+
+def check_source(config: DataConfig) -> None:
+    """Open a source and read its first document, so that a wrong name, column or split is found before a model is loaded.
+
+    Raises:
+        DataError: as `read_texts` and the others would, as far as the first document shows it.
+    """
+    if next(_open(replace(config, seed=None), (config.column,), images=True), None) is None:
+        raise DataError(f"'{config.data}' has no data{_of_split(config)}.")
 
 
 def read_texts(config: DataConfig) -> Iterator[str]:
@@ -507,6 +518,8 @@ def _list_files(config: DataConfig, path: Path) -> tuple[str, dict[str, Path]]:
         if path.stat().st_size == 0:
             raise DataError(f"'{config.data}' is empty.")
         return kind, {path.name: path}
+    if not path.is_dir():
+        raise DataError(f"'{config.data}' is neither a file nor a folder; write the data to a file.")
     by_kind: dict[str | None, dict[str, Path]] = {}
     for file in sorted(path.rglob("*")):
         relative = file.relative_to(path)
@@ -515,8 +528,18 @@ def _list_files(config: DataConfig, path: Path) -> tuple[str, dict[str, Path]]:
     for kind in ("parquet", "jsonl", "text", "image"):
         files = {name: file for name, file in by_kind.get(kind, {}).items() if file.stat().st_size}
         if files:
-            return kind, files
+            return kind, _in_turn(files) if kind == "image" else files
     raise DataError(f"folder '{config.data}' has no data: no non-empty text, .jsonl, .parquet or image file in it.")
+
+
+def _in_turn(files: Mapping[str, Path]) -> dict[str, Path]:
+    """One file of each folder after the other: the first images of a folder of classes are of all classes, not of the first one."""
+    seen: Counter[Path] = Counter()
+    ranks = {}
+    for name, file in files.items():
+        ranks[name] = seen[file.parent]
+        seen[file.parent] += 1
+    return {name: files[name] for name in sorted(files, key=lambda name: (ranks[name], name))}
 
 
 def _kind(path: Path) -> str | None:

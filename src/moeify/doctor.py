@@ -28,6 +28,7 @@ def doctor() -> dict[str, Any]:
         "cpu": _cpu(),
         "cuda": _cuda(),
         "speed": _speed(),
+        "compiled_kernels": kernels.cpu.describe(),
         "kernels": _kernels(),
         "extras": {extra: _missing(packages) or "installed" for extra, packages in EXTRAS.items()},
         "caches": {"hub": _cache("HF_HUB_CACHE", "hub"), "datasets": _cache("HF_DATASETS_CACHE", "datasets")},
@@ -79,7 +80,7 @@ def _kernels() -> list[dict[str, Any]]:
     rows = []
     for num_tokens, active in ((1, 0.1), (512, 0.1), (512, 0.9)):
         mask_TE = (torch.arange(num_experts) < active * num_experts).expand(num_tokens, num_experts)
-        candidates = kernels.explain(torch.zeros(num_tokens, width), weights, kernels.build_plan(mask_TE))
+        candidates = kernels.explain(torch.zeros(num_tokens, width), weights, kernels.build_plan(mask_TE), activation="relu")
         rows += [{"tokens": num_tokens, "active": active, **dataclasses.asdict(candidate)} for candidate in candidates]
     return rows
 

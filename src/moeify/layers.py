@@ -24,19 +24,21 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from types import MethodType
-from typing import Literal, NamedTuple, NoReturn, cast
+from typing import Any, Literal, NamedTuple, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from . import _config
-from .errors import ConfigError, UnsupportedModelError
-from .kernels import build_plan, moe_ffn
+from .errors import ConfigError, KernelError, UnsupportedModelError
+from .kernels import build_plan, moe_ffn, reads_rows
+from .kernels.cpu import ROUTED_TOKENS, Routed, RouterWeights
+from .kernels.cpu import RULES as ROUTED_RULES
 from .kernels.plan import neuron_mask
-from .routers import Router
-from .select import Rule
-from .sites import FFNSite, FFNWeights, expert_bounds, in_decoder, not_plain_reason, site_weights, token_mask_of
+from .routers import NormRouter, Router
+from .select import RULES, Rule
+from .sites import FFNSite, FFNWeights, expert_bounds, in_decoder, not_plain_reason, site_weights, store_by_neuron, token_mask_of
 
 Mode = Literal["dense", "moe"]
 
@@ -92,6 +94,8 @@ class MoEFFN(nn.Module):
         self.recorder: ActiveRecorder | None = None
         # Input of the call in flight, one a thread: the same model may be called from several.
         self._calls: dict[int, _Call] = {}
+        # The native call for few tokens, and what it was made for.
+        self._native: tuple[tuple[Any, ...], Routed | None] | None = None
 
     def extra_repr(self) -> str:
         return f"{self.site.name!r}, {self.num_experts} experts of {self.bounds[1]}, {self.rule}, mode={self.mode!r}, impl={self.impl!r}"
@@ -136,7 +140,17 @@ class MoEFFN(nn.Module):
                 leaf.__dict__["_old_forward"] = MethodType(type(leaf).forward, leaf)
             else:
                 leaf.__dict__.pop("forward", None)
+            if (weight := leaf._parameters.get("weight")) is not None:
+                weight.data = weight.data.contiguous()  # dense layers are faster in the order of their shape
         del self.__dict__["_host"], self._leaves, self._replacements, self._host_hook
+
+    def lay_out(self) -> None:
+        """Order the weights in memory as this machine's kernels read them (`store_by_neuron`); nothing where they need not, or cannot, be.
+
+        `attach` does this; after loading into a skeleton, or moving to another device, it is done again.
+        """
+        if self.masked_reason() is None and reads_rows(self.weights().up_FD):
+            store_by_neuron(self.host, self._local)
 
     @property
     def host(self) -> nn.Module:
@@ -190,8 +204,51 @@ class MoEFFN(nn.Module):
         if not call.use_kernel:
             return cast(Tensor, type(leaf).forward(leaf, self._masked(h, call.x)))
         x_TD = call.x.reshape(-1, call.x.shape[-1])
-        y_TD = moe_ffn(x_TD, self.weights(), build_plan(self.select(call.x)), activation=self.site.activation, impl=self.impl)
+        if (routed := self._routed(x_TD)) is not None:
+            y_TD, mask_TE = routed(x_TD)
+            if self.recorder is not None:
+                self.recorder.add(self, mask_TE, shape=call.x.shape[:-1])
+        else:
+            y_TD = moe_ffn(x_TD, self.weights(), build_plan(self.select(call.x)), activation=self.site.activation, impl=self.impl)
         return y_TD.reshape(*h.shape[:-1], self.site.d_out)
+
+    def _routed(self, x_TD: Tensor) -> Routed | None:
+        """Router, rule and FFN as one native call; None where it is not there, would not do what the pieces do, or is no faster."""
+        if x_TD.shape[0] > ROUTED_TOKENS or not x_TD.is_cpu or self.impl not in ("auto", "cpu") or torch.compiler.is_compiling():
+            return None
+        if (torch.is_grad_enabled() and x_TD.requires_grad) or torch.is_autocast_enabled("cpu"):
+            return None
+        router, rule = self.router, self.rule
+        if type(router) is not NormRouter or rule.name not in ROUTED_RULES or type(rule) is not RULES[rule.name]:
+            return None
+        modules = (router, router.hidden, router.out)
+        if any(module._forward_hooks or module._forward_pre_hooks for module in modules):
+            return None
+        tensors = [t for m in (*self._leaves.values(), *modules) for t in m._parameters.values() if t is not None]
+        key = (rule, self.always_on, x_TD.dtype, *(t.data_ptr() for t in tensors))
+        if self._native is None or self._native[0] != key:
+            self._native = (key, self._make_routed())
+        return self._native[1]
+
+    def _make_routed(self) -> Routed | None:
+        router = cast(NormRouter, self.router)
+        weights = RouterWeights(
+            hidden_WD=router.hidden.weight.detach(),
+            hidden_bias_W=router.hidden.bias.detach(),
+            out_EW=router.out.weight.detach(),
+            out_bias_E=router.out.bias.detach(),
+            output=router.config.output,
+            rule=self.rule.name,
+            knob=self.rule.value,
+            always_on=self.always_on,
+        )
+        try:
+            return Routed(self.weights(), weights, activation=self.site.activation)
+        except KernelError:  # the pieces do it, and `explain` says why
+            return None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_native": None}  # pointers are of this process and these tensors
 
     def _begin(self, first: nn.Module, x: Tensor) -> _Call:
         call = self._calls.get(_thread())
@@ -309,6 +366,7 @@ def attach(model: nn.Module, moe: MoEFFN) -> None:
     moe.bind(host)
     moe.train(host.training)
     host.moe = moe
+    moe.lay_out()
 
 
 def detach(model: nn.Module, name: str) -> None:

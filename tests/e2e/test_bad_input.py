@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import huggingface_hub.constants
 import pytest
@@ -85,7 +86,11 @@ def sweep(*options, data=DATA):
         pytest.param(convert("--router", "nrom"), ("'nrom'", "did you mean 'norm'"), id="unknown router"),
         pytest.param(convert("--split", "kmean"), ("'kmean'", "did you mean 'kmeans'"), id="unknown split"),
         pytest.param(convert("--rule", "dynkmax"), ("'dynkmax'", "did you mean 'dynk_max'"), id="unknown rule"),
-        pytest.param(convert("--router-width", "4"), ("width", "CentreRouter"), id="option of another router"),
+        pytest.param(
+            convert("--router-width", "4"),
+            ("--router centre", "'width' of CentreRouterConfig; there are none"),
+            id="option of another router",
+        ),
         pytest.param(convert("--dtype", "float8"), ("--dtype", "'float8'"), id="unknown dtype"),
         pytest.param(convert("--device", "gpu"), "--device must be cpu, cuda or cuda:N, got 'gpu'", id="unknown device"),
         pytest.param(convert("--device", "cuda:99"), "--device cuda:99: torch sees", id="device that is not there"),
@@ -120,6 +125,8 @@ def sweep(*options, data=DATA):
         pytest.param(sweep("--rule", "topk", "--values", "1.5"), "TopK.k must be int, got 1.5", id="sweep: half an expert"),
         pytest.param(["generate", "moe", ""], "the prompt is empty", id="generate: empty prompt"),
         pytest.param(["generate", "moe", "a", "--temperature", "-1"], "temperature must be at least 0", id="generate: temperature below 0"),
+        pytest.param(["generate", "moe", "a", "--temperature", "nan"], "temperature must be at least 0", id="generate: temperature nan"),
+        pytest.param(["profile", "dense", *DATA, "--eps", "-1"], "eps must be finite and >= 0, got -1", id="profile: eps below 0"),
     ],
 )
 def test_bad_option_is_one_line(here, capsys, arguments, message):
@@ -202,6 +209,10 @@ def _no_tokenizer(directory):
         path.unlink()
 
 
+def _wrong_type(directory):
+    tiny.edit_config(directory, lambda config: config.update(hidden_size="x"))
+
+
 def _empty(directory):
     shutil.rmtree(directory)
     directory.mkdir()
@@ -228,6 +239,7 @@ def _native_moe(directory):
         pytest.param(_unknown_family, ("'lama'", "did you mean"), id="unknown family"),
         pytest.param(_no_tokenizer, "without a tokenizer", id="no tokenizer"),
         pytest.param(_empty, "no config.json", id="empty folder"),
+        pytest.param(_wrong_type, ("config.json", "hidden_size"), id="config of another type"),
         pytest.param(_native_moe, ("MixtralForCausalLM", "native MoE"), id="zero sites"),
     ],
 )
@@ -242,7 +254,7 @@ def test_bad_model_is_one_line(here, capsys, damage, message):
         pytest.param("./nowhere", ("'./nowhere' does not exist", "Hub id"), id="path"),
         pytest.param("nobody/nothing", ("'nobody/nothing'", "Hub", "network"), id="Hub id that cannot be fetched"),
         pytest.param("dense/config.json", "is a file; give the folder", id="a file"),
-        pytest.param("moe", "converted", id="converted already"),
+        pytest.param("moe", "'moe' is converted already; give the dense checkpoint", id="converted already"),
     ],
 )
 def test_bad_source_is_one_line(here, capsys, source, message):
@@ -277,9 +289,48 @@ def _unknown_key(directory):
     tiny.edit_config(directory, lambda config: config["quantization_config"]["sites"][0].update(num_expert=3))
 
 
+def _change_record(directory, change):
+    record = json.loads((directory / "moeify.json").read_text())
+    change(record["calibration"])
+    (directory / "moeify.json").write_text(json.dumps(record))
+
+
+def _short_knobs(directory):
+    _change_record(directory, lambda record: record["knobs"]["threshold"]["model.layers.1.mlp"].pop())
+
+
+def _other_knobs(directory):
+    _change_record(directory, lambda record: record["knobs"]["threshold"].pop("model.layers.1.mlp"))
+
+
+def _no_knobs(directory):
+    _change_record(directory, lambda record: record["knobs"].update(threshold={}))
+
+
+def _list_of_knobs(directory):
+    _change_record(directory, lambda record: record.update(knobs=[1]))
+
+
+def _two_rules(directory):
+    rule = {"name": "topk", "k": 2}
+    tiny.edit_config(directory, lambda config: config["quantization_config"]["sites"][1].update(rule=rule))
+
+
+def test_report_of_scores_that_are_a_list_is_one_line(here, capsys):
+    _change_record(here / "moe", lambda record: record.update(router_scores=[1, 2]))
+    check(here, capsys, ["report", "moe"], ("moeify.json", "router_scores must be an object", "convert the model again"))
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
+        pytest.param(
+            _short_knobs, ("knobs['threshold']['model.layers.1.mlp'] has 18 values for 19 targets", "convert"), id="knobs missing"
+        ),
+        pytest.param(_other_knobs, ("no knobs of the rule 'threshold'", "convert it again"), id="knobs of another model"),
+        pytest.param(_no_knobs, ("no knobs of the rule 'threshold'", "convert it again"), id="no knobs"),
+        pytest.param(_list_of_knobs, ("knobs must be an object, got [1]", "convert the model again"), id="knobs a list"),
+        pytest.param(_two_rules, ("rules of different kinds ('threshold', 'topk')", "set_rule"), id="two kinds of rules"),
         pytest.param(_drop_routers, ("router tensors", "'model.layers.1.mlp.moe.router"), id="router tensors missing"),
         pytest.param(_newer_config, ("schema 99 is newer", "upgrade moeify"), id="newer schema in config.json"),
         pytest.param(_newer_record, ("schema 99 is newer", "upgrade moeify"), id="newer schema in moeify.json"),
@@ -324,8 +375,53 @@ def test_output_that_exists_is_one_line(here, capsys, prepare, options, message)
     check(here, capsys, convert(*options), message)
 
 
-def test_sweep_into_a_folder_that_is_not_there_is_one_line(here, capsys):
-    check(here, capsys, sweep("--values", "0.5", "--out", "nowhere/curve.json"), "nowhere/curve.json")
+@pytest.fixture
+def no_loading(monkeypatch):
+    """Loading a model takes minutes: what can be checked before is."""
+
+    def fail(*_, **__):
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr("moeify.pipeline.measure.load_model", fail)
+    monkeypatch.setattr("moeify.pipeline.convert.load_model", fail)
+
+
+@pytest.mark.usefixtures("no_loading")
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        pytest.param(sweep("--out", "nowhere/curve.json"), ("'nowhere' is not a folder", "nowhere/curve.json"), id="sweep: no such folder"),
+        pytest.param(sweep("--out", "dense/config.json/c.json"), "'dense/config.json'", id="sweep: a file as folder"),
+        pytest.param(sweep("--out", "moe"), "cannot read 'moe': Is a directory", id="sweep: a folder as file"),
+        pytest.param(sweep(data=["--data", "text.tx"]), "text.tx", id="sweep: no such data"),
+        pytest.param(sweep(data=["--data", "moe/config.json"]), "unknown extension", id="sweep: data of no known kind"),
+        pytest.param(convert(data=["--data", "./texts"]), "no such file or folder: './texts'", id="convert: no such data"),
+        pytest.param(convert(data=["--data", "rows.jsonl", "--column", "txt"]), "no column 'txt'", id="convert: no such column"),
+        pytest.param(
+            convert(out="dense/config.json/out"),
+            ("dense/config.json' is not a folder", "choose another --out"),
+            id="convert: a file as folder",
+        ),
+        pytest.param(["profile", "dense", "--data", "./texts"], "no such file or folder: './texts'", id="profile: no such data"),
+    ],
+)
+def test_what_can_be_checked_without_the_model_is(here, capsys, arguments, message):
+    (here / "rows.jsonl").write_text('{"text": "a"}\n')
+    check(here, capsys, arguments, message)
+
+
+@pytest.mark.usefixtures("no_loading")
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="no such file system")
+def test_output_where_nothing_can_be_written_whoever_asks_names_the_way_out(here, capsys):
+    check(
+        here, capsys, convert(out="/proc/xx/o"), ("'/proc' is not a folder that can be written", "choose another --out than '/proc/xx/o'")
+    )
+
+
+@pytest.mark.usefixtures("no_loading")
+@pytest.mark.skipif(not Path("/dev/null").exists(), reason="no such device")
+def test_data_that_is_a_device_is_one_line(here, capsys):
+    check(here, capsys, convert(data=["--data", "/dev/null"]), "'/dev/null' is neither a file nor a folder")
 
 
 def test_sweep_onto_a_file_that_is_no_curve_is_one_line(here, capsys):

@@ -24,7 +24,7 @@ from moeify.data import DataConfig
 from moeify.errors import CheckpointError, ConfigError, DataError
 from moeify.evaluate import Curve, CurvePoint, perplexity
 from moeify.hf.checkpoint import load_model
-from moeify.layers import moe_layers, record_active, set_mode
+from moeify.layers import moe_layers, record_active, set_mode, set_rule
 from moeify.pipeline import TARGETS, CalibrationConfig, convert_checkpoint, measure, profile_checkpoint, sweep_checkpoint
 from moeify.pipeline import convert as conversion
 from moeify.routers import NormRouterConfig
@@ -289,6 +289,37 @@ def test_sweep_killed_twice_keeps_all_points_and_those_of_other_values(folder, t
     assert [p.value for p in curve.points] == [2, *values]
 
 
+def test_sweep_of_another_conversion_of_the_same_name_measures_everything_again(folder, tmp_path):
+    data = DataConfig(data=str(folder / "text.txt"), window=WINDOW, max_tokens=2_000)
+    out = tmp_path / "curve.json"
+    for epochs in (1, 8):
+        calibration = replace(CALIBRATION, max_tokens=2_000, router=replace(TRAIN, epochs=epochs, lr=0.01 * epochs))
+        config = replace(CONFIG, rule=TopK(k=7))  # its calibrated knob is a whole number, the same for both
+        options = {"data": data, "config": config, "calibration": calibration, "overwrite": True}
+        convert_checkpoint(str(folder / "dense"), tmp_path / "moe", **options)
+        curve = sweep_checkpoint(tmp_path / "moe", data=data, values=[3], out=out)
+    assert len(curve.points) == 1
+    assert curve == sweep_checkpoint(tmp_path / "moe", data=data, values=[3], out=tmp_path / "fresh.json")
+    assert out.read_text() == (tmp_path / "fresh.json").read_text()
+
+
+@pytest.mark.parametrize("rule", [TopK(k=2), DynKMax(tau=0.9)], ids=lambda rule: rule.name)
+def test_sweep_after_set_rule_measures_and_names_the_rule_of_the_checkpoint(folder, tmp_path, rule):
+    shutil.copytree(folder / "moe", tmp_path / "moe")
+    model, _ = load_model(tmp_path / "moe")
+    set_rule(model, rule)
+    model.save_pretrained(tmp_path / "moe")
+    data = DataConfig(data=str(folder / "text.txt"), window=WINDOW, max_tokens=4 * WINDOW)
+    curve = sweep_checkpoint(tmp_path / "moe", data=data, targets=[0.5], batch_size=4)
+    assert {point.rule for point in curve.points} == {rule.name}
+    own = curve.calibrated_point()
+    assert own is not None
+    assert own.value == rule.value
+    alone = sweep_checkpoint(tmp_path / "moe", data=data, values=[rule.value], batch_size=4)
+    alone = sweep_checkpoint(tmp_path / "moe", data=data, values=[rule.value], batch_size=4)
+    assert alone.points == (own,)
+
+
 def test_sweep_of_another_rule_includes_the_calibrated_point(folder):
     curve = sweep(folder, rule="topk", targets=[0.5])
     assert [point.rule for point in curve.points] == ["topk", "dynk_max"]
@@ -309,10 +340,10 @@ def test_sweep_checks_what_it_can_before_loading_the_model(folder, tmp_path, mon
         sweep(folder, out=tmp_path / "curve.json")
     shutil.copytree(folder / "moe", tmp_path / "moe")
     record = json.loads((tmp_path / "moe/moeify.json").read_text())
-    for key in ("knobs", "targets", "rule", "value"):
+    for key in ("knobs", "targets", "scope", "most_experts"):
         less = record | {"calibration": {k: v for k, v in record["calibration"].items() if k != key}}
         (tmp_path / "moe/moeify.json").write_text(json.dumps(less))
-        with pytest.raises(CheckpointError, match=f"lacks '{key}'"):
+        with pytest.raises(CheckpointError, match=f"lacks '{key}'; convert the model again"):
             sweep_checkpoint(tmp_path / "moe", data=DataConfig(data="x.txt"))
 
 

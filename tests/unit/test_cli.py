@@ -263,6 +263,15 @@ def test_profile_with_json_gives_numbers_by_ffn(dense, capsys):
     assert 0 < profile["model.layers.0.mlp"]["zero_frac"] < 1
 
 
+def test_profile_with_eps_counts_what_is_at_most_that(dense, capsys):
+    near = []
+    for eps in ("0", "1e9"):
+        code, out, err = run(capsys, "profile", dense, "--eps", eps, "--json", *SMALL)
+        assert (code, err) == (0, "")
+        near.append(json.loads(out)["model.layers.0.mlp"]["near_zero_frac"])
+    assert near[0] < near[1] == 1
+
+
 def test_generate_continues_the_prompt_the_same_way_every_time(converted, capsys):
     first = run(capsys, "generate", converted, "The ", "--max-new-tokens", "4")
     assert first[0] == 0

@@ -11,6 +11,7 @@ from torch import nn
 
 from moeify.convert import SCHEMA, ConvertConfig, Manifest, apply_site, convert, manifest_of, plan_conversion, rebuild, to_dense, with_rules
 from moeify.errors import CheckpointError, ConfigError, UnsupportedModelError
+from moeify.kernels import cpu
 from moeify.layers import moe_layers, set_rule
 from moeify.routers import CentreRouterConfig, MLPRouterConfig, NormRouterConfig
 from moeify.select import DynKMass, DynKMax, TopK
@@ -277,13 +278,16 @@ def test_convert_with_ready_made_splits_takes_them(model, sites):
     assert torch.equal(site_weights(model, sites[1]).up_FD, up[splits[SECOND].order_F])
 
 
-def test_convert_keeps_every_parameter_object_and_its_memory(model, sites):
+def test_convert_keeps_every_parameter_object_and_moves_only_what_the_kernels_read_by_neuron(model, sites):
     before = {name: (id(p), p.data_ptr(), p.stride()) for name, p in model.named_parameters()}
+    identities = {name: (id(p), p.stride()) for name, p in model.named_parameters()}
     convert(model, config(), sites=sites)
     after = {name: (id(p), p.data_ptr(), p.stride()) for name, p in model.named_parameters() if ".moe." not in name}
-    assert after == before
+    assert {name: identity for name, (identity, *_) in after.items()} == {name: identity for name, (identity, *_) in before.items()}
+    moved = {name for name in after if after[name] != before[name]}
+    assert moved == ({f"{site.down}.weight" for site in sites} if cpu.unavailable() is None else set())
     to_dense(model)
-    assert {name: (id(p), p.data_ptr(), p.stride()) for name, p in model.named_parameters()} == before
+    assert {name: (id(p), p.stride()) for name, p in model.named_parameters()} == identities
 
 
 def test_an_optimizer_built_before_the_conversion_keeps_training(model, sites):

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -13,6 +14,7 @@ from moeify._config import field_docs
 from moeify.data import (
     ByteTokenizer,
     DataConfig,
+    check_source,
     class_ids,
     image_batches,
     is_validation,
@@ -208,6 +210,38 @@ def test_read_texts_of_bad_file_names_file_and_fault_in_one_line(tmp_path, name,
         _read(path)
     assert name in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        pytest.param("a.txt", b"\0", "is binary", id="binary"),
+        pytest.param("a.txt", b"", "is empty", id="empty"),
+        pytest.param("a.jsonl", b"{", "line 1 is not JSON", id="no JSON"),
+        pytest.param("a.jsonl", b'{"txt": "a"}', "no column 'text'", id="no such column"),
+        pytest.param("a.jsonl", b"\n", "has no data", id="blank"),
+        pytest.param("b.txt", b"a", "no such file or folder", id="missing"),
+    ],
+)
+def test_check_source_finds_what_the_first_document_shows(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        check_source(DataConfig(data=str(tmp_path / name.replace("b", "c"))))
+
+
+def test_check_source_reads_one_document_and_takes_images(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n{')
+    check_source(DataConfig(data=str(tmp_path / "a.jsonl"), seed=1))
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "a.png").write_bytes(b"not opened")
+    check_source(DataConfig(data=str(tmp_path / "images")))
+    check_source(DataConfig(data="builtin:pydoc"))
+
+
+@pytest.mark.skipif(not Path("/dev/null").is_char_device(), reason="no such device")
+def test_read_texts_of_a_device_says_that_it_is_no_file():
+    with pytest.raises(DataError, match="'/dev/null' is neither a file nor a folder"):
+        read_texts(DataConfig(data="/dev/null"))
 
 
 def test_read_texts_of_missing_file_names_the_nearest(tmp_path):
@@ -559,3 +593,13 @@ def test_seq2seq_batches_halve_each_window():
     assert first["decoder_input_ids"].tolist() == [[0, 3, 4], [0, 7, 8]]
     assert second["decoder_input_ids"].tolist() == [[0, 11, 12]]
     assert first["input_ids"].dtype == first["decoder_input_ids"].dtype == torch.int64
+
+
+def test_images_of_class_folders_come_from_every_class_in_turn(tmp_path):
+    from PIL import Image
+
+    for name, count in (("cat", 3), ("dog", 1), ("elk", 2)):
+        (tmp_path / name).mkdir()
+        for i in range(count):
+            Image.new("RGB", (2, 2)).save(tmp_path / name / f"{i}.png")
+    assert [e.label for e in read_examples(DataConfig(data=str(tmp_path)))] == ["cat", "dog", "elk", "cat", "elk", "cat"]

@@ -17,7 +17,7 @@ from transformers import BertConfig, BertModel, OPTConfig, OPTModel
 
 from moeify.convert import ConvertConfig, convert, to_dense
 from moeify.errors import ConfigError, UnsupportedModelError
-from moeify.kernels import IMPLS
+from moeify.kernels import IMPLS, cpu
 from moeify.layers import MoEFFN, _drops_activations, attach, detach, moe_layers, record_active, set_impl, set_mode, set_rule, token_mask
 from moeify.routers import NormRouterConfig, OracleRouterConfig, build_router
 from moeify.select import DynKMass, DynKMax, Threshold, TopK
@@ -447,9 +447,9 @@ def test_replaced_projections_in_dense_mode_and_after_to_dense_run_dense():
     net.mlp.up, net.mlp.down = Foreign(net.mlp.up), Foreign(net.mlp.down)
     net(x_TD)
     set_mode(net, "dense")
-    assert torch.equal(net(x_TD), dense)
+    torch.testing.assert_close(net(x_TD), dense)  # to_dense puts the weights back in the order of their shape: sums round differently
     to_dense(net)
-    assert torch.equal(net(x_TD), dense)
+    torch.testing.assert_close(net(x_TD), dense)
     assert not any(module._forward_pre_hooks for module in net.modules())
 
 
@@ -481,7 +481,7 @@ def test_to_dense_under_adapters_leaves_the_adapted_dense_model():
     set_mode(net, "dense")
     dense = net(x_TD)
     to_dense(net)
-    assert torch.equal(net(x_TD), dense)
+    torch.testing.assert_close(net(x_TD), dense)
     assert not net.mlp.down._forward_pre_hooks
 
 
@@ -757,10 +757,10 @@ def test_checkpointing_one_ffn_changes_nothing(kind, use_reentrant):
     x_TD.requires_grad_()
     plain = gradients(net, net(x_TD).square().sum())
     out = checkpoint(net, x_TD, use_reentrant=use_reentrant)
-    assert torch.equal(out, net(x_TD))
+    # up to rounding: without a gradient, as the first pass of a reentrant checkpoint runs, "auto" may take another kernel
+    torch.testing.assert_close(out, net(x_TD))
     again = gradients(net, out.square().sum())
-    assert all(torch.equal(grad, plain[name]) for name, grad in again.items())
-    assert plain.keys() == again.keys()
+    torch.testing.assert_close(again, plain)
     assert net.mlp.moe._calls == {}
 
 
@@ -773,8 +773,7 @@ def test_gradient_checkpointing_of_a_transformers_model_changes_nothing(use_reen
     enable({"use_reentrant": use_reentrant})
     model.enable_input_require_grads()
     again = gradients(model, model(**inputs, labels=inputs["input_ids"]).loss)
-    assert plain.keys() == again.keys()
-    assert all(torch.equal(grad, plain[name]) for name, grad in again.items())
+    torch.testing.assert_close(again, plain)  # up to rounding, as above
     assert any("up_proj" in name for name in plain)
 
 
@@ -795,7 +794,7 @@ def test_the_optimizer_trains_experts_in_moe_mode():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-@pytest.mark.parametrize("impl", [*IMPLS, "auto"])
+@pytest.mark.parametrize("impl", [*(impl for impl in IMPLS if impl != "cpu"), "auto"])
 def test_a_model_cast_after_conversion_runs_in_its_dtype(dtype, impl):
     net, x_TD, site = make_net("gated")
     expected = by_hand(net, site, x_TD, net.mlp.moe.rule(torch.tensor(SCORES)))
@@ -834,6 +833,63 @@ def converted_llama(*, rule=None, router=None):
     config = ConvertConfig(expert_size=7, router=router or NormRouterConfig(width=4), rule=rule or DynKMax(tau=0.0))
     convert(model, config, sites=find_ffn_sites(model, tiny_inputs()))
     return model
+
+
+@pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
+@pytest.mark.parametrize("rule", [Threshold(theta=0.01), DynKMax(tau=0.5), DynKMass(mass=0.5), TopK(k=3)], ids=lambda rule: rule.name)
+def test_few_tokens_run_as_one_native_call_that_equals_its_pieces(rule):
+    model, ids = converted_llama(rule=rule).eval(), {"input_ids": torch.tensor([[3, 1, 4]])}
+    layers = moe_layers(model).values()
+
+    def pieces_and_call():
+        with torch.no_grad(), record_active(model) as stats:
+            native = model(**ids).logits
+            in_use = all(layer._native is not None and layer._native[1] is not None for layer in layers)
+            calls, by_call = {layer: layer._native for layer in layers}, stats.per_layer()
+            set_impl(model, "reference")
+            with record_active(model) as again:
+                pieces = model(**ids).logits
+            set_impl(model, "auto")
+        torch.testing.assert_close(native, pieces)
+        assert by_call == again.per_layer()
+        assert in_use
+        return calls
+
+    first = pieces_and_call()
+    with torch.no_grad():  # values written into the weights are seen
+        for layer in layers:
+            layer.weights().up_FD.mul_(1.5)
+            layer.router.out.bias.add_(torch.randn(layer.num_experts))
+    assert all(pieces_and_call()[layer] is call for layer, call in first.items())
+    set_rule(model, TopK(k=2))  # another rule or another tensor in a parameter's place is another call
+    second = pieces_and_call()
+    assert all(second[layer] is not call for layer, call in first.items())
+    for layer in layers:
+        parameter = model.get_submodule(layer.site.down).weight
+        parameter.data = torch.randn_like(parameter.data.t()).t()
+    assert all(pieces_and_call()[layer] is not call for layer, call in second.items())
+    other = copy.deepcopy(model)
+    assert all(layer._native is None for layer in moe_layers(other).values())
+
+
+@pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
+def test_native_call_is_left_where_it_would_not_do_what_the_pieces_do():
+    model = converted_llama(rule=TopK(k=3)).eval()
+    layer = next(iter(moe_layers(model).values()))
+    x_TD = torch.randn(2, 32)
+    with torch.no_grad():
+        assert layer._routed(x_TD) is not None
+        assert layer._routed(torch.randn(9, 32)) is None
+        layer.impl = "grouped"
+        assert layer._routed(x_TD) is None
+        layer.impl = "auto"
+        handle = layer.router.register_forward_hook(lambda *_: None)
+        assert layer._routed(x_TD) is None
+        handle.remove()
+        with torch.autocast("cpu", torch.bfloat16):
+            assert layer._routed(x_TD) is None
+        assert layer._routed(x_TD) is not None
+    assert layer._routed(x_TD.requires_grad_()) is None
 
 
 def converted_bert(*, rule):

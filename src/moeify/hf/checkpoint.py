@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -154,9 +155,22 @@ def check_output(out: Path, *, overwrite: bool) -> None:
         raise CheckpointError(f"the output '{out}' is a file; choose another --out.")
     for leftover in _names_beside(out):
         _check_leftover(leftover)
-    parent = next(p for p in out.absolute().parents if p.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise CheckpointError(f"'{parent}' is not a folder that can be written; choose another --out than '{out}'.")
+    check_writable(next(p for p in out.absolute().parents if p.exists()), out)
+
+
+def check_writable(folder: Path, out: Path) -> None:
+    """Make a nameless file in ``folder``: permissions alone do not tell (a read-only file system, root).
+
+    Raises:
+        CheckpointError: it is no folder, or nothing can be written in it; ``out`` is what the user named.
+    """
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise CheckpointError(
+            f"'{folder}' is not a folder that can be written ({error.strerror}); choose another --out than '{out}'."
+        ) from error
 
 
 def recover(out: Path) -> None:
@@ -205,6 +219,23 @@ def read_calibration(directory: Path) -> dict[str, Any]:
     Manifest.from_dict({k: v for k, v in record.items() if k != "calibration"}, where=str(path))
     calibration: dict[str, Any] = record["calibration"]
     return calibration
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """The manifest in the ``config.json`` of a converted checkpoint: unlike ``moeify.json`` it has the rules that were set since.
+
+    Raises:
+        CheckpointError: no such file, not JSON, of a dense model, or a manifest that cannot be read.
+    """
+    path = directory / "config.json"
+    try:
+        config = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"'{path}' cannot be read: {_first_line(error)}") from error
+    stored = config.get("quantization_config") if isinstance(config, dict) else None
+    if not isinstance(stored, dict) or stored.get("quant_method") != QUANT_METHOD:
+        raise CheckpointError(f"'{path}' is of a dense model; convert it first.")
+    return Manifest.from_dict({k: v for k, v in stored.items() if k != "quant_method"}, where=str(path))
 
 
 def library_versions() -> dict[str, str]:
@@ -286,6 +317,7 @@ def _weight_files(path: Path) -> list[Path]:
 
 
 def _load_config(where: str, options: Mapping[str, Any], source: str) -> Any:
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import CONFIG_MAPPING, AutoConfig
 
     config_file = Path(where) / "config.json"
@@ -306,6 +338,8 @@ def _load_config(where: str, options: Mapping[str, Any], source: str) -> Any:
         ) from error
     except MoeifyError:
         raise
+    except StrictDataclassError as error:
+        raise CheckpointError(f"'{source}': config.json: {_first_line(error)}") from error
     except (ValueError, KeyError) as error:
         raise UnsupportedModelError(f"'{source}': {_first_line(error)}") from error
     quantized = getattr(config, "quantization_config", None)

@@ -72,6 +72,8 @@ class MoeifyQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: nn.Module, **_: object) -> nn.Module:
         # Nothing is quantised: .half(), .float(), Trainer and torch.compile are to treat it as the plain model that it is.
         model.is_quantized = False  # type: ignore[assignment]
+        for moe in moe_layers(model).values():
+            moe.lay_out()
         return model
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[None, dict[str, Any]]:
@@ -91,7 +93,8 @@ class MoeifyQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        """Yes, all parameters."""
+        """Yes, all parameters but the routers': a loss of the model's output gives these no gradient, because which experts run is not
+        differentiable. DDP needs ``find_unused_parameters=True`` therefore, or routers with ``requires_grad_(False)``."""
         return True
 
     @property

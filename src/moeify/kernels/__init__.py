@@ -14,19 +14,20 @@ from .._config import lookup
 from ..errors import KernelError
 from ..sites.formula import ACTIVATIONS
 from ..sites.site import FFNWeights
-from . import gather, grouped, masked, reference
+from . import cpu, gather, grouped, masked, reference
 from .plan import DispatchPlan as DispatchPlan
 from .plan import build_plan as build_plan
 
 IMPLS: dict[str, Callable[..., Tensor]] = {
     "reference": reference.moe_ffn,
+    "cpu": cpu.moe_ffn,
     "gather": gather.moe_ffn,
     "masked": masked.moe_ffn,
     "grouped": grouped.moe_ffn,
 }
 """Implementations by name; all have the signature ``(x_TD, weights, plan, *, activation) -> y_TD``."""
 
-AUTO_ORDER = ("gather", "masked", "grouped")
+AUTO_ORDER = ("cpu", "gather", "masked", "grouped")
 """What ``impl="auto"`` asks, in order; the first without an objection runs. The last one never objects."""
 
 
@@ -66,11 +67,11 @@ def moe_ffn(x_TD: Tensor, weights: FFNWeights, plan: DispatchPlan, *, activation
     lookup(ACTIVATIONS, activation, where="activation")
     x_TD, weights = _autocast(x_TD, weights)
     _check(x_TD, weights, plan)
-    name = _auto(x_TD, weights, plan) if impl == "auto" else impl
+    name = _auto(x_TD, weights, plan, activation=activation) if impl == "auto" else impl
     return lookup(IMPLS, name, where="impl")(x_TD, weights, plan, activation=activation)
 
 
-def explain(x_TD: Tensor, weights: FFNWeights, plan: DispatchPlan, *, impl: str = "auto") -> list[Candidate]:
+def explain(x_TD: Tensor, weights: FFNWeights, plan: DispatchPlan, *, activation: str, impl: str = "auto") -> list[Candidate]:
     """What `moe_ffn` would run for these tensors, and why not the others; runs nothing.
 
     Returns:
@@ -81,18 +82,24 @@ def explain(x_TD: Tensor, weights: FFNWeights, plan: DispatchPlan, *, impl: str 
     """
     x_TD, weights = _autocast(x_TD, weights)
     _check(x_TD, weights, plan)
-    objections = {name: _objection(name, x_TD, weights, plan) for name in AUTO_ORDER}
+    objections = {name: _objection(name, x_TD, weights, plan, activation=activation) for name in AUTO_ORDER}
     if impl == "auto":
-        chosen = _auto(x_TD, weights, plan)
+        chosen = _auto(x_TD, weights, plan, activation=activation)
         why = "first without an objection"
     else:
         lookup(IMPLS, impl, where="impl")
         chosen, why = impl, "asked for by name"
     rest = [name for name in IMPLS if name not in AUTO_ORDER]
+    lookup(ACTIVATIONS, activation, where="activation")
     return [
         Candidate(name, name == chosen, why if name == chosen else objections.get(name) or _unasked(name, impl))
         for name in (*AUTO_ORDER, *rest)
     ]
+
+
+def reads_rows(weight: Tensor) -> bool:
+    """Whether kernels of this machine read each neuron's row of such a weight in one piece: then that is how it should lie in memory."""
+    return weight.device.type == "cpu" and weight.dtype in cpu.DTYPES and cpu.unavailable() is None
 
 
 def _unasked(name: str, impl: str) -> str:
@@ -101,8 +108,8 @@ def _unasked(name: str, impl: str) -> str:
     return "a later candidate" if name in AUTO_ORDER else "never chosen by 'auto': the oracle, slow"
 
 
-def _auto(x_TD: Tensor, weights: FFNWeights, plan: DispatchPlan) -> str:
-    return next(name for name in AUTO_ORDER if _objection(name, x_TD, weights, plan) is None)
+def _auto(x_TD: Tensor, weights: FFNWeights, plan: DispatchPlan, *, activation: str) -> str:
+    return next(name for name in AUTO_ORDER if _objection(name, x_TD, weights, plan, activation=activation) is None)
 
 
 # Measured crossovers (decision D5): `python -m bench.run grouped` on two cores, fp32, AVX-512, torch 2.13, uniform masks; shapes gpt2
@@ -126,8 +133,25 @@ MASKED_FROM = (
 """(neurons of an expert at most, ((tokens at most, active fraction from which dense GEMMs win), ...))."""
 
 
-def _objection(name: str, x_TD: Tensor, weights: FFNWeights, plan: DispatchPlan) -> str | None:
+CPU_UNTIL = {torch.float32: ((4, 1.0), (math.inf, 0.9)), torch.bfloat16: ((4, 1.0), (64, 0.6), (math.inf, 0.4))}
+"""By dtype: (tokens at most, active fraction up to which the compiled kernels beat dense GEMMs); AVX-512-BF16, two cores."""
+
+
+def _objection(name: str, x_TD: Tensor, weights: FFNWeights, plan: DispatchPlan, *, activation: str) -> str | None:
     """Why "auto" should not run this implementation here; None if it should. No host sync."""
+    if name == "cpu":
+        if (why_not := cpu.refusal(x_TD, activation=activation)) is not None:
+            return why_not
+        if not cpu.has_rows(weights):
+            return "the weights' rows are not contiguous, and would be copied at every call (moeify.sites.store_by_neuron)"
+        if torch.is_grad_enabled() and x_TD.requires_grad:
+            return "the backward pass is that of 'grouped'"
+        if torch.compiler.is_compiling():
+            return None
+        until = next(fraction for tokens, fraction in CPU_UNTIL[x_TD.dtype] if plan.num_tokens <= tokens)
+        if plan.active_fraction > until:
+            return f"active fraction {plan.active_fraction:.2f} is above the crossover {until} for {plan.num_tokens} tokens in {x_TD.dtype}"
+        return None
     if torch.compiler.is_compiling():  # N is unknown while tracing
         return None if name == "masked" else "the host reads the plan, which breaks a compiled graph"
     num_tokens, active = plan.num_tokens, plan.active_fraction

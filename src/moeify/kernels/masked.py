@@ -22,6 +22,7 @@ def moe_ffn(x_TD: Tensor, weights: FFNWeights, plan: DispatchPlan, *, activation
     Cost: the dense FFN plus one pass over T*F; no host sync; no dependence on the mask; captured by torch.compile.
     """
     hidden_TF = ffn_hidden(x_TD, weights, activation=activation)
-    if torch.compiler.is_compiling() or plan.num_pairs < plan.num_tokens * plan.num_experts:
+    is_traced = torch.compiler.is_compiling() or type(plan.mask_TE) is not Tensor  # nobody knows the number of pairs then
+    if is_traced or plan.num_pairs < plan.num_tokens * plan.num_experts:
         hidden_TF = hidden_TF.masked_fill(~neuron_mask(plan.mask_TE, weights.num_neurons), 0)
     return F.linear(hidden_TF, weights.down_FD.t(), weights.down_bias_D)

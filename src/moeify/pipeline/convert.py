@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any, cast
 
 import torch
@@ -11,11 +12,12 @@ from torch import Tensor, nn
 from .. import _config
 from .._progress import NO_PROGRESS, Progress
 from ..convert import ConvertConfig, SiteRecord, apply_site, plan_conversion
-from ..data import DataConfig
-from ..errors import ConfigError
+from ..data import DataConfig, check_source
+from ..errors import ConfigError, UnsupportedModelError
 from ..hf.card import model_card
 from ..hf.checkpoint import check_output, library_versions, load_model, recover, save_checkpoint
 from ..hf.inputs import example_inputs
+from ..layers import moe_layers
 from ..select import RULES, RuleConfig
 from ..select.calibrate import Calibrator, Scope
 from ..sites import find_ffn_sites, site_weights
@@ -94,7 +96,10 @@ def convert_checkpoint(
         check_output(out, overwrite=overwrite)
     data = replace(data, window=calibration.window, max_tokens=calibration.max_tokens)
     place = torch_device(device)
+    check_source(data)
     model, processor = load_model(source, dtype=torch_dtype(dtype), progress=progress)
+    if moe_layers(model):
+        raise UnsupportedModelError(f"'{source}' is converted already; give the dense checkpoint that it was made from.")
     model.to(place)
     batches, held_out = hold_out(model, calibration_batches(model, processor, data, progress=progress))
     run = {"source": source, "dtype": dtype, "device": place.type, "held_out": fingerprint(held_out)}
@@ -202,7 +207,7 @@ def _calibrate(
     record = {
         "rule": config.rule.name,
         "knob": config.rule.knob,
-        "value": sum(values) / len(values),
+        "value": fmean(values),
         "scope": calibration.scope,
         "target_active": calibration.target_active,
         "active_fraction": calibrated.active_fraction,

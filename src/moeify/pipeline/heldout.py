@@ -14,6 +14,7 @@ from ..evaluate import Curve, DenseQuality, DenseReference, LayerRules, agreemen
 from ..layers import moe_layers
 
 _MOST_TOKENS = 256  # of a sequence: the logits of 1024 tokens would be the largest tensor of a whole conversion
+_CACHE_BYTES = 1 << 26  # of dense outputs: those of a large vocabulary are made again rather than kept, or measuring would set the peak
 _WITH_LOGITS = ("ForSequenceClassification", "ForImageClassification", "ForMaskedLM")
 _PARTS = {
     "experts": "experts",
@@ -73,7 +74,7 @@ def _measure(
     model: nn.Module, batches: Sequence[Mapping[str, Tensor]], *, context_of: Mapping[str, Tensor], progress: Progress
 ) -> dict[str, Any]:
     metric = _metric(model, batches[0])
-    reference = DenseReference(model, batches, metric=metric, progress=progress)
+    reference = DenseReference(model, batches, metric=metric, cache_bytes=_CACHE_BYTES, progress=progress)
     cost = model_cost(model, context_of)
     rules = {name: layer.rule for name, layer in moe_layers(model).items()}
     step = LayerRules(value=sum(rule.value for rule in rules.values()) / len(rules), rules=rules)

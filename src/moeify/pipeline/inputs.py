@@ -4,9 +4,10 @@ Letters: B batch, S sequence length, W windows.
 """
 
 import inspect
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from itertools import tee
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -71,17 +72,32 @@ def calibration_batches(
 def evaluation_batches(
     model: nn.Module, processor: Any, data: DataConfig, *, batch_size: int, progress: Progress = NO_PROGRESS
 ) -> list[dict[str, Tensor]]:
-    """Batches to measure quality on: with labels where the model's head predicts classes, else as for calibration."""
+    """Batches to measure quality on: with labels where the model's head predicts classes, else as for calibration.
+
+    Labelled examples are read up to ``max_tokens``, in the source's order (by class, where classes are folders) unless the data has a seed;
+    texts are cut to ``window``, or to what model and tokenizer take if that is less.
+
+    Raises:
+        DataError: as in `calibration_batches`; also a label that the head does not know.
+    """
     if not type(model).__name__.endswith(("ForSequenceClassification", "ForImageClassification")):
         return calibration_batches(model, processor, data, progress=progress, batch_tokens=batch_size * data.window)
-    examples = list(read_examples(data))
-    known = {label: int(i) for label, i in (getattr(model.config, "label2id", None) or {}).items()}
-    ids = class_ids([e.label for e in examples], known=known if any(isinstance(e.label, str) for e in examples) else None)
+    examples = _numbered(read_examples(data), known={k: int(i) for k, i in (getattr(model.config, "label2id", None) or {}).items()})
     if getattr(model, "main_input_name", "") == "pixel_values":
-        return list(image_batches(examples, processor, batch_size=batch_size, class_ids=ids))
-    length = int(min(getattr(model.config, "max_position_embeddings", _MOST_POSITIONS), _MOST_POSITIONS))
-    labels = [ids[e.label] for e in examples]
-    return list(padded_text_batches([e.text or "" for e in examples], processor, max_length=length, batch_size=batch_size, labels=labels))
+        images = image_batches(examples, processor, batch_size=batch_size)
+        return _take_tokens(images, data.max_tokens, tokens_per_image=_tokens_per_image(model.config))
+    length = _most_positions(model, processor, data.window)
+    for_texts, for_labels = tee(examples)  # read in step
+    texts, labels = (e.text or "" for e in for_texts), (cast(int, e.label) for e in for_labels)
+    return _take_tokens(padded_text_batches(texts, processor, max_length=length, batch_size=batch_size, labels=labels), data.max_tokens)
+
+
+def _numbered(examples: Iterable[Example], *, known: Mapping[str, int]) -> Iterator[Example]:
+    """The examples with class ids as labels, one at a time: images are large."""
+    first = None
+    for example in examples:
+        first = example.label if first is None else first
+        yield replace(example, label=class_ids([first, example.label], known=known)[example.label])
 
 
 def hold_out(model: nn.Module, batches: Sequence[dict[str, Tensor]]) -> tuple[list[dict[str, Tensor]], list[dict[str, Tensor]]]:

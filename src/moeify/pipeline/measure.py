@@ -1,19 +1,21 @@
 """The verbs that read a checkpoint: sweep, profile, generate, report."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from statistics import fmean
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from .. import _config
 from .._progress import NO_PROGRESS, Progress
-from ..data import DataConfig
+from ..convert import manifest_of
+from ..data import DataConfig, check_source
 from ..errors import CheckpointError, ConfigError
 from ..evaluate import Curve, CurvePoint, DenseQuality, DenseReference, LayerRules, default_metric, model_cost, sweep
-from ..hf.checkpoint import library_versions, load_model, read_calibration
+from ..hf.checkpoint import MANIFEST_FILE, check_writable, library_versions, load_model, read_calibration, read_manifest
 from ..hf.inputs import example_inputs
 from ..layers import moe_layers, set_mode
 from ..report import cost_markdown, curve_markdown, layers_markdown, plot_curve
@@ -22,9 +24,38 @@ from ..sites import find_ffn_sites
 from ..sparsity import ActivationProfile, profile_activations
 from .inputs import calibration_batches, evaluation_batches
 from .names import torch_device, torch_dtype
-from .work import fingerprint
+from .work import fingerprint, run_id, weights_checksum
 
 _Steps = list[float | LayerRules]
+_Record = TypeVar("_Record")
+
+
+@dataclass(frozen=True, kw_only=True)
+class KnobRecord:
+    """What a sweep reads of the calibration record."""
+
+    scope: str
+    """One knob for each layer, or one for all."""
+    targets: tuple[float, ...]
+    """Active fractions whose knobs are stored."""
+    knobs: dict[str, dict[str, tuple[float, ...]]]
+    """Knob at each target by name of the rule and of the FFN."""
+    most_experts: int
+    """Experts of the FFN that has the most."""
+
+    def __post_init__(self) -> None:
+        for rule, table in self.knobs.items():
+            for name, values in table.items():
+                if len(values) != len(self.targets):
+                    raise ConfigError(f"knobs[{rule!r}][{name!r}] has {len(values)} values for {len(self.targets)} targets.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreRecord:
+    """What a report reads of the calibration record."""
+
+    router_scores: dict[str, dict[str, float]]
+    """Scores of each FFN's router, by name."""
 
 
 def sweep_checkpoint(
@@ -45,7 +76,7 @@ def sweep_checkpoint(
     Args:
         directory: converted checkpoint.
         data: evaluation data; windows of text, or labelled examples for a model with a classification head.
-        rule: selection rule; None takes the one that the checkpoint was calibrated with.
+        rule: selection rule; None takes the checkpoint's own, as its ``config.json`` has it.
         values: knobs, each for all layers; None takes the checkpoint's own calibrated point and the knobs that its calibration tokens gave
             for active fractions 0.1 to 1.0 in steps of 0.05. Where every layer has a knob of its own, a point's ``value`` is their mean.
             The checkpoint's own point stands under its own rule, whatever ``rule`` is.
@@ -53,8 +84,8 @@ def sweep_checkpoint(
         batch_size: sequences per forward.
         dtype: of the weights, "float32", "bfloat16" or "float16".
         device: "cpu", "cuda" or "cuda:1".
-        out: ``curve.json``, written after every point. Points that it holds of the same model, data and versions are not measured again,
-            and those of other values or rules stay in it.
+        out: ``curve.json``, written after every point. Points that it holds of the same weights, routers, rules, data and versions are not
+            measured again, and those of other values or rules stay in it.
         progress: told every batch.
 
     Returns:
@@ -62,26 +93,30 @@ def sweep_checkpoint(
 
     Raises:
         ConfigError: unknown rule, or a value out of its range.
-        CheckpointError: no converted checkpoint, or its calibration record lacks something.
-        DataError: ``out`` exists and is no curve; see also `moeify.data`. All but errors of the data are raised before the model is loaded.
+        CheckpointError: no converted checkpoint, its calibration record lacks something or is of another model, its layers have rules of
+            different kinds, or ``out`` cannot be written.
+        DataError: ``out`` exists and is no curve; see also `moeify.data`. All but errors of later documents are raised before the model is
+            loaded.
     """
     directory = Path(directory)
     if values is not None and targets is not None:
         raise ConfigError("give --values or --targets, not both.")
-    calibration = _calibration_of(directory, "rule", "value", "scope", "targets", "knobs", "most_experts")
-    own_type = _config.lookup(RULES, calibration["rule"], where=f"calibration of '{directory}'")
+    calibration = _calibration_of(directory, KnobRecord)
+    own_type, names = _own_rule(directory)
     rule_type = _config.lookup(RULES, rule, where="--rule") if rule is not None else own_type
-    steps = _checked(values, rule_type) if values is not None else _calibrated_steps(rule_type, calibration, targets, where=str(directory))
+    steps = _checked(values, rule_type) if values is not None else _calibrated_steps(rule_type, calibration, targets, names=names)
     earlier = Curve.read(out) if out is not None and out.exists() else None
+    if out is not None:
+        check_writable(out.parent, out)
     place = torch_device(device)
+    check_source(data)
     model, processor = load_model(directory, dtype=torch_dtype(dtype), progress=progress)
     model.to(place)
     batches = evaluation_batches(model, processor, data, batch_size=batch_size, progress=progress)
     runs = [(rule_type, steps)]
-    if values is None:
-        own = LayerRules(value=calibration["value"], rules={name: layer.rule for name, layer in moe_layers(model).items()})
-        if rule_type is not own_type or all(_rules_of(step, own_type, own.rules) != own.rules for step in steps):
-            runs.append((own_type, [own]))
+    own = _layer_rules({name: layer.rule for name, layer in moe_layers(model).items()})
+    if values is None and (rule_type is not own_type or all(_rules_of(step, own_type, own.rules) != own.rules for step in steps)):
+        runs.append((own_type, [own]))
     metric = default_metric(model, batches[0])
     reference = DenseReference(model, batches, metric=metric, progress=progress)
     cost = model_cost(model, batches[0])
@@ -91,8 +126,10 @@ def sweep_checkpoint(
         "dtype": dtype,
         "device": place.type,
         "versions": library_versions(),
-        "scope": calibration["scope"] if values is None else "global",
-        "calibrated": {"rule": calibration["rule"], "value": calibration["value"]},
+        # Of what the points depend on beside the data; a mean knob does not tell the rules of all layers.
+        "checkpoint": run_id({"weights": weights_checksum(model), **manifest_of(model).to_dict(), **_config.to_dict(calibration)}),
+        "scope": calibration.scope if values is None else "global",
+        "calibrated": {"rule": own_type.name, "value": own.value},
         "cost": cost.lines(),
     }
     dense = DenseQuality(quality=reference.quality, flops_per_token=cost.dense_flops_per_token)
@@ -131,13 +168,14 @@ def _measure_curve(
 
 
 def profile_checkpoint(
-    source: str, *, data: DataConfig, dtype: str = "float32", device: str = "cpu", progress: Progress = NO_PROGRESS
+    source: str, *, data: DataConfig, eps: float = 1e-3, dtype: str = "float32", device: str = "cpu", progress: Progress = NO_PROGRESS
 ) -> dict[str, ActivationProfile]:
     """Activation statistics of every FFN of a dense (or converted, run dense) checkpoint, by site name.
 
     Args:
         source: Hub id, folder or ``.gguf`` file.
         data: what the model reads.
+        eps: a neuron counts as near zero on a token where |h| <= eps.
         dtype: of the weights, "float32", "bfloat16" or "float16".
         device: "cpu", "cuda" or "cuda:1".
         progress: told every batch.
@@ -146,12 +184,14 @@ def profile_checkpoint(
         MoeifyError: see `load_model`, `find_ffn_sites`, `calibration_batches` and `profile_activations`.
     """
     place = torch_device(device)
+    ActivationProfile(1, eps=eps)  # refuses a bad eps before anything is loaded
+    check_source(data)
     model, processor = load_model(source, dtype=torch_dtype(dtype), progress=progress)
     model.to(place)
     set_mode(model, "dense")  # a converted FFN runs its routed experts otherwise
     sites = [layer.site for layer in moe_layers(model).values()] or find_ffn_sites(model, example_inputs(model))
     batches = calibration_batches(model, processor, data, progress=progress)
-    return profile_activations(model, sites, batches, progress=progress)
+    return profile_activations(model, sites, batches, eps=eps, progress=progress)
 
 
 def generate_text(
@@ -167,10 +207,10 @@ def generate_text(
     """Continue ``prompt``; greedy at temperature 0. ``dtype`` and ``device`` as in `sweep_checkpoint`.
 
     Raises:
-        ConfigError: the model does not generate text, or the temperature is negative.
+        ConfigError: the model does not generate text, or the temperature is negative or not finite.
     """
-    if temperature < 0:
-        raise ConfigError(f"temperature must be at least 0, got {temperature}.")
+    if not 0 <= temperature < float("inf"):
+        raise ConfigError(f"temperature must be at least 0 and finite, got {temperature}.")
     place = torch_device(device)
     model, tokenizer = load_model(directory, dtype=torch_dtype(dtype))
     model.to(place)
@@ -204,19 +244,22 @@ def report_checkpoint(directory: str | Path, *, curve: Path | None = None, out: 
         Paths of the files, by kind.
 
     Raises:
-        CheckpointError: no converted checkpoint. DataError: no curve, or not one.
+        CheckpointError: no converted checkpoint, or ``out`` cannot be written. DataError: no curve, or not one.
     """
     directory = Path(directory)
-    calibration = _calibration_of(directory, "router_scores")
+    calibration = _calibration_of(directory, ScoreRecord)
     choices = [curve] if curve is not None else [directory / "curve.json", directory.parent / "curve.json"]
     found = next((path for path in choices if path.exists()), choices[0])
     measured = Curve.read(found)
     out = out or directory / "report"
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"cannot make the folder '{out}': {error.strerror}; choose another --out.") from error
     files = {"page": out / "report.md", "png": out / "curve.png", "svg": out / "curve.svg"}
     plot_curve(measured, files["png"])
     plot_curve(measured, files["svg"])
-    rows = {name: {key: f"{value:.4f}" for key, value in scores.items()} for name, scores in calibration["router_scores"].items()}
+    rows = {name: {key: f"{value:.4f}" for key, value in scores.items()} for name, scores in calibration.router_scores.items()}
     cost = f"## Cost\n\n{parts}\n" if (parts := cost_markdown(measured)) else ""
     page = f"# {directory.name}\n\n![quality against cost](curve.png)\n\n{curve_markdown(measured)}\n"
     page += f"{cost}## Routers\n\n{layers_markdown(rows)}"
@@ -226,12 +269,25 @@ def report_checkpoint(directory: str | Path, *, curve: Path | None = None, out: 
     return {kind: str(path) for kind, path in files.items()}
 
 
-def _calibration_of(directory: Path, *keys: str) -> dict[str, Any]:
-    """`read_calibration`, with everything that the caller needs."""
+def _calibration_of(directory: Path, record_type: type[_Record]) -> _Record:
+    """What the caller needs of `read_calibration`, checked."""
     calibration = read_calibration(directory)
-    if missing := [repr(key) for key in keys if key not in calibration]:
-        raise CheckpointError(f"the calibration record of '{directory}' lacks {', '.join(missing)}; convert the model again.")
-    return calibration
+    known = {field.name: calibration[field.name] for field in fields(record_type) if field.name in calibration}  # type: ignore[arg-type]
+    try:
+        return _config.from_dict(record_type, known, where=f"'{directory / MANIFEST_FILE}': calibration")
+    except ConfigError as error:
+        raise CheckpointError(f"{str(error).removesuffix('.')}; convert the model again.") from error
+
+
+def _own_rule(directory: Path) -> tuple[type[Rule], set[str]]:
+    """The kind of rule that all layers of the checkpoint have, and their names."""
+    rules = {record.site.name: type(record.rule) for record in read_manifest(directory).sites}
+    if len(set(rules.values())) != 1:
+        found = ", ".join(sorted({f"'{rule.name}'" for rule in rules.values()})) or "none"
+        raise CheckpointError(
+            f"the layers of '{directory}' have rules of different kinds ({found}); give all one with set_rule to sweep it."
+        )
+    return next(iter(rules.values())), set(rules)
 
 
 def _checked(values: Sequence[float], rule_type: type[Rule]) -> _Steps:
@@ -241,12 +297,12 @@ def _checked(values: Sequence[float], rule_type: type[Rule]) -> _Steps:
     return [*values]
 
 
-def _calibrated_steps(rule_type: type[Rule], calibration: Mapping[str, Any], targets: Sequence[float] | None, *, where: str) -> _Steps:
+def _calibrated_steps(rule_type: type[Rule], calibration: KnobRecord, targets: Sequence[float] | None, *, names: set[str]) -> _Steps:
     """The stored knobs at ``targets``, or at 0.1, 0.15, ... 0.95 and the knob that runs every expert; one step where all are equal."""
-    if rule_type.name not in calibration["knobs"]:
-        raise CheckpointError(f"the calibration record of '{where}' has no knobs of the rule '{rule_type.name}'; convert the model again.")
-    table: Mapping[str, Sequence[float]] = calibration["knobs"][rule_type.name]
-    stored = {round(target, 4): i for i, target in enumerate(calibration["targets"])}
+    table = calibration.knobs.get(rule_type.name, {})
+    if set(table) != names:
+        raise CheckpointError(f"{MANIFEST_FILE} has no knobs of the rule '{rule_type.name}' for the layers of the model; convert it again.")
+    stored = {round(target, 4): i for i, target in enumerate(calibration.targets)}
     steps: _Steps = []
     for target in [t for t in stored if t >= 0.1] + [1.0] if targets is None else targets:
         if target == 1:
@@ -257,17 +313,20 @@ def _calibrated_steps(rule_type: type[Rule], calibration: Mapping[str, Any], tar
             steps.append(everything)
             continue
         if round(target, 4) not in stored:
-            raise ConfigError(f"--targets: no knobs are stored for the active fraction {target:g}; stored: {calibration['targets']} and 1.")
-        knobs = {name: values[stored[round(target, 4)]] for name, values in table.items()}
-        step = LayerRules(value=sum(knobs.values()) / len(knobs), rules={name: rule_type.at(knob) for name, knob in knobs.items()})
+            raise ConfigError(f"--targets: no knobs are stored for the active fraction {target:g}; stored: {[*calibration.targets]} and 1.")
+        step = _layer_rules({name: rule_type.at(values[stored[round(target, 4)]]) for name, values in table.items()})
         if all(_rules_of(earlier, rule_type, table) != step.rules for earlier in steps):
             steps.append(step)
     return steps
 
 
-def _all_experts(rule_type: type[Rule], calibration: Mapping[str, Any]) -> float:
+def _layer_rules(rules: Mapping[str, Rule]) -> LayerRules:
+    return LayerRules(value=fmean(rule.value for rule in rules.values()), rules=rules)
+
+
+def _all_experts(rule_type: type[Rule], calibration: KnobRecord) -> float:
     end = rule_type.bounds[1 if rule_type.grows else 0]
-    return end if end < float("inf") else float(calibration["most_experts"])
+    return end if end < float("inf") else float(calibration.most_experts)
 
 
 def _rules_of(step: float | LayerRules, rule_type: type[Rule], names: Iterable[str]) -> Mapping[str, Rule]:

@@ -5,6 +5,7 @@ A run that was killed continues there and comes to the same result; a finished r
 
 import hashlib
 import json
+import os
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -32,7 +33,7 @@ def open_work(work: Path, run: Mapping[str, Any]) -> None:
     """Use what an earlier run of the same conversion left; anything else there is started anew.
 
     Raises:
-        CheckpointError: something of somebody else has the folder's name.
+        CheckpointError: something of somebody else has the folder's name, or it cannot be written.
     """
     path, text = work / RUN_FILE, json.dumps(run, sort_keys=True)
     if path.exists() and path.read_text() == text:
@@ -42,8 +43,11 @@ def open_work(work: Path, run: Mapping[str, Any]) -> None:
         if not work.is_dir() or (not path.exists() and any(p != temporary for p in work.iterdir())):
             raise CheckpointError(f"'{work}' is in the way and is not the state of a conversion; move it or choose another --out.")
         remove_work(work)
-    work.mkdir(parents=True)
-    temporary.write_text(text)
+    try:
+        work.mkdir(parents=True)
+        temporary.write_text(text)
+    except OSError as error:
+        raise CheckpointError(f"cannot write '{work}': {error.strerror}; free space or choose another --out.") from error
     temporary.replace(path)
 
 
@@ -71,6 +75,8 @@ def write_fitted(path: Path, site: FittedSite) -> None:
     temporary = path.with_suffix(".new")
     try:
         save_file(tensors, temporary, metadata={"captured": json.dumps(site.captured), "always_on": json.dumps(site.always_on)})
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())  # or a power cut could leave the name without the content
     except (OSError, SafetensorError) as error:
         temporary.unlink(missing_ok=True)
         raise CheckpointError(f"cannot write '{path}': {error}; free space and run again, what is fitted already is kept.") from error
@@ -78,16 +84,19 @@ def write_fitted(path: Path, site: FittedSite) -> None:
 
 
 def read_fitted(path: Path) -> FittedSite | None:
-    """What `write_fitted` kept, or None."""
+    """What `write_fitted` kept; None where there is nothing, or what is there is damaged."""
     if not path.exists():
         return None
-    with safe_open(path, framework="pt") as file:
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
-        captured, always_on = (json.loads(file.metadata()[key]) for key in ("captured", "always_on"))
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
+            metadata = file.metadata() or {}
+        order_F, scores_TE = tensors["order_F"], tensors["scores_TE"]
+        captured, always_on = (json.loads(metadata[key]) for key in ("captured", "always_on"))
+    except (SafetensorError, KeyError):
+        return None
     router = {key.removeprefix("router."): value for key, value in tensors.items() if key.startswith("router.")}
-    return FittedSite(
-        order_F=tensors["order_F"], router_state=router, scores_TE=tensors["scores_TE"], always_on=tuple(always_on), captured=captured
-    )
+    return FittedSite(order_F=order_F, router_state=router, scores_TE=scores_TE, always_on=tuple(always_on), captured=captured)
 
 
 def fingerprint(batches: Sequence[Mapping[str, Tensor]]) -> str:

@@ -14,4 +14,5 @@ from .site import in_decoder as in_decoder
 from .site import not_plain_reason as not_plain_reason
 from .site import permute_neurons as permute_neurons
 from .site import site_weights as site_weights
+from .site import store_by_neuron as store_by_neuron
 from .site import token_mask_of as token_mask_of

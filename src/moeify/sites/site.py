@@ -8,7 +8,7 @@ This file is the only place that knows how a module stores its weights (nn.Linea
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -170,6 +170,22 @@ def permute_neurons(model: nn.Module, site: FFNSite, order_F: Tensor) -> None:
     """
     for tensor in site_weights(model, site).per_neuron():
         tensor.copy_(tensor.index_select(0, order_F.to(tensor.device)))
+
+
+def store_by_neuron(model: nn.Module, site: FFNSite) -> None:
+    """Change the strides of a site's matrices so that each neuron's row is contiguous in memory, in place.
+
+    Names, shapes, values and the parameters' identity stay (decision D2, D8): ``nn.Linear`` keeps its down projection as (D, F), and only
+    the order of its numbers in memory changes. Files hold the shape's own order, so this is done again after loading. Tensors on the meta
+    device, and weights that share memory with others, are left alone.
+    """
+    weights = site_weights(model, site)
+    for path, rows_F in ((site.up, weights.up_FD), (site.gate or site.up, weights.gate_FD), (site.down, weights.down_FD)):
+        if rows_F is None or rows_F.is_meta or rows_F.stride(-1) == 1:
+            continue
+        parameter = cast(nn.Parameter, model.get_submodule(path).weight)
+        if parameter.untyped_storage().nbytes() == parameter.nbytes:
+            parameter.data = parameter.data.t().contiguous().t()
 
 
 def _linear_view(model: nn.Module, path: str) -> tuple[Tensor, Tensor | None]:

@@ -17,8 +17,8 @@ from safetensors import SafetensorError
 
 from moeify.errors import CheckpointError, MoeifyError, UnsupportedModelError
 from moeify.hf import checkpoint
-from moeify.hf.checkpoint import check_output, load_model, read_calibration, save_checkpoint, save_dense
-from moeify.layers import moe_layers
+from moeify.hf.checkpoint import check_output, load_model, read_calibration, read_manifest, save_checkpoint, save_dense
+from moeify.layers import moe_layers, set_rule
 from moeify.select import TopK
 
 CALIBRATION = {"rule": "topk", "knob": "k", "value": 2.0, "active_fraction": 0.33, "router_scores": {"model.layers.0.mlp": 0.9}}
@@ -155,6 +155,10 @@ def _quantized(directory):
     tiny.edit_config(directory, lambda config: config.update(quantization_config={"quant_method": "gptq", "bits": 4}))
 
 
+def _wrong_type(directory):
+    tiny.edit_config(directory, lambda config: config.update(hidden_size="x"))
+
+
 BROKEN = [
     pytest.param(_truncate, CheckpointError, r"model\.safetensors' is truncated or not a safetensors file", id="truncated"),
     pytest.param(_foreign, CheckpointError, r"model\.safetensors' is truncated or not a safetensors file", id="foreign file"),
@@ -176,6 +180,7 @@ BROKEN = [
     pytest.param(_no_config, CheckpointError, "has no config.json", id="no config"),
     pytest.param(_config_not_json, CheckpointError, "config.json' is not JSON", id="config not JSON"),
     pytest.param(_config_a_list, CheckpointError, "config.json' is not a JSON object", id="config a list"),
+    pytest.param(_wrong_type, CheckpointError, "dense': config.json: .*hidden_size", id="config of another type"),
     pytest.param(_broken_tokenizer, CheckpointError, "tokenizer", id="tokenizer broken"),
     pytest.param(_unknown_family, UnsupportedModelError, "does not know the model family 'lama'.*did you mean", id="unknown family"),
     pytest.param(_unknown_class, UnsupportedModelError, "has no class MyOwnForCausalLM", id="unknown class"),
@@ -260,6 +265,22 @@ def test_read_calibration_of_a_bad_file_says_so(saved, text, message):
     path.unlink() if text is None else path.write_text(text)
     with pytest.raises(CheckpointError, match=message):
         read_calibration(saved)
+
+
+def test_read_manifest_has_the_rules_that_were_set_since(saved):
+    model, _ = load_model(saved)
+    set_rule(model, TopK(k=4))
+    model.save_pretrained(saved)
+    assert {record.rule for record in read_manifest(saved).sites} == {TopK(k=4)}
+
+
+def test_read_manifest_of_anything_else_says_so(dense, tmp_path):
+    with pytest.raises(CheckpointError, match="is of a dense model; convert it first"):
+        read_manifest(dense)
+    (dense / "config.json").write_text("[")
+    for folder in (dense, tmp_path / "nowhere"):
+        with pytest.raises(CheckpointError, match=r"config.json' cannot be read"):
+            read_manifest(folder)
 
 
 def test_save_checkpoint_of_a_dense_model_is_refused(tmp_path):
@@ -484,6 +505,9 @@ def test_save_dense_writes_a_checkpoint_without_a_manifest(tmp_path):
 
 
 def test_check_output_of_a_folder_that_cannot_be_written_says_so(tmp_path, monkeypatch):
-    monkeypatch.setattr(os, "access", lambda *_: False)  # chmod would not stop root
-    with pytest.raises(MoeifyError, match="is not a folder that can be written"):
+    def refuse(**_):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr("tempfile.TemporaryFile", refuse)  # chmod would not stop root
+    with pytest.raises(MoeifyError, match=r"is not a folder that can be written \(Read-only file system\)"):
         check_output(tmp_path / "out", overwrite=False)

@@ -1,7 +1,9 @@
 """Batches of each kind of model, from files; and what is kept from them to measure the result."""
 
 import io
+import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from torch.nn import functional as F
 from moeify.data import DataConfig
 from moeify.errors import DataError
 from moeify.evaluate import default_metric, measure_quality
-from moeify.pipeline import calibration_batches, evaluation_batches
+from moeify.pipeline import calibration_batches, evaluation_batches, inputs
 from moeify.pipeline.inputs import hold_out
 
 SMALL = {"vocab_size": 257, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -97,6 +99,59 @@ def test_images_of_a_table_need_no_label_column(tmp_path):
     assert batch["pixel_values"].shape == (3, 3, 4, 4)
     with pytest.raises(DataError, match="no column 'label'"):
         evaluation_batches(model, None, data, batch_size=1)
+
+
+def classifier(**options):
+    return transformers.BertForSequenceClassification(transformers.BertConfig(**SMALL, max_position_embeddings=64, **options))
+
+
+def test_labelled_texts_are_read_up_to_max_tokens_and_cut_to_the_window(tmp_path):
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    pq.write_table(pa.table({"text": ["a" * 30] * 20, "label": [0, 1] * 10}), tmp_path / "data.parquet")
+    data = DataConfig(data=str(tmp_path / "data.parquet"), max_tokens=None)
+    whole = evaluation_batches(classifier(), byte_tokenizer(), data, batch_size=2)
+    assert [tuple(batch["input_ids"].shape) for batch in whole] == [(2, 30)] * 10
+    few = evaluation_batches(classifier(), byte_tokenizer(), replace(data, window=12, max_tokens=100), batch_size=2)
+    assert [tuple(batch["input_ids"].shape) for batch in few] == [(2, 12)] * 5  # 24 tokens each: the fifth batch reaches 100
+    assert all(batch["labels"].tolist() == [0, 1] for batch in few)
+
+
+def test_labelled_texts_of_a_model_with_few_positions_are_cut_to_them(tmp_path):
+    (tmp_path / "data.jsonl").write_text(json.dumps({"text": "a" * 100, "label": "LABEL_1"}) + "\n")
+    (batch,) = evaluation_batches(classifier(), byte_tokenizer(), DataConfig(data=str(tmp_path / "data.jsonl")), batch_size=4)
+    assert batch["input_ids"].shape == (1, 64)
+    assert batch["labels"].tolist() == [1], "as the head numbers it"
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"), [(["LABEL_0", 1], "labels mix integers and names"), (["LABEL_0", "other"], "'other' is not a class")]
+)
+def test_labels_that_do_not_fit_the_head_are_refused(tmp_path, labels, message):
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps({"text": "a", "label": label}) + "\n" for label in labels))
+    with pytest.raises(DataError, match=message):
+        evaluation_batches(classifier(), byte_tokenizer(), DataConfig(data=str(tmp_path / "data.jsonl")), batch_size=1)
+
+
+def test_labelled_images_are_read_one_batch_at_a_time_up_to_max_tokens(tmp_path, monkeypatch):
+    image = pytest.importorskip("PIL.Image")
+    for label in ("LABEL_0", "LABEL_1"):
+        (tmp_path / label).mkdir()
+        for i in range(10):
+            image.new("RGB", (4, 4)).save(tmp_path / label / f"{i}.png")
+    decoded = []
+    read = inputs.read_examples
+
+    def spy(data):
+        for example in read(data):
+            decoded.append(example)
+            yield example
+
+    monkeypatch.setattr(inputs, "read_examples", spy)
+    model = transformers.ViTForImageClassification(transformers.ViTConfig(**{**SMALL, "image_size": 4, "patch_size": 2}))
+    data = DataConfig(data=str(tmp_path), max_tokens=36)
+    batches = evaluation_batches(model, lambda _image: torch.zeros(3, 4, 4), data, batch_size=3)
+    assert [batch["labels"].tolist() for batch in batches] == [[0, 0, 0]] * 3  # 4 patches an image: 9 images are 36 tokens
+    assert len(decoded) == 9, "the rest is never opened"
 
 
 # -- what is held out ------------------------------------------------------------------------------------------------------------------

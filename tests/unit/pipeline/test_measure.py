@@ -1,11 +1,13 @@
-"""The verbs that read a checkpoint: what the page of a report holds."""
+"""The verbs that read a checkpoint: what they refuse before they load it, and what the page of a report holds."""
 
 import json
 
 import pytest
 
+from moeify.data import DataConfig
+from moeify.errors import CheckpointError, ConfigError, DataError
 from moeify.evaluate import Curve, CurvePoint, DenseQuality
-from moeify.pipeline import report_checkpoint
+from moeify.pipeline import generate_text, measure, profile_checkpoint, report_checkpoint
 
 COST = {
     "ffn_dense": 4e6,
@@ -35,3 +37,31 @@ def test_report_has_the_curve_the_routers_and_the_cost_where_it_was_recorded(tmp
     assert "| `model.layers.0.mlp` | 0.8750 |" in text
     assert ("| experts | 4.000 | 2.000 |" in text) == (cost is not None)
     assert ("## Cost" in text) == (cost is not None)
+
+
+@pytest.mark.parametrize("scores", [[], {"a": 0.5}, {"a": {"captured": "x"}}, None])
+def test_report_of_a_record_of_another_shape_says_what_is_wrong(tmp_path, scores):
+    (tmp_path / "moeify.json").write_text(json.dumps({"schema": 1, "sites": [], "calibration": {"router_scores": scores}}))
+    with pytest.raises(CheckpointError, match=r"moeify.json': calibration: ScoreRecord.router_scores.*; convert the model again"):
+        report_checkpoint(tmp_path)
+
+
+def test_report_into_a_folder_that_cannot_be_made_names_the_way_out(tmp_path):
+    (tmp_path / "moeify.json").write_text(json.dumps({"schema": 1, "sites": [], "calibration": {"router_scores": {}}}))
+    Curve(model="m", metric="perplexity", dense=DenseQuality(quality=1.0, flops_per_token=1.0)).write(tmp_path / "curve.json")
+    with pytest.raises(CheckpointError, match=r"cannot make the folder '.*curve.json/page': .*; choose another --out"):
+        report_checkpoint(tmp_path, out=tmp_path / "curve.json" / "page")
+
+
+@pytest.mark.parametrize("temperature", [-1.0, float("nan"), float("inf")])
+def test_generate_text_refuses_a_temperature_that_is_none_before_loading(temperature):
+    with pytest.raises(ConfigError, match="temperature must be at least 0 and finite"):
+        generate_text("nowhere", "a", temperature=temperature)
+
+
+def test_profile_refuses_bad_eps_and_bad_data_before_loading(tmp_path, monkeypatch):
+    monkeypatch.setattr(measure, "load_model", lambda *_, **__: pytest.fail("the model was loaded"))
+    with pytest.raises(ConfigError, match="eps must be finite and >= 0, got nan"):
+        profile_checkpoint("m", data=DataConfig(data="builtin:pydoc"), eps=float("nan"))
+    with pytest.raises(DataError, match="no such file or folder"):
+        profile_checkpoint("m", data=DataConfig(data=str(tmp_path / "typo.txt")))

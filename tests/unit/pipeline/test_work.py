@@ -1,10 +1,12 @@
 """The state of a conversion: whose it is, and whether it has served."""
 
 import json
+import os
 from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from moeify.errors import CheckpointError
 from moeify.pipeline import work as state
@@ -68,6 +70,38 @@ def test_write_fitted_then_read_fitted_is_the_same(tmp_path):
     assert torch.equal(found.scores_TE, site.scores_TE)
     assert torch.equal(found.router_state["w"], site.router_state["w"])
     assert read_fitted(tmp_path / "other.safetensors") is None
+
+
+def test_read_fitted_of_a_damaged_file_is_none_so_that_it_is_fitted_again(tmp_path):
+    path = tmp_path / "site.safetensors"
+    write_fitted(path, FittedSite(order_F=torch.tensor([0]), router_state={}, scores_TE=torch.zeros(1, 1)))
+    whole = path.read_bytes()
+    for damaged in (b"", whole[:4], whole[: len(whole) // 2], whole[:-1]):
+        path.write_bytes(damaged)
+        assert read_fitted(path) is None
+    for tensors in ({"order_F": torch.zeros(1)}, {"order_F": torch.zeros(1), "scores_TE": torch.zeros(1, 1)}):
+        save_file(tensors, path)  # a tensor, the metadata missing
+        assert read_fitted(path) is None
+
+
+def test_write_fitted_has_the_content_on_the_disk_before_the_name(tmp_path, monkeypatch):
+    path, synced = tmp_path / "site.safetensors", []
+
+    def sync(handle):
+        synced.append((os.fstat(handle).st_ino, path.exists()))
+
+    monkeypatch.setattr(os, "fsync", sync)
+    write_fitted(path, FittedSite(order_F=torch.tensor([0]), router_state={}, scores_TE=torch.zeros(1, 1)))
+    assert synced == [(path.stat().st_ino, False)]
+
+
+def test_open_work_where_nothing_can_be_written_names_the_way_out(tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr("pathlib.Path.mkdir", refuse)
+    with pytest.raises(CheckpointError, match=r"cannot write '.*work': Read-only file system; .*choose another --out"):
+        open_work(tmp_path / "work", RUN)
 
 
 def test_write_fitted_on_a_full_disk_says_that_nothing_is_lost(tmp_path, monkeypatch):

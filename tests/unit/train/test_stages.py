@@ -1,10 +1,16 @@
 """Fitting one layer: a planted problem is solved, the same seed gives the same bits, and each router learns its own target."""
 
+import os
+import subprocess
+import sys
+import weakref
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from ffn_cases import random_ffn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from moeify.convert import ConvertConfig, SiteRecord
 from moeify.errors import ConfigError, DataError
@@ -22,7 +28,7 @@ from moeify.routers import (
 from moeify.select import DynKMax
 from moeify.sites import FFNSite, FFNWeights, expert_bounds, ffn_hidden
 from moeify.split import BalancedKMeans, Coactivation, ContiguousSplit, RandomSplit
-from moeify.train.stages import RouterTrainConfig, _held_out, fit_router, fit_site, loudest_experts, score_router, split_site
+from moeify.train.stages import RouterTrainConfig, _held_out, _mean_and_std, fit_router, fit_site, loudest_experts, score_router, split_site
 
 D, E, G = 16, 6, 5
 TRAIN = RouterTrainConfig(epochs=20, batch_tokens=128)
@@ -267,3 +273,70 @@ def test_fit_site_numbers_the_experts_that_are_always_on_by_their_new_order():
     assert {e for e, group in enumerate(groups) if group & {2, 4}} == set(fitted.always_on)
     assert len(fitted.always_on) == 2
     assert fit_site(weights, x_TD, record_of(RandomRouterConfig()), options(), TRAIN).always_on == ()
+
+
+MEMORY = """
+from pathlib import Path
+import torch
+from moeify.convert import ConvertConfig, SiteRecord
+from moeify.routers import NormRouterConfig
+from moeify.select import Threshold
+from moeify.sites import FFNSite, FFNWeights
+from moeify.split import ContiguousSplit
+from moeify.train.stages import RouterTrainConfig, fit_site
+
+T, D, E = 24 * 1024, 512, 1024
+chunk = 1024 * D * 8  # tokens of one chunk in fp64; their activations in fp32 are as many bytes
+
+def memory_mb(key):
+    return next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key)) / 1024
+
+def fit(x_TD):
+    site = FFNSite(name="mlp", up="up", down="down", activation="relu", d_model=D, d_ff=E, d_out=D)
+    record = SiteRecord(site=site, num_experts=E, router=NormRouterConfig(width=16), rule=Threshold(theta=0.0))
+    train = RouterTrainConfig(epochs=1, batch_tokens=256, holdout_frac=0.01)
+    fit_site(weights, x_TD, record, ConvertConfig(expert_size=1, split=ContiguousSplit()), train)
+
+weights = FFNWeights(up_FD=torch.randn(E, D), down_FD=torch.randn(E, D))
+fit(torch.randn(2048, D).bfloat16())  # what is loaded and made once
+x_TD = torch.empty(T, D, dtype=torch.bfloat16).normal_()
+before = memory_mb("VmRSS")
+fit(x_TD)
+grown, allowed = memory_mb("VmHWM") - before, (x_TD.nbytes + T * E * 4 + 12 * chunk) / 2**20
+assert grown > T * E * 4 / 2**20, f"only {grown:.0f} MB: the peak was missed"
+assert grown <= allowed, f"{grown:.0f} MB, more than the {allowed:.0f} of inputs, targets and twelve chunks"
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak of a process is read from /proc")
+def test_fit_site_stays_within_its_inputs_its_targets_and_a_few_chunks():
+    # The process, not torch's allocations: what the heap does not give back counts, too. One thread and glibc's own rules, so that
+    # the same memory is asked for in the same order every time.
+    env = {key: value for key, value in os.environ.items() if not key.startswith(("MALLOC_", "GLIBC_TUNABLES"))}
+    done = subprocess.run([sys.executable, "-c", MEMORY], env=env | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+class SmallTensors(TorchDispatchMode):
+    """Counts the tensors of at most so many bytes, views of larger ones aside, that are alive at once."""
+
+    def __init__(self, num_bytes):
+        super().__init__()
+        self.num_bytes, self.seen, self.most = num_bytes, [], 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and out.untyped_storage().nbytes() <= self.num_bytes:
+            self.seen.append(weakref.ref(out))
+        self.most = max(self.most, sum(ref() is not None for ref in self.seen))
+        return out
+
+
+def test_mean_and_std_leaves_no_small_tensor_between_the_large_ones_of_its_chunks():
+    # Each would keep the heap from giving back the chunk below it: how many it does so for differs from run to run, so they are counted.
+    x_TD = torch.randn(12 * 1024, 8).bfloat16()
+    with SmallTensors(8 * 8) as small:
+        mean_D, std_D = _mean_and_std(x_TD)
+    assert small.most < 6
+    torch.testing.assert_close(mean_D, x_TD.double().mean(0).float())
+    torch.testing.assert_close(std_D, x_TD.double().std(0).float())

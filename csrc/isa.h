@@ -1,0 +1,40 @@
+// One instruction set: define MOEIFY_NAMESPACE, MOEIFY_W (floats of a vector), MOEIFY_TOKENS (tokens of a tile) and MOEIFY_BF16_DOT, then
+// include this. What a file compiled for a newer processor defines must not be shared with the others (the linker would keep either
+// copy), so everything is static or inside the namespace.
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include "internal.h"
+#include "moeify.h"
+
+namespace MOEIFY_NAMESPACE {
+#include "vec.h"
+#include "ffn.h"
+#include "router.h"
+
+int run_ffn(const moeify_ffn &f, const void *x, int64_t x_stride, const uint8_t *mask, int64_t num_tokens, void *y, int64_t y_stride,
+            int num_threads) {
+  if (f.dtype == MOEIFY_FP32) {
+    if (f.weight_dtype == MOEIFY_INT8) return run<DotFp32, AddFp32, float, float, int8_t>(f, x, x_stride, mask, num_tokens, y, y_stride, num_threads);
+    return run<DotFp32, AddFp32, float, float, float>(f, x, x_stride, mask, num_tokens, y, y_stride, num_threads);
+  }
+  if (f.weight_dtype == MOEIFY_INT8) return run<DotFp32, AddFp32, bf16, float, int8_t>(f, x, x_stride, mask, num_tokens, y, y_stride, num_threads);
+#if MOEIFY_BF16_DOT
+  return run<DotBf16, AddBf16, bf16, bf16, bf16>(f, x, x_stride, mask, num_tokens, y, y_stride, num_threads);
+#else
+  return run<DotFp32, AddFp32, bf16, float, bf16>(f, x, x_stride, mask, num_tokens, y, y_stride, num_threads);
+#endif
+}
+
+int route_tokens(const moeify_ffn &f, const moeify_router &r, const void *x, int64_t x_stride, int64_t num_tokens, uint8_t *mask,
+                 int num_threads) {
+  if (f.dtype == MOEIFY_FP32) return route<float>(f, r, x, x_stride, num_tokens, mask, num_threads);
+  return route<bf16>(f, r, x, x_stride, num_tokens, mask, num_threads);
+}
+}  // namespace MOEIFY_NAMESPACE

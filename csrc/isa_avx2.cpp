@@ -1,0 +1,5 @@
+#define MOEIFY_NAMESPACE moeify_avx2
+#define MOEIFY_W 8
+#define MOEIFY_TOKENS 3
+#define MOEIFY_BF16_DOT 0
+#include "isa.h"

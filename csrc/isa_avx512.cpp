@@ -1,0 +1,5 @@
+#define MOEIFY_NAMESPACE moeify_avx512
+#define MOEIFY_W 16
+#define MOEIFY_TOKENS 6
+#define MOEIFY_BF16_DOT 0
+#include "isa.h"

@@ -1,0 +1,169 @@
+// Entry points: argument checks, choice of the instruction set, threads, scratch memory. Compiled for the oldest processor.
+#include "moeify.h"
+
+#include <pthread.h>
+#include <unistd.h>
+
+#include <atomic>
+#include <cstdlib>
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
+#include "internal.h"
+
+#define DECLARE(name)                                                                                                      \
+  namespace name {                                                                                                         \
+  int run_ffn(const moeify_ffn &, const void *, int64_t, const uint8_t *, int64_t, void *, int64_t, int);                 \
+  int route_tokens(const moeify_ffn &, const moeify_router &, const void *, int64_t, int64_t, uint8_t *, int);            \
+  }
+DECLARE(moeify_portable)
+#if defined(__x86_64__)
+DECLARE(moeify_avx2)
+DECLARE(moeify_avx512)
+DECLARE(moeify_avx512_bf16)
+#endif
+
+namespace {
+
+typedef void (*gomp_parallel)(void (*)(void *), void *, unsigned, unsigned);
+typedef int (*gomp_number)(void);
+std::atomic<gomp_parallel> openmp_parallel{nullptr};
+std::atomic<gomp_number> openmp_thread_num{nullptr}, openmp_num_threads{nullptr};
+std::atomic<pid_t> openmp_process{0};
+
+struct Call {
+  void (*task)(void *, int, int);
+  void *argument;
+  int num_threads;  // that came: the runtime may give fewer than asked for
+};
+
+void enter(void *data) {
+  Call *call = static_cast<Call *>(data);
+  const int thread = openmp_thread_num.load(std::memory_order_relaxed)(), number = openmp_num_threads.load(std::memory_order_relaxed)();
+  if (thread == 0) call->num_threads = number;
+  call->task(call->argument, thread, number);
+}
+
+struct Scratch {
+  char *memory = nullptr;
+  int64_t bytes = 0;
+  ~Scratch() { free(memory); }
+};
+
+}  // namespace
+
+char *scratch(int64_t bytes) {
+  static thread_local Scratch own;
+  if (own.bytes < bytes) {
+    free(own.memory);
+    void *memory = nullptr;
+    const int failed = posix_memalign(&memory, 64, (size_t)bytes);
+    own.memory = failed ? nullptr : static_cast<char *>(memory);
+    own.bytes = failed ? 0 : bytes;
+  }
+  return own.memory;
+}
+
+int parallel(int num_threads, void (*task)(void *, int, int), void *argument) {
+  const gomp_parallel region = openmp_parallel.load(std::memory_order_acquire);
+  Call call{task, argument, 1};
+  // A forked child has the parent's OpenMP state but not its threads, and would wait for them for ever.
+  if (num_threads > 1 && region && openmp_process.load() == getpid())
+    region(enter, &call, (unsigned)num_threads, 0);
+  else
+    task(argument, 0, 1);
+  return call.num_threads;
+}
+
+extern "C" {
+
+int moeify_abi(void) { return MOEIFY_ABI; }
+
+void moeify_use_openmp(void *parallel_region, void *thread_num, void *num_threads) {
+  openmp_thread_num = reinterpret_cast<gomp_number>(thread_num);
+  openmp_num_threads = reinterpret_cast<gomp_number>(num_threads);
+  openmp_process = getpid();
+  openmp_parallel = thread_num && num_threads ? reinterpret_cast<gomp_parallel>(parallel_region) : nullptr;
+}
+
+int moeify_has_isa(int32_t isa) {
+  if (isa == MOEIFY_PORTABLE) return 1;
+#if defined(__x86_64__)
+  __builtin_cpu_init();  // asks the operating system, too, whether it saves the registers
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+                      __builtin_cpu_supports("avx512vl");
+  if (isa == MOEIFY_AVX2) return avx2;
+  if (isa == MOEIFY_AVX512) return avx512;
+  if (isa == MOEIFY_AVX512_BF16) {
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    return avx512 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 5 & 1);
+  }
+#endif
+  return 0;
+}
+
+}
+
+namespace {
+
+int check(const moeify_ffn *ffn, int64_t num_tokens, int32_t isa, int32_t num_threads) {
+  if (!ffn || num_tokens < 0 || num_threads < 1) return MOEIFY_BAD_ARGUMENT;
+  const moeify_ffn &f = *ffn;
+  if (!f.up || !f.down || f.num_experts < 1 || f.num_experts > f.num_neurons || f.d_in < 1 || f.d_out < 1 || f.activation < 0 ||
+      f.activation > MOEIFY_RELU2 || (f.dtype != MOEIFY_FP32 && f.dtype != MOEIFY_BF16) ||
+      (f.weight_dtype != f.dtype && f.weight_dtype != MOEIFY_INT8))
+    return MOEIFY_BAD_ARGUMENT;
+  return moeify_has_isa(isa) ? MOEIFY_OK : MOEIFY_NO_ISA;
+}
+
+}  // namespace
+
+#if defined(__x86_64__)
+#define FOR_ISA(call)                                           \
+  switch (isa) {                                                \
+    case MOEIFY_AVX2: return moeify_avx2::call;                 \
+    case MOEIFY_AVX512: return moeify_avx512::call;             \
+    case MOEIFY_AVX512_BF16: return moeify_avx512_bf16::call;   \
+    default: return moeify_portable::call;                      \
+  }
+#else
+#define FOR_ISA(call) return moeify_portable::call;
+#endif
+
+static int run_ffn(const moeify_ffn &f, const void *x, int64_t x_stride, const uint8_t *mask, int64_t num_tokens, void *y, int64_t y_stride,
+                   int32_t isa, int num_threads) {
+  (void)isa;
+  FOR_ISA(run_ffn(f, x, x_stride, mask, num_tokens, y, y_stride, num_threads))
+}
+
+static int route_tokens(const moeify_ffn &f, const moeify_router &r, const void *x, int64_t x_stride, int64_t num_tokens, uint8_t *mask,
+                        int32_t isa, int num_threads) {
+  (void)isa;
+  FOR_ISA(route_tokens(f, r, x, x_stride, num_tokens, mask, num_threads))
+}
+
+extern "C" {
+
+int moeify_ffn_run(const moeify_ffn *ffn, const void *x, int64_t x_stride, const uint8_t *mask, int64_t num_tokens, void *y,
+                   int64_t y_stride, int32_t isa, int32_t num_threads) {
+  if (const int status = check(ffn, num_tokens, isa, num_threads)) return status;
+  if (!num_tokens) return MOEIFY_OK;
+  if (!x || !mask || !y) return MOEIFY_BAD_ARGUMENT;
+  return run_ffn(*ffn, x, x_stride, mask, num_tokens, y, y_stride, isa, num_threads);
+}
+
+int moeify_routed_run(const moeify_ffn *ffn, const moeify_router *router, const void *x, int64_t x_stride, int64_t num_tokens, uint8_t *mask,
+                      void *y, int64_t y_stride, int32_t isa, int32_t num_threads) {
+  if (const int status = check(ffn, num_tokens, isa, num_threads)) return status;
+  if (!router || !router->hidden || !router->hidden_bias || !router->out || !router->out_bias || router->width < 1 || router->rule < 0 ||
+      router->rule > MOEIFY_TOPK || !(router->knob >= 0))
+    return MOEIFY_BAD_ARGUMENT;
+  if (!num_tokens) return MOEIFY_OK;
+  if (!x || !mask) return MOEIFY_BAD_ARGUMENT;
+  if (const int status = route_tokens(*ffn, *router, x, x_stride, num_tokens, mask, isa, num_threads)) return status;
+  return y ? run_ffn(*ffn, x, x_stride, mask, num_tokens, y, y_stride, isa, num_threads) : MOEIFY_OK;
+}
+}

@@ -1,0 +1,69 @@
+/* Plain C interface of the CPU kernels: one feed-forward network of experts, for any number of tokens.
+ *
+ * Letters: T tokens, D input width, O output width, F neurons, E experts, R router width.
+ *
+ * Nothing here knows Python or torch. Pointers are borrowed for the call. Expert e owns a contiguous range of neurons: the first F % E
+ * experts have F / E + 1, the others F / E. All matrices have one row per neuron, contiguous in memory; strides count elements. */
+#ifndef MOEIFY_H
+#define MOEIFY_H
+
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+#pragma GCC visibility push(default)
+
+#define MOEIFY_ABI 2
+
+enum moeify_isa { MOEIFY_PORTABLE = 0, MOEIFY_AVX2 = 1, MOEIFY_AVX512 = 2, MOEIFY_AVX512_BF16 = 3, MOEIFY_NUM_ISA = 4 };
+enum moeify_dtype { MOEIFY_FP32 = 0, MOEIFY_BF16 = 1, MOEIFY_INT8 = 2 };
+enum moeify_activation { MOEIFY_RELU = 0, MOEIFY_SILU = 1, MOEIFY_GELU = 2, MOEIFY_GELU_TANH = 3, MOEIFY_QUICK_GELU = 4, MOEIFY_RELU2 = 5 };
+enum moeify_rule { MOEIFY_THRESHOLD = 0, MOEIFY_DYNK_MAX = 1, MOEIFY_DYNK_MASS = 2, MOEIFY_TOPK = 3 };
+enum moeify_status { MOEIFY_OK = 0, MOEIFY_BAD_ARGUMENT = 1, MOEIFY_NO_MEMORY = 2, MOEIFY_NO_ISA = 3 };
+
+/* y = down_bias + sum over selected neurons j of act(x . up_j + up_bias_j) * down_j; with a gate: act(x . gate_j + ..) * (x . up_j + ..). */
+typedef struct {
+  const void *up, *gate, *down;                     /* (F, D), (F, D) or null, (F, O) */
+  int64_t up_stride, gate_stride, down_stride;      /* elements from one neuron's row to the next */
+  const void *up_bias, *gate_bias, *down_bias;      /* (F), (F), (O), of x's dtype; or null */
+  const float *up_scale, *gate_scale, *down_scale;  /* (F), with int8 weights: what a row's integers are multiplied by */
+  int64_t num_neurons, num_experts, d_in, d_out;
+  int32_t dtype;      /* of x and y: fp32 or bf16 */
+  int32_t weight_dtype; /* x's, or int8 */
+  int32_t activation;
+} moeify_ffn;
+
+/* Routed: mask[t * E + e] is 1 where expert e runs for token t. x (T, x_stride) and y (T, y_stride) are contiguous along the last axis.
+ * isa: a moeify_isa that this processor has. num_threads: at most so many. */
+int moeify_ffn_run(const moeify_ffn *ffn, const void *x, int64_t x_stride, const uint8_t *mask, int64_t num_tokens, void *y,
+                   int64_t y_stride, int32_t isa, int32_t num_threads);
+
+/* scores = exp(z / 2), or |z| where is_abs;  z = out relu(hidden x + hidden_bias) + out_bias, all in fp32.
+ * Then the rule with its knob (theta, tau, mass, k) decides; always_on, (E) or null, is added. */
+typedef struct {
+  const float *hidden, *hidden_bias, *out, *out_bias; /* (R, D), (R), (E, R), (E); contiguous */
+  const uint8_t *always_on;
+  int64_t width;
+  int32_t is_abs, rule;
+  float knob;
+} moeify_router;
+
+/* Router, rule and network in one call; the selection is written to mask (T, E). y null: the selection alone. */
+int moeify_routed_run(const moeify_ffn *ffn, const moeify_router *router, const void *x, int64_t x_stride, int64_t num_tokens, uint8_t *mask,
+                      void *y, int64_t y_stride, int32_t isa, int32_t num_threads);
+
+/* Whether this processor and operating system run an instruction set; in moeify_isa's order, so the last 1 is the best. */
+int moeify_has_isa(int32_t isa);
+
+/* Threads come from the OpenMP runtime that the caller has loaded: GOMP_parallel, omp_get_thread_num and omp_get_num_threads. Without them
+ * everything runs on the calling thread. */
+void moeify_use_openmp(void *parallel, void *thread_num, void *num_threads);
+
+int moeify_abi(void);
+
+#pragma GCC visibility pop
+#ifdef __cplusplus
+}
+#endif
+#endif

@@ -1,0 +1,355 @@
+"""The compiled CPU kernels (csrc/) behind the signature of every implementation: loads the library, checks tensors, hands over pointers.
+
+Letters: T tokens, D model width, F FFN width, E experts.
+
+The library knows neither Python nor torch: it is reached through ctypes, and takes its threads from the OpenMP runtime that torch loaded
+(same pool, no second one). Everything that could make native code read out of bounds is checked before it is called.
+"""
+
+import ctypes
+import functools
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias, cast
+
+import torch
+from torch import Tensor
+
+from ..errors import KernelError
+from ..sites.site import FFNWeights
+from . import grouped, masked
+from .plan import DispatchPlan, build_plan
+
+_ABI = 2
+ISAS = ("portable", "avx2", "avx512", "avx512_bf16")
+"""Instruction sets of the library, each better than those before; the index is what the library calls it."""
+ACTIVATIONS = ("relu", "silu", "gelu", "gelu_tanh", "quick_gelu", "relu2")
+"""Activations of the library; the index is what it calls them."""
+RULES = ("threshold", "dynk_max", "dynk_mass", "topk")
+"""Selection rules of the library, by their names in `moeify.select.RULES`; the index is what it calls them."""
+ROUTED_TOKENS = 4
+"""Up to so many tokens router, rule and FFN run in one call: what a token of a small model costs is mostly Python."""
+FORCE_ISA = "MOEIFY_CPU_ISA"
+"""Environment variable that names the instruction set to use instead of the best one."""
+DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+"""Types of activations and weights, and what the library calls them."""
+_STATUS = {1: "an argument is out of range", 2: "there is no memory for its workspace", 3: "this processor lacks the instruction set"}
+_FIELDS = ("up_FD", "down_FD", "gate_FD", "up_bias_F", "gate_bias_F", "down_bias_D")
+_Optional: TypeAlias = Tensor | None
+
+
+class _FFN(ctypes.Structure):
+    """``moeify_ffn`` of csrc/moeify.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("up", "gate", "down")),
+        *((name, ctypes.c_int64) for name in ("up_stride", "gate_stride", "down_stride")),
+        *((name, ctypes.c_void_p) for name in ("up_bias", "gate_bias", "down_bias", "up_scale", "gate_scale", "down_scale")),
+        *((name, ctypes.c_int64) for name in ("num_neurons", "num_experts", "d_in", "d_out")),
+        *((name, ctypes.c_int32) for name in ("dtype", "weight_dtype", "activation")),
+    ]
+
+
+class _Router(ctypes.Structure):
+    """``moeify_router`` of csrc/moeify.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("hidden", "hidden_bias", "out", "out_bias", "always_on")),
+        ("width", ctypes.c_int64),
+        ("is_abs", ctypes.c_int32),
+        ("rule", ctypes.c_int32),
+        ("knob", ctypes.c_float),
+    ]
+
+
+def moe_ffn(x_TD: Tensor, weights: FFNWeights, plan: DispatchPlan, *, activation: str) -> Tensor:
+    """Sum of the selected experts' outputs. Arguments and result as in `reference.moe_ffn`.
+
+    Sums run in fp32. The same input, number of threads and instruction set give the same bits. Weights whose rows are not contiguous are
+    copied at every call (`moeify.sites.store_by_neuron` avoids that). The backward pass is that of `grouped`.
+
+    Raises:
+        KernelError: `refusal` says why.
+
+    Cost: FLOPs and bytes of the selected experts. Up to 64 tokens every weight row is read once; more are worked on in blocks of up to 512.
+    A workspace of some MB is kept for the next call.
+    """
+    if why_not := refusal(x_TD, activation=activation):
+        raise KernelError(f"impl 'cpu': {why_not}.")
+    tensors = [getattr(weights, name) for name in _FIELDS]
+    wants_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x_TD, *tensors))
+    # The operator costs 20 us more than the call itself, which a token of a small model takes as a whole.
+    call: Callable[..., Any] = _ffn_cpu if wants_grad or torch.compiler.is_compiling() else _run
+    return cast(Tensor, call(x_TD, *tensors, plan.mask_TE, activation))
+
+
+def refusal(x_TD: Tensor, *, activation: str) -> str | None:
+    """Why the compiled kernels cannot compute this; None if they can. No host sync."""
+    if (missing := cast(str | None, unavailable())) is not None:
+        return missing
+    if x_TD.device.type != "cpu":
+        return f"it runs on the CPU, x_TD is on {x_TD.device}"
+    if x_TD.dtype not in DTYPES:
+        return f"it takes float32 and bfloat16, x_TD is {x_TD.dtype}"
+    if activation not in ACTIVATIONS:
+        return f"it does not know the activation {activation!r}; known: {', '.join(ACTIVATIONS)}"
+    return None
+
+
+def has_rows(weights: FFNWeights) -> bool:
+    """Whether each neuron's row is contiguous in every matrix, so that nothing is copied."""
+    return all(t is None or _is_rows(t) for t in (weights.up_FD, weights.gate_FD, weights.down_FD))
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def unavailable() -> str | None:
+    """Why there is no compiled library here; None if there is one."""
+    library = _library()
+    return str(library) if isinstance(library, str) else None
+
+
+def isas() -> tuple[str, ...]:
+    """Instruction sets that this processor and the library have, the best one last; empty without a library."""
+    return tuple(ISAS[i] for i in _available())
+
+
+def describe() -> str:
+    """One line for `moeify doctor`: instruction set and threads, or why the library is not there."""
+    if isinstance(library := _library(), str):
+        return library
+    threads = "threads of torch's OpenMP" if _openmp() is not None else "one thread: no OpenMP runtime of torch found"
+    return f"{ISAS[_isa()]} (this processor has {', '.join(isas())}), {threads}"
+
+
+@dataclass(frozen=True)
+class RouterWeights:
+    """A norm router and its rule: scores = exp(z / 2) or abs(z), z = out relu(hidden x + hidden_bias) + out_bias."""
+
+    hidden_WD: Tensor
+    hidden_bias_W: Tensor
+    out_EW: Tensor
+    out_bias_E: Tensor
+    output: str
+    """"exp" or "abs"."""
+    rule: str
+    """One of `RULES`."""
+    knob: float
+    """Of the rule."""
+    always_on: tuple[int, ...] = ()
+    """Experts that run for every token."""
+
+
+class Routed:
+    """Router, rule and FFN of one layer as one native call without autograd; its pointers are taken once.
+
+    Holds the tensors that it was made from. Values written into them are seen; whoever puts another tensor in a parameter's place makes
+    another `Routed`.
+
+    Raises:
+        KernelError: a tensor is not as the library reads it in place; names it.
+    """
+
+    def __init__(self, weights: FFNWeights, router: RouterWeights, *, activation: str) -> None:
+        if why_not := refusal(weights.up_FD, activation=activation):
+            raise KernelError(f"impl 'cpu': {why_not}.")
+        if not has_rows(weights):
+            raise KernelError("impl 'cpu': the weights' rows are not contiguous (moeify.sites.store_by_neuron).")
+        tensors = (router.hidden_WD, router.hidden_bias_W, router.out_EW, router.out_bias_E)
+        biases = (weights.up_bias_F, weights.gate_bias_F, weights.down_bias_D)
+        if any(t.dtype is not torch.float32 or not t.is_contiguous() for t in tensors):
+            raise KernelError("impl 'cpu': the router's tensors must be contiguous float32.")
+        if any(t is not None and (t.dtype is not weights.up_FD.dtype or not t.is_contiguous()) for t in biases):
+            raise KernelError(f"impl 'cpu': the biases must be contiguous {weights.up_FD.dtype}.")
+        self._num_experts, (width, d_model) = router.out_EW.shape[0], router.hidden_WD.shape
+        if (router.out_EW.shape[1], d_model) != (width, weights.up_FD.shape[1]):
+            raise KernelError(f"impl 'cpu': a router of width {width} for {d_model} inputs does not fit {tuple(weights.up_FD.shape)}.")
+        always_on = torch.zeros(self._num_experts, dtype=torch.bool)
+        always_on[list(router.always_on)] = True
+        self._keep = (weights, router, always_on)
+        self._d_out, self._dtype = weights.down_FD.shape[1], weights.up_FD.dtype
+        self._ffn = _describe(weights, num_experts=self._num_experts, activation=activation)
+        self._router = _Router(
+            *(t.data_ptr() for t in tensors),
+            always_on.data_ptr() if router.always_on else None,
+            width,
+            router.output == "abs",
+            RULES.index(router.rule),
+            router.knob,
+        )
+        self._pointers = (ctypes.byref(self._ffn), ctypes.byref(self._router))
+        self._isa, self._call = _isa(), _library().moeify_routed_run
+
+    def __call__(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
+        """y_TD, and mask_TE: which experts ran.
+
+        Args:
+            x_TD: 2-D, on the CPU, of the weights' dtype and width (checked: native code takes them for granted).
+        """
+        if x_TD.dtype is not self._dtype or x_TD.dim() != 2 or x_TD.shape[1] != self._ffn.d_in:
+            raise KernelError(f"impl 'cpu': x_TD is {tuple(x_TD.shape)} {x_TD.dtype}, expected (T, {self._ffn.d_in}) {self._dtype}.")
+        if not _is_rows(x_TD):
+            x_TD = x_TD.contiguous()
+        num_tokens = x_TD.shape[0]
+        y_TD, mask_TE = x_TD.new_empty(num_tokens, self._d_out), torch.empty(num_tokens, self._num_experts, dtype=torch.bool)
+        status = self._call(
+            *self._pointers,
+            *(x_TD.data_ptr(), x_TD.stride(0), num_tokens, mask_TE.data_ptr()),
+            *(y_TD.data_ptr(), self._d_out, self._isa, torch.get_num_threads()),
+        )
+        if status:
+            raise KernelError(f"impl 'cpu': {_STATUS.get(status, f'status {status}')}.")
+        return y_TD, mask_TE
+
+
+# -- the operator: what autograd and torch.compile see -------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("moeify::ffn_cpu", mutates_args=(), device_types="cpu")
+def _ffn_cpu(
+    x_TD: Tensor,
+    up_FD: Tensor,
+    down_FD: Tensor,
+    gate_FD: _Optional,
+    up_bias_F: _Optional,
+    gate_bias_F: _Optional,
+    down_bias_D: _Optional,
+    mask_TE: Tensor,
+    activation: str,
+) -> Tensor:
+    return _run(x_TD, up_FD, down_FD, gate_FD, up_bias_F, gate_bias_F, down_bias_D, mask_TE, activation)
+
+
+@_ffn_cpu.register_fake
+def _(x_TD: Tensor, _up_FD: Tensor, down_FD: Tensor, *_: Any) -> Tensor:
+    return x_TD.new_empty(x_TD.shape[0], down_FD.shape[1])
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.activation = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx: Any, grad_TD: Tensor) -> tuple[_Optional, ...]:
+    *tensors, mask_TE = ctx.saved_tensors
+    leaves = [None if t is None else t.detach().requires_grad_(want) for t, want in zip(tensors, ctx.needs_input_grad, strict=False)]
+    # A graph is being traced where the tensors are stand-ins; then nothing may depend on the counts: dense gradients, masked.
+    impl = grouped if type(grad_TD) is Tensor else masked
+    with torch.enable_grad():
+        weights = FFNWeights(**dict(zip(_FIELDS, leaves[1:], strict=True)))  # type: ignore[arg-type]
+        out_TD = impl.moe_ffn(cast(Tensor, leaves[0]), weights, build_plan(mask_TE), activation=ctx.activation)
+    needed = [t for t in leaves if t is not None and t.requires_grad]
+    found = iter(torch.autograd.grad(out_TD, needed, grad_TD, allow_unused=True, materialize_grads=True))
+    return (*(next(found) if t is not None and t.requires_grad else None for t in leaves), None, None)
+
+
+_ffn_cpu.register_autograd(_backward, setup_context=_setup_context)
+
+
+# -- the call ------------------------------------------------------------------------------------------------------------------------
+
+
+def _run(
+    x_TD: Tensor,
+    up_FD: Tensor,
+    down_FD: Tensor,
+    gate_FD: _Optional,
+    up_bias_F: _Optional,
+    gate_bias_F: _Optional,
+    down_bias_D: _Optional,
+    mask_TE: Tensor,
+    activation: str,
+) -> Tensor:
+    # Contiguous where native code takes it for granted; the names keep what is copied alive until the call is over.
+    x_TD, up_FD, down_FD, gate_FD = (t if t is None or _is_rows(t) else t.contiguous() for t in (x_TD, up_FD, down_FD, gate_FD))  # type: ignore[assignment]
+    up_bias_F, gate_bias_F, down_bias_D = (None if t is None else t.contiguous() for t in (up_bias_F, gate_bias_F, down_bias_D))
+    mask_TE = mask_TE.contiguous()
+    y_TD = x_TD.new_empty(x_TD.shape[0], down_FD.shape[1])
+    weights = FFNWeights(up_FD, down_FD, gate_FD, up_bias_F, gate_bias_F, down_bias_D)
+    ffn = _describe(weights, num_experts=mask_TE.shape[1], activation=activation)
+    status = _library().moeify_ffn_run(
+        ctypes.byref(ffn),
+        *(x_TD.data_ptr(), x_TD.stride(0), mask_TE.data_ptr(), x_TD.shape[0]),
+        *(y_TD.data_ptr(), y_TD.stride(0), _isa(), torch.get_num_threads()),
+    )
+    if status:
+        raise KernelError(f"impl 'cpu': {_STATUS.get(status, f'status {status}')}.")
+    return y_TD
+
+
+def _describe(weights: FFNWeights, *, num_experts: int, activation: str) -> _FFN:
+    """The library's record of an FFN; borrows the tensors' memory."""
+    matrices = (weights.up_FD, weights.gate_FD, weights.down_FD)
+    dtype = DTYPES[weights.up_FD.dtype]
+    return _FFN(
+        *(_pointer(t) for t in matrices),
+        *(0 if t is None else t.stride(0) for t in matrices),
+        *(_pointer(t) for t in (weights.up_bias_F, weights.gate_bias_F, weights.down_bias_D)),
+        *(None, None, None),
+        *(weights.up_FD.shape[0], num_experts, weights.up_FD.shape[1], weights.down_FD.shape[1]),
+        *(dtype, dtype, ACTIVATIONS.index(activation)),
+    )
+
+
+def _is_rows(tensor: Tensor) -> bool:
+    """Contiguous along the last axis, rows apart: what the library reads in place."""
+    return tensor.stride(1) == 1 and tensor.stride(0) >= tensor.shape[1]
+
+
+def _pointer(tensor: _Optional) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _isa() -> int:
+    forced = os.environ.get(FORCE_ISA)
+    if forced is None:
+        return _available()[-1]
+    if forced not in isas():
+        raise KernelError(f"{FORCE_ISA}={forced!r} is no instruction set of this processor; it has {', '.join(isas())}.")
+    return ISAS.index(forced)
+
+
+@functools.lru_cache(maxsize=1)
+def _available() -> tuple[int, ...]:
+    library = _library()
+    return () if isinstance(library, str) else tuple(i for i in range(len(ISAS)) if library.moeify_has_isa(i))
+
+
+@functools.lru_cache(maxsize=1)
+def _library() -> Any:
+    """The loaded library, or the reason why there is none."""
+    path = Path(__file__).with_name("libmoeify_cpu" + (".dylib" if sys.platform == "darwin" else ".so"))
+    if not path.is_file():
+        return "the compiled library is missing: there was no C++17 compiler at installation; install g++ or clang, then moeify again"
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        return f"the compiled library cannot be loaded ({error}); install moeify again"
+    if (abi := library.moeify_abi()) != _ABI:
+        return f"the compiled library has interface {abi}, this moeify wants {_ABI}; install moeify again"
+    pointer, i64, i32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
+    library.moeify_ffn_run.argtypes = [pointer, pointer, i64, pointer, i64, pointer, i64, i32, i32]
+    library.moeify_routed_run.argtypes = [pointer, pointer, pointer, i64, i64, pointer, pointer, i64, i32, i32]
+    library.moeify_use_openmp.argtypes = [pointer] * 3
+    library.moeify_use_openmp.restype = None
+    if (openmp := _openmp()) is not None:
+        names = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
+        library.moeify_use_openmp(*(ctypes.cast(getattr(openmp, name), pointer) for name in names))
+    return library
+
+
+@functools.lru_cache(maxsize=1)
+def _openmp() -> Any:
+    """The OpenMP runtime that torch has loaded, whatever its file is called; None where that cannot be told."""
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        return None
+    files = {line.split(maxsplit=5)[-1] for line in maps.read_text().splitlines() if "omp" in line}
+    for file in sorted(files, key=lambda f: "/torch/" not in f):  # another package may have brought one of its own
+        if Path(file).name.startswith(("libgomp", "libiomp5", "libomp")):
+            openmp = ctypes.CDLL(file)
+            if hasattr(openmp, "GOMP_parallel"):  # LLVM's and Intel's have it, too
+                return openmp
+    return None

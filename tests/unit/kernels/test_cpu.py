@@ -1,0 +1,305 @@
+"""The compiled kernels: every instruction set in every regime, threads, and what the border refuses.
+
+`test_kernels.py` compares them with every other implementation; here is what only they have.
+Letters: T tokens, D model width, F FFN width, E experts.
+"""
+
+import concurrent.futures
+import dataclasses
+import multiprocessing
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from ffn_cases import loop_over_tokens, map_weights, random_ffn, random_plan, tensors_of
+from numerics import assert_as_accurate_as_torch
+
+from moeify.errors import KernelError
+from moeify.kernels import build_plan, cpu, explain, masked, moe_ffn
+from moeify.kernels.plan import DispatchPlan
+from moeify.select import DynKMass, DynKMax, Threshold, TopK
+from moeify.sites.formula import ACTIVATIONS
+
+needs_library = pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
+pytestmark = pytest.mark.usefixtures("poisoned_empty")
+
+REGIMES = [
+    pytest.param(1, 6, 50, 40, 0.5, id="decode: one token, odd expert size"),
+    pytest.param(4, 3, 200, 64, 0.7, id="decode: four tokens, experts of more than one chunk"),
+    pytest.param(23, 16, 128, 96, 0.3, id="small batch: tails of tiles"),
+    pytest.param(64, 5, 5, 33, 0.5, id="small batch: experts of one neuron, unaligned width"),
+    pytest.param(65, 9, 100, 70, 0.25, id="prefill: just above the small batch"),
+    pytest.param(333, 24, 192, 160, 0.15, id="prefill: blocks of unequal size, some experts without tokens"),
+    pytest.param(70, 4, 64, 1600, 0.5, id="prefill: rows longer than a panel"),
+]
+
+
+def by_neuron(weights):
+    return map_weights(weights, torch.Tensor.contiguous)
+
+
+def test_library_is_there_where_there_is_a_compiler():
+    if shutil.which("c++") is None and shutil.which("g++") is None and shutil.which("clang++") is None:
+        pytest.skip("no C++ compiler")
+    assert cpu.unavailable() is None
+    assert cpu.describe().startswith(cpu.isas()[-1])
+
+
+@needs_library
+@pytest.mark.parametrize("isa", cpu.ISAS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(("gated", "biased"), [(False, True), (True, False)], ids=["plain, biased", "gated"])
+@pytest.mark.parametrize(("T", "E", "F", "D", "keep"), REGIMES)
+def test_every_instruction_set_is_as_accurate_as_torch(monkeypatch, isa, dtype, gated, biased, T, E, F, D, keep):
+    if isa not in cpu.isas():
+        pytest.skip(f"this processor has no {isa}")
+    monkeypatch.setenv(cpu.FORCE_ISA, isa)
+    weights, x_TD, plan = by_neuron(random_ffn(D, F, gated=gated, biased=biased, dtype=dtype)), torch.randn(T, D).to(dtype), None
+    plan = random_plan(T, E, keep)
+    out = moe_ffn(x_TD, weights, plan, activation="silu", impl="cpu")
+    oracle = loop_over_tokens(x_TD.double(), map_weights(weights, torch.Tensor.double), plan.mask_TE, activation="silu")
+    assert_as_accurate_as_torch(out, oracle=oracle, baseline=masked.moe_ffn(x_TD, weights, plan, activation="silu"))
+    assert moe_ffn(x_TD, weights, plan, activation="silu", impl="cpu").equal(out), "not the same bits again"
+
+
+@needs_library
+@pytest.mark.parametrize("isa", cpu.ISAS)
+@pytest.mark.parametrize("activation", cpu.ACTIVATIONS)
+def test_every_activation_is_accurate_over_its_whole_range(monkeypatch, isa, activation):
+    if isa not in cpu.isas():
+        pytest.skip(f"this processor has no {isa}")
+    monkeypatch.setenv(cpu.FORCE_ISA, isa)
+    x_TD = torch.cat([torch.linspace(-30, 30, 4001), torch.linspace(-1, 1, 4001), torch.tensor([0.0, -0.0, 1e-30, -1e-30, 90.0, -90.0])])[
+        :, None
+    ]
+    one = torch.ones(1, 1)
+    weights = by_neuron(random_ffn(1, 1))
+    weights.up_FD.copy_(one), weights.down_FD.copy_(one)
+    out = moe_ffn(x_TD, weights, build_plan(torch.ones(len(x_TD), 1, dtype=torch.bool)), activation=activation, impl="cpu")
+    exact, torchs = ACTIVATIONS[activation](x_TD.double()), ACTIVATIONS[activation](x_TD)
+    eps = torch.finfo(torch.float32).eps
+    error, allowed = (out - exact).abs(), 2 * (torchs - exact).abs() + 2 * eps * exact.abs() + 1e-7 * eps
+    # pointwise up to a few roundings of the argument, which the exponential of a large one magnifies
+    assert ((error <= allowed) | (error <= 4 * eps * x_TD.abs().clamp(max=4))).all(), (error - allowed).max()
+
+
+@needs_library
+@pytest.mark.parametrize("T", [1, 9, 100])
+def test_bits_do_not_change_between_calls_and_other_callers(T):
+    weights, x_TD, plan = by_neuron(random_ffn(64, 256, gated=True)), torch.randn(T, 64), random_plan(T, 32, 0.4)
+    out = moe_ffn(x_TD, weights, plan, activation="silu", impl="cpu")
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        runs = [pool.submit(moe_ffn, x_TD, weights, DispatchPlan(plan.mask_TE), activation="silu", impl="cpu") for _ in range(24)]
+        assert all(torch.allclose(run.result(), out, atol=1e-6) for run in runs)
+    assert moe_ffn(x_TD, weights, plan, activation="silu", impl="cpu").equal(out)
+
+
+@needs_library
+@pytest.mark.parametrize("T", [1, 9, 100])
+def test_one_thread_gives_the_same_up_to_rounding(T):
+    weights, x_TD, plan = by_neuron(random_ffn(64, 256)), torch.randn(T, 64), random_plan(T, 32, 0.4)
+    out, threads = moe_ffn(x_TD, weights, plan, activation="relu", impl="cpu"), torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        torch.testing.assert_close(moe_ffn(x_TD, weights, plan, activation="relu", impl="cpu"), out)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _in_child(queue, x_TD, weights, mask_TE):
+    queue.put(moe_ffn(x_TD, weights, build_plan(mask_TE), activation="relu", impl="cpu").sum().item())
+
+
+@needs_library
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")  # newer Pythons warn of any fork beside threads: that is the point
+@pytest.mark.skipif(sys.platform == "win32", reason="no fork")
+def test_a_forked_child_of_a_process_that_used_threads_does_not_wait_for_them():
+    weights, x_TD, plan = by_neuron(random_ffn(32, 64)), torch.randn(100, 32), random_plan(100, 8, 0.5)
+    expected = moe_ffn(x_TD, weights, plan, activation="relu", impl="cpu").sum().item()
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    child = context.Process(target=_in_child, args=(queue, x_TD, weights, plan.mask_TE))
+    child.start()
+    assert queue.get(timeout=30) == pytest.approx(expected, rel=1e-4)
+    child.join(timeout=30)
+    assert child.exitcode == 0
+
+
+@needs_library
+def test_relu_never_reads_the_second_row_of_a_silent_neuron():
+    weights = by_neuron(random_ffn(16, 24))
+    x_TD, plan = torch.randn(1, 16), build_plan(torch.ones(1, 4, dtype=torch.bool))
+    silent = (weights.up_FD @ x_TD[0]) <= 0
+    assert silent.any()
+    expected = moe_ffn(x_TD, weights, plan, activation="relu", impl="cpu")
+    weights.down_FD[silent] = float("nan")
+    assert moe_ffn(x_TD, weights, plan, activation="relu", impl="cpu").equal(expected)
+
+
+@needs_library
+def test_values_that_are_not_finite_come_out_as_torch_has_them():
+    weights, x_TD = by_neuron(random_ffn(8, 16)), torch.randn(70, 8)
+    x_TD[3, 2], x_TD[5, 1] = float("nan"), float("inf")
+    plan = build_plan(torch.ones(70, 4, dtype=torch.bool))
+    out = moe_ffn(x_TD, weights, plan, activation="relu", impl="cpu")
+    assert out[3].isnan().all()
+    assert out.isfinite().all(1).sum() == 68
+
+
+@needs_library
+@pytest.mark.parametrize("gated", [False, True])
+def test_operator_passes_opcheck(gated):
+    weights, x_TD, plan = by_neuron(random_ffn(8, 12, gated=gated, biased=True)), torch.randn(5, 8), random_plan(5, 3, 0.6)
+    tensors = [t if t is None else t.clone().requires_grad_() for t in (x_TD, *(getattr(weights, name) for name in cpu._FIELDS))]
+    results = torch.library.opcheck(torch.ops.moeify.ffn_cpu.default, (*tensors, plan.mask_TE, "silu"))
+    assert set(results.values()) == {"SUCCESS"}
+
+
+@needs_library
+def test_compiled_graph_runs_the_kernel_for_any_number_of_tokens():
+    weights = by_neuron(random_ffn(16, 24, gated=True))
+
+    def layer(x_TD, scores_TE):
+        return moe_ffn(x_TD * 2, weights, build_plan(scores_TE > 0.4), activation="silu") + 1
+
+    with torch.no_grad():
+        compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")
+        for T in (3, 70):
+            x_TD, scores_TE = torch.randn(T, 16), torch.rand(T, 6)
+            torch.testing.assert_close(compiled(x_TD, scores_TE), layer(x_TD, scores_TE))
+
+
+@needs_library
+def test_auto_takes_it_where_rows_are_contiguous_and_says_why_not_elsewhere():
+    x_TD, plan = torch.randn(1, 16), random_plan(1, 8, 0.5)
+    weights = random_ffn(16, 64)
+    with torch.no_grad():
+        assert explain(x_TD, by_neuron(weights), plan, activation="relu")[0].chosen
+        strided = explain(x_TD, weights, plan, activation="relu")[0]
+        unknown = explain(x_TD, by_neuron(weights), plan, activation="mish")[0]
+        half = map_weights(by_neuron(weights), torch.Tensor.bfloat16)
+        busy = explain(torch.randn(99, 16).bfloat16(), half, random_plan(99, 8, 0.99), activation="relu")
+    assert not strided.chosen
+    assert "store_by_neuron" in strided.reason
+    assert "does not know the activation 'mish'" in unknown.reason
+    assert "above the crossover" in busy[0].reason
+    wants_grad = explain(x_TD.requires_grad_(), by_neuron(weights), plan, activation="relu")[0]
+    assert "backward" in wants_grad.reason
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_named_impl_refuses_what_it_cannot_do(dtype):
+    weights, x_TD, plan = random_ffn(8, 16, dtype=dtype), torch.randn(3, 8).to(dtype), random_plan(3, 4, 0.5)
+    with pytest.raises(KernelError, match="takes float32 and bfloat16"):
+        moe_ffn(x_TD, weights, plan, activation="relu", impl="cpu")
+    with pytest.raises(KernelError, match="does not know the activation 'mish'"):
+        moe_ffn(x_TD.float(), map_weights(weights, torch.Tensor.float), plan, activation="mish", impl="cpu")
+
+
+@needs_library
+def test_unknown_instruction_set_names_those_there_are(monkeypatch):
+    monkeypatch.setenv(cpu.FORCE_ISA, "avx1024")
+    with pytest.raises(KernelError, match="it has portable"):
+        moe_ffn(torch.randn(1, 8), random_ffn(8, 16), random_plan(1, 4, 0.5), activation="relu", impl="cpu")
+
+
+def routed_case(rule, *, dtype=torch.float32, output="exp", always_on=(), T=4):
+    weights = by_neuron(random_ffn(48, 100, gated=True, biased=True, dtype=dtype))
+    hidden, out = torch.nn.Linear(48, 13), torch.nn.Linear(13, 9)
+    out.weight.data.mul_(5)  # scores far enough apart for every rule to take some and leave some
+    router = cpu.RouterWeights(
+        *(t.detach() for t in (hidden.weight, hidden.bias, out.weight, out.bias)),
+        output=output,
+        rule=rule.name,
+        knob=rule.value,
+        always_on=always_on,
+    )
+    x_TD = torch.randn(T, 48).to(dtype)
+    z_TE = out(torch.relu(hidden(x_TD.float())))
+    scores_TE = (z_TE / 2).exp() if output == "exp" else z_TE.abs()
+    return weights, router, x_TD, scores_TE.detach()
+
+
+@needs_library
+@pytest.mark.parametrize("isa", cpu.ISAS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("output", ["exp", "abs"])
+@pytest.mark.parametrize("rule", [Threshold(theta=0.9), DynKMax(tau=0.7), DynKMass(mass=0.6), TopK(k=4)], ids=lambda rule: rule.name)
+def test_routed_call_is_router_rule_and_ffn_one_after_the_other(monkeypatch, isa, dtype, output, rule):
+    if isa not in cpu.isas():
+        pytest.skip(f"this processor has no {isa}")
+    monkeypatch.setenv(cpu.FORCE_ISA, isa)
+    weights, router, x_TD, scores_TE = routed_case(rule, dtype=dtype, output=output)
+    y_TD, mask_TE = cpu.Routed(weights, router, activation="silu")(x_TD)
+    assert mask_TE.equal(rule(scores_TE))
+    assert 0 < mask_TE.sum() < mask_TE.numel()
+    assert y_TD.equal(moe_ffn(x_TD, weights, build_plan(mask_TE), activation="silu", impl="cpu"))
+
+
+@needs_library
+@pytest.mark.parametrize("rule", [Threshold(theta=3.0), DynKMax(tau=1.0), DynKMass(mass=0.0), TopK(k=1)], ids=lambda rule: rule.name)
+def test_routed_call_adds_the_experts_that_always_run(rule):
+    weights, router, x_TD, scores_TE = routed_case(rule, always_on=(2, 5))
+    _, mask_TE = cpu.Routed(weights, router, activation="silu")(x_TD)
+    expected = rule(scores_TE)
+    expected[:, [2, 5]] = True
+    assert mask_TE.equal(expected)
+
+
+@needs_library
+@pytest.mark.parametrize(
+    "rule",
+    [Threshold(theta=0.5), DynKMax(tau=0.5), DynKMax(tau=0.0), DynKMass(mass=0.5), DynKMass(mass=1.0), TopK(k=3), TopK(k=99)],
+    ids=str,
+)
+def test_routed_call_selects_as_the_rule_does_with_ties_zeros_and_nan(rule):
+    weights, router, x_TD, _ = routed_case(rule, output="abs")
+    router.out_EW.zero_(), router.out_bias_E.copy_(torch.tensor([0.5, -0.5, 0.25, 0.0, 0.5, 0.125, -0.25, 0.0, 0.1]))
+    x_TD[1, 0] = float("nan")
+    _, mask_TE = cpu.Routed(weights, router, activation="silu")(x_TD)
+    scores_TE = router.out_bias_E.abs().expand(4, -1).clone()
+    scores_TE[1] = float("nan")
+    assert mask_TE.equal(rule(scores_TE))
+    router.out_bias_E.zero_()
+    _, mask_TE = cpu.Routed(weights, router, activation="silu")(x_TD[2:])
+    assert mask_TE.equal(rule(torch.zeros(2, 9)))
+
+
+@needs_library
+def test_routed_call_refuses_what_it_cannot_read_in_place():
+    weights, router, x_TD, _ = routed_case(TopK(k=1))
+    with pytest.raises(KernelError, match="rows are not contiguous"):
+        cpu.Routed(random_ffn(48, 100), router, activation="silu")
+    with pytest.raises(KernelError, match="contiguous float32"):
+        cpu.Routed(weights, dataclasses.replace(router, out_EW=router.out_EW.double()), activation="silu")
+    with pytest.raises(KernelError, match="does not fit"):
+        cpu.Routed(weights, dataclasses.replace(router, hidden_WD=torch.zeros(13, 47)), activation="silu")
+    routed = cpu.Routed(weights, router, activation="silu")
+    for wrong in (x_TD[:, :47], x_TD.double(), x_TD[0]):
+        with pytest.raises(KernelError, match="expected \\(T, 48\\)"):
+            routed(wrong)
+
+
+@needs_library
+def test_nothing_of_the_arguments_is_written_to():
+    weights, x_TD, plan = by_neuron(random_ffn(16, 40, gated=True, biased=True)), torch.randn(80, 16), random_plan(80, 5, 0.5)
+    before = [t.clone() for t in (x_TD, plan.mask_TE, *tensors_of(weights))]
+    moe_ffn(x_TD, weights, plan, activation="silu", impl="cpu")
+    assert all(a.equal(b) for a, b in zip(before, (x_TD, plan.mask_TE, *tensors_of(weights)), strict=True))
+
+
+def test_package_without_the_library_says_so_and_goes_on(tmp_path):
+    code = (
+        "import pathlib, moeify.kernels.cpu as cpu\n"
+        f"cpu.__file__ = {str(tmp_path / 'cpu.py')!r}\n"
+        "import torch\n"
+        "from moeify.kernels import build_plan, explain, moe_ffn\n"
+        "from moeify.sites import FFNWeights\n"
+        "x, w, p = torch.ones(2, 4), FFNWeights(torch.ones(6, 4), torch.ones(6, 4)), build_plan(torch.ones(2, 3, dtype=torch.bool))\n"
+        "print(moe_ffn(x, w, p, activation='relu').sum().item(), explain(x, w, p, activation='relu')[0].reason)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.startswith("192.0 the compiled library is missing")
