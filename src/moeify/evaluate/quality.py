@@ -23,7 +23,7 @@ Batch = Mapping[str, Tensor]
 Rows = Callable[[slice], Tensor]
 """A slice of rows (N, V) or (N, D) of an output that need not exist as a whole."""
 
-_CHUNK_ELEMENTS = 1 << 23  # of one fp32 work tensor: 32 MiB
+_CHUNK_ELEMENTS = 1 << 21  # of one fp32 work tensor: 8 MiB; five of them exist at once
 _CACHE_BYTES = 256 << 20
 _OTHER_HEADS = ("ForTokenClassification", "ForQuestionAnswering", "ForMultipleChoice", "ForNextSentencePrediction")
 _SUPPORTED = (

@@ -150,7 +150,7 @@ def test_labelled_images_are_read_one_batch_at_a_time_up_to_max_tokens(tmp_path,
     model = transformers.ViTForImageClassification(transformers.ViTConfig(**{**SMALL, "image_size": 4, "patch_size": 2}))
     data = DataConfig(data=str(tmp_path), max_tokens=36)
     batches = evaluation_batches(model, lambda _image: torch.zeros(3, 4, 4), data, batch_size=3)
-    assert [batch["labels"].tolist() for batch in batches] == [[0, 0, 0]] * 3  # 4 patches an image: 9 images are 36 tokens
+    assert [batch["labels"].tolist() for batch in batches] == [[0, 1, 0], [1, 0, 1], [0, 1, 0]]  # 4 patches an image: 36 tokens
     assert len(decoded) == 9, "the rest is never opened"
 
 
