@@ -52,6 +52,22 @@ struct Scratch {
   ~Scratch() { free(memory); }
 };
 
+uint32_t instruction_sets() {  // one bit each
+  uint32_t found = 1u << MOEIFY_PORTABLE;
+#if defined(__x86_64__)
+  __builtin_cpu_init();  // asks the operating system, too, whether it saves the registers
+  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return found;
+  found |= 1u << MOEIFY_AVX2;
+  if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") || !__builtin_cpu_supports("avx512dq") ||
+      !__builtin_cpu_supports("avx512vl"))
+    return found;
+  found |= 1u << MOEIFY_AVX512;
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  if (__get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 5 & 1)) found |= 1u << MOEIFY_AVX512_BF16;
+#endif
+  return found;
+}
+
 }  // namespace
 
 char *scratch(int64_t bytes) {
@@ -89,20 +105,9 @@ void moeify_use_openmp(void *parallel_region, void *thread_num, void *num_thread
 }
 
 int moeify_has_isa(int32_t isa) {
-  if (isa == MOEIFY_PORTABLE) return 1;
-#if defined(__x86_64__)
-  __builtin_cpu_init();  // asks the operating system, too, whether it saves the registers
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-                      __builtin_cpu_supports("avx512vl");
-  if (isa == MOEIFY_AVX2) return avx2;
-  if (isa == MOEIFY_AVX512) return avx512;
-  if (isa == MOEIFY_AVX512_BF16) {
-    unsigned a = 0, b = 0, c = 0, d = 0;
-    return avx512 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 5 & 1);
-  }
-#endif
-  return 0;
+  // Once: under a hypervisor each question to the processor takes microseconds.
+  static const uint32_t available = instruction_sets();
+  return isa >= 0 && isa < 32 && (available >> isa & 1);
 }
 
 }

@@ -14,13 +14,13 @@ from .._config import lookup
 from ..errors import KernelError
 from ..sites.formula import ACTIVATIONS
 from ..sites.site import FFNWeights
-from . import cpu, gather, grouped, masked, reference
+from . import cpu, cpu_op, gather, grouped, masked, reference
 from .plan import DispatchPlan as DispatchPlan
 from .plan import build_plan as build_plan
 
 IMPLS: dict[str, Callable[..., Tensor]] = {
     "reference": reference.moe_ffn,
-    "cpu": cpu.moe_ffn,
+    "cpu": cpu_op.moe_ffn,
     "gather": gather.moe_ffn,
     "masked": masked.moe_ffn,
     "grouped": grouped.moe_ffn,

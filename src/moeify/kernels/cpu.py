@@ -1,4 +1,4 @@
-"""The compiled CPU kernels (csrc/) behind the signature of every implementation: loads the library, checks tensors, hands over pointers.
+"""The compiled CPU kernels (csrc/): loads the library, checks tensors, hands over pointers. Autograd and tracing are `cpu_op`'s.
 
 Letters: T tokens, D model width, F FFN width, E experts.
 
@@ -10,18 +10,15 @@ import ctypes
 import functools
 import os
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from ..errors import KernelError
 from ..sites.site import FFNWeights
-from . import grouped, masked
-from .plan import DispatchPlan, build_plan
 
 _ABI = 2
 ISAS = ("portable", "avx2", "avx512", "avx512_bf16")
@@ -37,8 +34,9 @@ FORCE_ISA = "MOEIFY_CPU_ISA"
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 """Types of activations and weights, and what the library calls them."""
 _STATUS = {1: "an argument is out of range", 2: "there is no memory for its workspace", 3: "this processor lacks the instruction set"}
-_FIELDS = ("up_FD", "down_FD", "gate_FD", "up_bias_F", "gate_bias_F", "down_bias_D")
-_Optional: TypeAlias = Tensor | None
+MATRICES = ("up_FD", "down_FD", "gate_FD")
+BIASES = ("up_bias_F", "gate_bias_F", "down_bias_D")
+"""Fields of `FFNWeights`, in the order in which they are declared."""
 
 
 class _FFN(ctypes.Structure):
@@ -63,27 +61,6 @@ class _Router(ctypes.Structure):
         ("rule", ctypes.c_int32),
         ("knob", ctypes.c_float),
     ]
-
-
-def moe_ffn(x_TD: Tensor, weights: FFNWeights, plan: DispatchPlan, *, activation: str) -> Tensor:
-    """Sum of the selected experts' outputs. Arguments and result as in `reference.moe_ffn`.
-
-    Sums run in fp32. The same input, number of threads and instruction set give the same bits. Weights whose rows are not contiguous are
-    copied at every call (`moeify.sites.store_by_neuron` avoids that). The backward pass is that of `grouped`.
-
-    Raises:
-        KernelError: `refusal` says why.
-
-    Cost: FLOPs and bytes of the selected experts. Up to 64 tokens every weight row is read once; more are worked on in blocks of up to 512.
-    A workspace of some MB is kept for the next call.
-    """
-    if why_not := refusal(x_TD, activation=activation):
-        raise KernelError(f"impl 'cpu': {why_not}.")
-    tensors = [getattr(weights, name) for name in _FIELDS]
-    wants_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x_TD, *tensors))
-    # The operator costs 20 us more than the call itself, which a token of a small model takes as a whole.
-    call: Callable[..., Any] = _ffn_cpu if wants_grad or torch.compiler.is_compiling() else _run
-    return cast(Tensor, call(x_TD, *tensors, plan.mask_TE, activation))
 
 
 def refusal(x_TD: Tensor, *, activation: str) -> str | None:
@@ -204,70 +181,14 @@ class Routed:
         return y_TD, mask_TE
 
 
-# -- the operator: what autograd and torch.compile see -------------------------------------------------------------------------------
-
-
-@torch.library.custom_op("moeify::ffn_cpu", mutates_args=(), device_types="cpu")
-def _ffn_cpu(
-    x_TD: Tensor,
-    up_FD: Tensor,
-    down_FD: Tensor,
-    gate_FD: _Optional,
-    up_bias_F: _Optional,
-    gate_bias_F: _Optional,
-    down_bias_D: _Optional,
-    mask_TE: Tensor,
-    activation: str,
-) -> Tensor:
-    return _run(x_TD, up_FD, down_FD, gate_FD, up_bias_F, gate_bias_F, down_bias_D, mask_TE, activation)
-
-
-@_ffn_cpu.register_fake
-def _(x_TD: Tensor, _up_FD: Tensor, down_FD: Tensor, *_: Any) -> Tensor:
-    return x_TD.new_empty(x_TD.shape[0], down_FD.shape[1])
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.activation = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _backward(ctx: Any, grad_TD: Tensor) -> tuple[_Optional, ...]:
-    *tensors, mask_TE = ctx.saved_tensors
-    leaves = [None if t is None else t.detach().requires_grad_(want) for t, want in zip(tensors, ctx.needs_input_grad, strict=False)]
-    # A graph is being traced where the tensors are stand-ins; then nothing may depend on the counts: dense gradients, masked.
-    impl = grouped if type(grad_TD) is Tensor else masked
-    with torch.enable_grad():
-        weights = FFNWeights(**dict(zip(_FIELDS, leaves[1:], strict=True)))  # type: ignore[arg-type]
-        out_TD = impl.moe_ffn(cast(Tensor, leaves[0]), weights, build_plan(mask_TE), activation=ctx.activation)
-    needed = [t for t in leaves if t is not None and t.requires_grad]
-    found = iter(torch.autograd.grad(out_TD, needed, grad_TD, allow_unused=True, materialize_grads=True))
-    return (*(next(found) if t is not None and t.requires_grad else None for t in leaves), None, None)
-
-
-_ffn_cpu.register_autograd(_backward, setup_context=_setup_context)
-
-
-# -- the call ------------------------------------------------------------------------------------------------------------------------
-
-
-def _run(
-    x_TD: Tensor,
-    up_FD: Tensor,
-    down_FD: Tensor,
-    gate_FD: _Optional,
-    up_bias_F: _Optional,
-    gate_bias_F: _Optional,
-    down_bias_D: _Optional,
-    mask_TE: Tensor,
-    activation: str,
-) -> Tensor:
+def run(x_TD: Tensor, weights: FFNWeights, mask_TE: Tensor, *, activation: str) -> Tensor:
+    """One native call, without autograd; what `refusal` objects to must have been ruled out. Result as `reference.moe_ffn`."""
     # Contiguous where native code takes it for granted; the names keep what is copied alive until the call is over.
-    x_TD, up_FD, down_FD, gate_FD = (t if t is None or _is_rows(t) else t.contiguous() for t in (x_TD, up_FD, down_FD, gate_FD))  # type: ignore[assignment]
-    up_bias_F, gate_bias_F, down_bias_D = (None if t is None else t.contiguous() for t in (up_bias_F, gate_bias_F, down_bias_D))
-    mask_TE = mask_TE.contiguous()
-    y_TD = x_TD.new_empty(x_TD.shape[0], down_FD.shape[1])
-    weights = FFNWeights(up_FD, down_FD, gate_FD, up_bias_F, gate_bias_F, down_bias_D)
+    matrices = {name: t if _is_rows(t) else t.contiguous() for name in MATRICES if (t := getattr(weights, name)) is not None}
+    biases = {name: t.contiguous() for name in BIASES if (t := getattr(weights, name)) is not None}
+    weights = FFNWeights(**matrices, **biases)
+    x_TD, mask_TE = x_TD if _is_rows(x_TD) else x_TD.contiguous(), mask_TE.contiguous()
+    y_TD = x_TD.new_empty(x_TD.shape[0], weights.down_FD.shape[1])
     ffn = _describe(weights, num_experts=mask_TE.shape[1], activation=activation)
     status = _library().moeify_ffn_run(
         ctypes.byref(ffn),
@@ -298,7 +219,7 @@ def _is_rows(tensor: Tensor) -> bool:
     return tensor.stride(1) == 1 and tensor.stride(0) >= tensor.shape[1]
 
 
-def _pointer(tensor: _Optional) -> int | None:
+def _pointer(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 

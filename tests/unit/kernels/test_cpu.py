@@ -152,7 +152,9 @@ def test_values_that_are_not_finite_come_out_as_torch_has_them():
 @pytest.mark.parametrize("gated", [False, True])
 def test_operator_passes_opcheck(gated):
     weights, x_TD, plan = by_neuron(random_ffn(8, 12, gated=gated, biased=True)), torch.randn(5, 8), random_plan(5, 3, 0.6)
-    tensors = [t if t is None else t.clone().requires_grad_() for t in (x_TD, *(getattr(weights, name) for name in cpu._FIELDS))]
+    tensors = [
+        t if t is None else t.clone().requires_grad_() for t in (x_TD, *(getattr(weights, name) for name in (*cpu.MATRICES, *cpu.BIASES)))
+    ]
     results = torch.library.opcheck(torch.ops.moeify.ffn_cpu.default, (*tensors, plan.mask_TE, "silu"))
     assert set(results.values()) == {"SUCCESS"}
 
