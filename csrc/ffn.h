@@ -4,7 +4,7 @@
 //
 // Both products stream along rows as they are stored, so nothing is packed and experts may have any size:
 //   first    h[t, j] = x_t . w_j        tiles of TOKENS x 4 dot products, summed over vector lanes at the end
-//   second   y_t += h[t, j] * down_j    tiles of 2 * TOKENS x 2 vectors of y
+//   second   y_t += h[t, j] * down_j    2 vectors of some rows stay in registers while the tokens pass by
 // Two ways to share the work, both without atomics on data, both the same result for the same number of threads:
 //   few tokens    each thread takes some experts, and a y of its own that the last one adds up: every weight row is read once
 //   many tokens   each thread takes blocks of tokens, whose x and y stay in its cache while the weights pass by
@@ -14,9 +14,12 @@ constexpr int ROWS = 4;                  // weight rows of a tile of the first p
 constexpr int64_t CHUNK_NEURONS = 64;    // of an expert, computed together: h of a chunk stays in the first cache
 constexpr int64_t FEW_TOKENS = 64;
 constexpr int64_t BLOCK_TOKENS = 512;    // most tokens of a block
-constexpr int64_t EXPERT_TOKENS = 48;    // of a block, on average: fewer, and reading the weights costs more than the arithmetic
-constexpr int64_t PANEL_BYTES = 24 << 10;  // of weight rows that stay in the first cache while tokens pass by
-constexpr int64_t DOT_BYTES = 3 << 10;     // of a row that a tile multiplies at once, so that its x stays there, too
+constexpr int64_t EXPERT_TOKENS = 192;   // of a block, on average: fewer, and reading the weights costs more than the arithmetic
+constexpr int64_t PANEL_BYTES = 32 << 10;  // of weight rows that stay in the first cache while tokens pass by
+constexpr int64_t DOT_BYTES = 2 << 10;     // of a row that a tile multiplies at once, so that its x stays there, too
+constexpr int64_t BLOCK_BYTES = 1 << 20;   // of x of a block: it stays in the second cache
+constexpr int64_t ALIASED_BYTES = 4096;    // rows so far apart share the sets of the first cache: panels of them are copied
+constexpr int64_t COPY_TOKENS = 24;        // from so many tokens on: the copy costs as much as one or two of them
 constexpr int64_t HIDDEN_FLOATS = 48 << 10;  // of a block's experts, before the second product runs over them
 constexpr int MAX_PIECES = 256;
 
@@ -60,19 +63,27 @@ static __attribute__((noinline)) void dot_last(const X *const *x, const Wt *w, i
 // out[i * out_stride + j] (+)= x[i] . (w + j * w_stride) over the elements from first to end, i < M, j < N; adds unless first is 0.
 template <class Dot, class X, class Wt, int M, int N>
 static void dot_tile(const X *const *x, const Wt *w, int64_t w_stride, int64_t first, int64_t end, float *out, int64_t out_stride) {
-  vf sum[M][ROWS] = {};
+  vf sum[M][ROWS];
+#pragma GCC unroll 8
+  for (int i = 0; i < M; i++)
+#pragma GCC unroll 8
+    for (int j = 0; j < ROWS; j++) sum[i][j] = vf{};
   int64_t k = first;
   for (; k + Dot::STEP <= end; k += Dot::STEP) {
     typename Dot::part a[M];
+#pragma GCC unroll 8
     for (int i = 0; i < M; i++) a[i] = Dot::get(x[i] + k);
+#pragma GCC unroll 8
     for (int j = 0; j < N; j++) {
       const typename Dot::part b = Dot::get(w + j * w_stride + k);
+#pragma GCC unroll 8
       for (int i = 0; i < M; i++) sum[i][j] = Dot::add(sum[i][j], a[i], b);
     }
   }
+#pragma GCC unroll 8
   for (int i = 0; i < M; i++) {
     float s[ROWS];
-    hsum4(sum[i], s);
+    hsum4(sum[i][0], sum[i][1], sum[i][2], sum[i][3], s);
     for (int j = 0; j < N; j++) out[i * out_stride + j] = first ? out[i * out_stride + j] + s[j] : s[j];
   }
   if (k < end) dot_last<Dot, X, Wt, M, N>(x, w, w_stride, k, end, out, out_stride);
@@ -111,28 +122,29 @@ static inline void dot_any(const X *const *x, int64_t m, const Wt *w, int64_t w_
 
 constexpr int COLUMNS = 2 * W;
 
-// Sums in natural order.
+// Sums in natural order; a unit of h is one neuron.
 struct AddFp32 {
+  static constexpr int NEURONS = 1;                 // of a unit
+  static constexpr int UNITS = TOKENS > 3 ? 8 : 4;  // whose rows stay in registers
   static void convert(float *, int64_t, int64_t) {}
-  static int64_t row(int64_t neurons) { return neurons; }
+  static int64_t units(int64_t neurons) { return neurons; }
 
-  template <class Wt, int M>
-  static inline void tile(float *base, const uint16_t *token, int64_t stride, const float *h, int64_t neurons, const Wt *w,
-                          int64_t w_stride) {
-    vf sum[M][2];
-    float *y[M];
-    for (int i = 0; i < M; i++) {
-      y[i] = base + token[i] * stride;
-      sum[i][0] = load(y[i]), sum[i][1] = load(y[i] + W);
-    }
-    for (int64_t j = 0; j < neurons; j++) {
-      const vf b0 = load(w + j * w_stride), b1 = load(w + j * w_stride + W);
-      for (int i = 0; i < M; i++) {
-        const vf a = splat(h[i * neurons + j]);
-        sum[i][0] += a * b0, sum[i][1] += a * b1;
+  template <class Wt, int N>
+  static void pass(float *base, const uint16_t *token, int64_t n, int64_t stride, const float *h, int64_t h_stride, const Wt *w,
+                   int64_t w_stride, bool) {
+    vf row[N][2];
+#pragma GCC unroll 8
+    for (int j = 0; j < N; j++) row[j][0] = load(w + j * w_stride), row[j][1] = load(w + j * w_stride + W);
+    for (int64_t i = 0; i < n; i++) {
+      float *y = base + token[i] * stride;
+      vf sum0 = load(y), sum1 = load(y + W);
+#pragma GCC unroll 8
+      for (int j = 0; j < N; j++) {
+        const vf a = splat(h[i * h_stride + j]);
+        sum0 += a * row[j][0], sum1 += a * row[j][1];
       }
+      store(y, sum0), store(y + W, sum1);
     }
-    for (int i = 0; i < M; i++) store(y[i], sum[i][0]), store(y[i] + W, sum[i][1]);
   }
 
   // y += sum over 4 rows of value * row
@@ -153,10 +165,12 @@ struct AddFp32 {
 // Two neurons at once: h rounded to bf16, as dense bf16 layers round it, and products summed in fp32. Interleaving two rows of 32 columns
 // leaves columns 0-3, 8-11, 16-19, 24-27 in the first vector and the others in the second; sums stay in that order to the end.
 struct AddBf16 {
+  static constexpr int NEURONS = 2;
+  static constexpr int UNITS = 8;
   static inline uint32_t pair(float low, float high) { return to_bf16(low).bits | (uint32_t)to_bf16(high).bits << 16; }
-  static int64_t row(int64_t neurons) { return (neurons + 1) / 2; }
+  static int64_t units(int64_t neurons) { return (neurons + 1) / 2; }
 
-  // h in place: row i of n becomes row(neurons) pairs.
+  // h in place: row i of n becomes units(neurons) pairs.
   static void convert(float *h, int64_t n, int64_t neurons) {
     const float *from = h;
     uint32_t *to = (uint32_t *)h;
@@ -171,7 +185,7 @@ struct AddBf16 {
     for (int64_t i = 0; i < n; i++)
       for (int64_t j = 0; j < neurons; j += 2) {
         const uint32_t p = pair(from[i * neurons + j], j + 1 < neurons ? from[i * neurons + j + 1] : 0.0f);
-        memcpy(to + i * row(neurons) + j / 2, &p, 4);
+        memcpy(to + i * units(neurons) + j / 2, &p, 4);
       }
   }
 
@@ -180,27 +194,26 @@ struct AddBf16 {
     *low = (__m512bh)_mm512_unpacklo_epi16(p, q), *high = (__m512bh)_mm512_unpackhi_epi16(p, q);
   }
 
-  template <class Wt, int M>
-  static inline void tile(float *base, const uint16_t *token, int64_t stride, const float *h, int64_t neurons, const Wt *w,
-                          int64_t w_stride) {
-    __m512 sum[M][2];
-    float *y[M];
-    const int *pairs = (const int *)h;
-    const int64_t number = row(neurons);
-    for (int i = 0; i < M; i++) {
-      y[i] = base + token[i] * stride;
-      sum[i][0] = _mm512_loadu_ps(y[i]), sum[i][1] = _mm512_loadu_ps(y[i] + 16);
-    }
-    for (int64_t j = 0; j < number; j++) {
+  template <class Wt, int N>
+  static void pass(float *base, const uint16_t *token, int64_t n, int64_t stride, const float *h, int64_t h_stride, const Wt *w,
+                   int64_t w_stride, bool odd) {
+    __m512bh low[N], high[N];
+#pragma GCC unroll 8
+    for (int j = 0; j < N; j++) {
       const bf16 *first = w + 2 * j * w_stride;
-      __m512bh low, high;
-      interleave(first, 2 * j + 1 < neurons ? first + w_stride : first, &low, &high);  // the odd one's partner has h = 0
-      for (int i = 0; i < M; i++) {
-        const __m512bh a = (__m512bh)_mm512_set1_epi32(pairs[i * number + j]);
-        sum[i][0] = _mm512_dpbf16_ps(sum[i][0], a, low), sum[i][1] = _mm512_dpbf16_ps(sum[i][1], a, high);
-      }
+      interleave(first, odd && j == N - 1 ? first : first + w_stride, &low[j], &high[j]);  // the odd one's partner has h = 0
     }
-    for (int i = 0; i < M; i++) _mm512_storeu_ps(y[i], sum[i][0]), _mm512_storeu_ps(y[i] + 16, sum[i][1]);
+    const int *pairs = (const int *)h;
+    for (int64_t i = 0; i < n; i++) {
+      float *y = base + token[i] * stride;
+      __m512 sum0 = _mm512_loadu_ps(y), sum1 = _mm512_loadu_ps(y + 16);
+#pragma GCC unroll 8
+      for (int j = 0; j < N; j++) {
+        const __m512bh a = (__m512bh)_mm512_set1_epi32(pairs[i * h_stride + j]);
+        sum0 = _mm512_dpbf16_ps(sum0, a, low[j]), sum1 = _mm512_dpbf16_ps(sum1, a, high[j]);
+      }
+      _mm512_storeu_ps(y, sum0), _mm512_storeu_ps(y + 16, sum1);
+    }
   }
 
   template <class Wt>
@@ -225,24 +238,29 @@ struct AddBf16 {
 };
 #endif
 
-template <class Add, class Wt, int M>
-static void add_tile(float *base, const uint16_t *token, int64_t stride, const float *h, int64_t neurons, const Wt *w, int64_t w_stride) {
-  Add::template tile<Wt, M>(base, token, stride, h, neurons, w, w_stride);
-}
-
-// m <= 2 * TOKENS rows
+// Rows token[i] of base (+ token * stride), i < n, += h[i] . w, over COLUMNS columns.
 template <class Add, class Wt>
-static inline void add_any(float *base, const uint16_t *token, int64_t m, int64_t stride, const float *h, int64_t neurons, const Wt *w,
-                           int64_t w_stride) {
-  typedef void (*Tile)(float *, const uint16_t *, int64_t, const float *, int64_t, const Wt *, int64_t);
-  static constexpr Tile tiles[] = {
-      add_tile<Add, Wt, 1>, add_tile<Add, Wt, 2>, add_tile<Add, Wt, 3>, add_tile<Add, Wt, 4>,  add_tile<Add, Wt, 5>,  add_tile<Add, Wt, 6>,
+static inline void add_rows(float *base, const uint16_t *token, int64_t n, int64_t stride, const float *h, int64_t neurons, const Wt *w,
+                            int64_t w_stride) {
+  typedef void (*Pass)(float *, const uint16_t *, int64_t, int64_t, const float *, int64_t, const Wt *, int64_t, bool);
+  static constexpr Pass passes[] = {
+      Add::template pass<Wt, 1>, Add::template pass<Wt, 2>, Add::template pass<Wt, 3>, Add::template pass<Wt, 4>,
 #if MOEIFY_TOKENS > 3
-      add_tile<Add, Wt, 7>, add_tile<Add, Wt, 8>, add_tile<Add, Wt, 9>, add_tile<Add, Wt, 10>, add_tile<Add, Wt, 11>, add_tile<Add, Wt, 12>,
+      Add::template pass<Wt, 5>, Add::template pass<Wt, 6>, Add::template pass<Wt, 7>, Add::template pass<Wt, 8>,
 #endif
   };
-  tiles[m - 1](base, token, stride, h, neurons, w, w_stride);
+  const int64_t units = Add::units(neurons), per_unit = Add::NEURONS;
+  for (int64_t u = 0; u < units; u += Add::UNITS) {
+    const int64_t number = min64(Add::UNITS, units - u);
+    passes[number - 1](base, token, n, stride, h + u, units, w + u * per_unit * w_stride, w_stride, (u + number) * per_unit > neurons);
+  }
 }
+
+// A range of neurons and the tokens that take them.
+struct Piece {
+  const uint16_t *token;
+  int64_t num_tokens, start, neurons;
+};
 
 // Tiles of n tokens: as few as can be, and as equal.
 struct Tiles {
@@ -268,32 +286,60 @@ struct Network {
   }
   int64_t expert_size(int64_t e) const { return f.num_neurons / f.num_experts + (e < f.num_neurons % f.num_experts); }
 
-  // h of tokens i < n and neurons start + j, as the second product wants it; gate: as much scratch again. Both are written to the end of a
+  // h of a piece, row i of which is x[i], as the second product wants it; gate: as much scratch again. Both are written to the end of a
   // vector.
-  void hidden(const X *const *x, int64_t n, int64_t start, int64_t neurons, float *h, float *gate) const {
-    product(x, n, f.up, f.up_stride, f.up_bias, f.up_scale, start, neurons, h);
-    if (f.gate) product(x, n, f.gate, f.gate_stride, f.gate_bias, f.gate_scale, start, neurons, gate);
+  void hidden(const X *const *x, const Piece &piece, float *h, float *gate) const {
+    const int64_t n = piece.num_tokens, neurons = piece.neurons;
+    // Rows of gate and up that stay in the first cache pass by each tile of x together: x, which comes from further away, is read once.
+    const int64_t step = DOT_BYTES / (int64_t)sizeof(Wt), row_bytes = min64(step, f.d_in) * (int64_t)sizeof(Wt) * (f.gate ? 2 : 1);
+    const int64_t rows = max64(ROWS, PANEL_BYTES / row_bytes / ROWS * ROWS);
+    const Tiles tiles(n, TOKENS);
+    for (int64_t first = 0; first < neurons; first += rows)
+      for (int64_t k = 0; k < f.d_in; k += step) {
+        const int64_t number = min64(rows, neurons - first), end = min64(k + step, f.d_in);
+        Wt up_copy[COPY_ELEMENTS], gate_copy[COPY_ELEMENTS];
+        const Panel up(f.up, f.up_stride, piece.start + first, number, k, end, n, up_copy);
+        const Panel gated = f.gate ? Panel(f.gate, f.gate_stride, piece.start + first, number, k, end, n, gate_copy) : up;
+        for (int64_t tile = 0; tile < tiles.number; tile++) {
+          const int64_t i = tiles.start(tile), m = tiles.start(tile + 1) - i;
+          up.product(x + i, m, h + i * neurons + first, neurons);
+          if (f.gate) gated.product(x + i, m, gate + i * neurons + first, neurons);
+        }
+      }
+    scale_and_shift(h, n, piece.start, neurons, f.up_scale, f.up_bias);
+    if (f.gate) scale_and_shift(gate, n, piece.start, neurons, f.gate_scale, f.gate_bias);
     const int64_t size = n * neurons;
     for (int64_t k = 0; k < size; k += W)
       store(h + k, f.gate ? activate(load(gate + k), f.activation) * load(h + k) : activate(load(h + k), f.activation));
     if (f.down_scale)
       for (int64_t i = 0; i < n; i++)
-        for (int64_t j = 0; j < neurons; j++) h[i * neurons + j] *= f.down_scale[start + j];
+        for (int64_t j = 0; j < neurons; j++) h[i * neurons + j] *= f.down_scale[piece.start + j];
   }
 
-  void product(const X *const *x, int64_t n, const void *weight, int64_t stride, const void *bias, const float *scale, int64_t start,
-               int64_t neurons, float *out) const {
-    const Wt *w = static_cast<const Wt *>(weight) + start * stride;
-    const int64_t step = DOT_BYTES / (int64_t)sizeof(Wt), panel = max64(ROWS, PANEL_BYTES / (int64_t)sizeof(Wt) / min64(step, f.d_in) / ROWS * ROWS);
-    const Tiles tiles(n, TOKENS);
-    for (int64_t k = 0; k < f.d_in; k += step)
-      for (int64_t p = 0; p < neurons; p += panel)
-        for (int64_t tile = 0; tile < tiles.number; tile++) {
-          const int64_t i = tiles.start(tile), m = tiles.start(tile + 1) - i;
-          for (int64_t j = p; j < min64(p + panel, neurons); j += ROWS)
-            dot_any<Dot, X, Wt>(x + i, m, w + j * stride, stride, k, min64(k + step, f.d_in), out + i * neurons + j, neurons,
-                                min64(ROWS, neurons - j));
-        }
+  static constexpr int64_t COPY_PADDING = 128;  // bytes after a row, at most: the next one begins in another set of the cache
+  static constexpr int64_t COPY_ELEMENTS = (PANEL_BYTES + CHUNK_NEURONS * COPY_PADDING) / sizeof(Wt);
+
+  // Elements k to end of some rows of a matrix.
+  struct Panel {
+    const Wt *w;  // element 0 of the first row
+    int64_t stride, rows, k, end;
+
+    Panel(const void *weight, int64_t stride, int64_t first, int64_t rows, int64_t k, int64_t end, int64_t num_tokens, Wt *copy)
+        : w(static_cast<const Wt *>(weight) + first * stride), stride(stride), rows(rows), k(k), end(end) {
+      if (num_tokens < COPY_TOKENS || stride * (int64_t)sizeof(Wt) % ALIASED_BYTES) return;
+      const int64_t line = 64 / (int64_t)sizeof(Wt), width = round_up(end - k, line) + line;
+      for (int64_t j = 0; j < rows; j++) memcpy((void *)(copy + j * width), w + j * stride + k, (end - k) * sizeof(Wt));
+      w = copy - k;
+      this->stride = width;
+    }
+
+    void product(const X *const *x, int64_t m, float *out, int64_t out_stride) const {
+      for (int64_t j = 0; j < rows; j += ROWS)
+        dot_any<Dot, X, Wt>(x, m, w + j * stride, stride, k, end, out + j, out_stride, min64(ROWS, rows - j));
+    }
+  };
+
+  void scale_and_shift(float *out, int64_t n, int64_t start, int64_t neurons, const float *scale, const void *bias) const {
     if (!scale && !bias) return;
     for (int64_t i = 0; i < n; i++)
       for (int64_t j = 0; j < neurons; j++) {
@@ -305,28 +351,31 @@ struct Network {
   }
 
   // Ask for rows that will be needed soon: experts lie anywhere in memory, and the processor only follows what is contiguous.
-  static void prefetch(const void *weight, int64_t stride, int64_t start, int64_t rows, int64_t first, int64_t width) {
+  // Always inlined: GCC takes a function that only prefetches for one without effect, and drops calls to it.
+  static inline __attribute__((always_inline)) void prefetch(const void *weight, int64_t stride, int64_t start, int64_t rows, int64_t first, int64_t width) {
     for (int64_t j = 0; j < rows; j++) {
       const char *row = (const char *)((const Wt *)weight + (start + j) * stride + first);
       for (int64_t k = 0; k < width * (int64_t)sizeof(Wt); k += 64) __builtin_prefetch(row + k);
     }
   }
+  inline __attribute__((always_inline)) void prefetch_first(const Piece &piece) const {
+    prefetch(f.up, f.up_stride, piece.start, piece.neurons, 0, f.d_in);
+    if (f.gate) prefetch(f.gate, f.gate_stride, piece.start, piece.neurons, 0, f.d_in);
+  }
+  inline __attribute__((always_inline)) void prefetch_second(const Piece &piece, int64_t c, int64_t width) const {
+    prefetch(f.down, f.down_stride, piece.start, piece.neurons, c, min64(width, f.d_out - c));
+  }
 
   // Rows token[i] of base (+ token * stride) += h[i] . down, columns c to c + COLUMNS.
-  void add_columns(float *base, const uint16_t *token, int64_t n, int64_t stride, const float *h, int64_t start, int64_t neurons,
-                   int64_t c) const {
-    const Wt *w = static_cast<const Wt *>(f.down) + start * f.down_stride + c;
+  void add_columns(float *base, int64_t stride, const Piece &piece, const float *h, int64_t c) const {
+    const Wt *w = static_cast<const Wt *>(f.down) + piece.start * f.down_stride + c;
     int64_t w_stride = f.down_stride;
     Wt padded[CHUNK_NEURONS * COLUMNS];
     if (f.d_out - c < COLUMNS) {  // the last columns: nothing beyond them may be read
-      w = pad(padded, w, neurons, f.d_out - c);
+      w = pad(padded, w, piece.neurons, f.d_out - c);
       w_stride = COLUMNS;
     }
-    const Tiles tiles(n, 2 * TOKENS);
-    for (int64_t tile = 0; tile < tiles.number; tile++) {
-      const int64_t i = tiles.start(tile);
-      add_any<Add, Wt>(base, token + i, tiles.start(tile + 1) - i, stride, h + i * Add::row(neurons), neurons, w, w_stride);
-    }
+    add_rows<Add, Wt>(base, piece.token, piece.num_tokens, stride, h, piece.neurons, w, w_stride);
   }
 
   const Wt *pad(Wt *padded, const Wt *w, int64_t rows, int64_t width) const {
@@ -336,23 +385,23 @@ struct Network {
   }
 
   // One token: y += h . down, without reading the rows of neurons whose h is zero (ReLU). h in fp32.
-  void add_nonzero(float *y, const float *h, int64_t start, int64_t neurons) const {
-    const Wt *w = static_cast<const Wt *>(f.down) + start * f.down_stride;
+  void add_nonzero(float *y, const float *h, const Piece &piece) const {
+    const Wt *w = static_cast<const Wt *>(f.down) + piece.start * f.down_stride;
     const Wt *row[4];
     float value[4];
     int n = 0;
-    for (int64_t j = 0; j < neurons; j++) {
+    for (int64_t j = 0; j < piece.neurons; j++) {
       if (h[j] == 0.0f) continue;
       row[n] = w + j * f.down_stride;
       value[n++] = h[j];
-      if (n == 4) add_rows(y, value, row), n = 0;
+      if (n == 4) add_four(y, value, row), n = 0;
     }
     if (!n) return;
     for (int j = n; j < 4; j++) row[j] = row[0], value[j] = 0.0f;
-    add_rows(y, value, row);
+    add_four(y, value, row);
   }
 
-  void add_rows(float *y, const float *value, const Wt *const *row) const {
+  void add_four(float *y, const float *value, const Wt *const *row) const {
     int64_t c = 0;
     for (; c + COLUMNS <= f.d_out; c += COLUMNS) Add::rows(y + c, value, row, c);
     if (c == f.d_out) return;
@@ -397,6 +446,32 @@ struct Lists {
   }
 };
 
+// The experts from one to another that have tokens, in pieces of at most CHUNK_NEURONS; neighbours that every token takes are as one.
+template <class Net>
+struct Pieces {
+  const Net &net;
+  const Lists &lists;
+  const int64_t all_tokens, last;
+  int64_t expert;              // the next one
+  int64_t start = 0, end = 0;  // neurons that are left of those before
+  int64_t num_tokens = 0;      // that take them
+  const uint16_t *token = nullptr;
+
+  bool next(Piece *piece) {
+    if (start == end) {
+      while (expert < last && !lists.count[expert]) expert++;
+      if (expert == last) return false;
+      start = end = net.first_neuron(expert);
+      num_tokens = lists.count[expert], token = lists.of(expert);
+      do end += net.expert_size(expert++);
+      while (num_tokens == all_tokens && expert < last && lists.count[expert] == all_tokens);
+    }
+    *piece = {token, num_tokens, start, min64(CHUNK_NEURONS, end - start)};
+    start += piece->neurons;
+    return true;
+  }
+};
+
 template <class X, class IO>
 struct Rows {  // x as the first product reads it
   static const X *get(const IO *x, X *converted, int64_t width) {
@@ -416,8 +491,6 @@ struct Rows<X, X> {
 template <class Net, class IO, class X>
 struct FewTokens {
   const Net &net;
-  const IO *x;
-  int64_t x_stride;
   int64_t num_tokens;
   IO *y;
   int64_t y_stride;
@@ -449,32 +522,28 @@ struct FewTokens {
     int64_t total = 0, before = 0;
     for (int64_t e = 0; e < experts; e++) total += cost(e);
     const int64_t first = total * thread / num_threads, last = total * (thread + 1) / num_threads;
-    for (int64_t e = 0; e < experts; e++) {
-      const int64_t now = before;
-      before += cost(e);
-      if (before == now || now < first || now >= last) continue;  // the thread in whose share it begins
-      expert(e, sums, h, gate);
+    int64_t begin = 0, end = 0;  // experts whose share begins here
+    for (; begin < experts && before < first; begin++) before += cost(begin);
+    for (end = begin; end < experts && before < last; end++) before += cost(end);
+    Pieces<Net> pieces{net, lists, num_tokens, end, begin};
+    Piece piece, following;
+    for (bool more = pieces.next(&piece); more; piece = following) {
+      more = pieces.next(&following);
+      work(piece, more ? &following : nullptr, sums, h, gate);
     }
   }
 
-  void expert(int64_t e, float *sums, float *h, float *gate) {
+  // The next piece's rows come from memory while this one is computed.
+  void work(const Piece &piece, const Piece *following, float *sums, float *h, float *gate) {
     typedef typename Net::Add Add;
-    const uint16_t *token = lists.of(e);
-    const int64_t n = lists.count[e];
     const X *in[FEW_TOKENS];
-    for (int64_t i = 0; i < n; i++) in[i] = rows[token[i]];
-    const int64_t start = net.first_neuron(e), size = net.expert_size(e);
-    for (int64_t j = 0; j < size; j += CHUNK_NEURONS) {
-      const int64_t neurons = min64(CHUNK_NEURONS, size - j);
-      net.prefetch(net.f.down, net.f.down_stride, start + j, neurons, 0, net.f.d_out);
-      net.hidden(in, n, start + j, neurons, h, gate);
-      if (n == 1) {
-        net.add_nonzero(sums + token[0] * net.out_width, h, start + j, neurons);
-        continue;
-      }
-      Add::convert(h, n, neurons);
-      for (int64_t c = 0; c < net.f.d_out; c += COLUMNS) net.add_columns(sums + c, token, n, net.out_width, h, start + j, neurons, c);
-    }
+    for (int64_t i = 0; i < piece.num_tokens; i++) in[i] = rows[piece.token[i]];
+    net.prefetch_second(piece, 0, net.f.d_out);
+    net.hidden(in, piece, h, gate);
+    if (following) net.prefetch_first(*following);
+    if (piece.num_tokens == 1) return net.add_nonzero(sums + piece.token[0] * net.out_width, h, piece);
+    Add::convert(h, piece.num_tokens, piece.neurons);
+    for (int64_t c = 0; c < net.f.d_out; c += COLUMNS) net.add_columns(sums + c, net.out_width, piece, h, c);
   }
 
   // In the order of the threads.
@@ -526,8 +595,9 @@ struct ManyTokens {
     }
   }
 
-  struct Piece {  // part of an expert whose h is ready
-    int64_t expert, start, neurons, at;
+  struct Ready {  // a piece whose h is at a place
+    Piece piece;
+    int64_t at;
   };
 
   // y of a block stands in columns of COLUMNS floats, all tokens of a column together: it stays in the first cache, and rows of a power
@@ -546,29 +616,26 @@ struct ManyTokens {
     for (int64_t t = 0; t < n; t++)
       rows[t] = Rows<X, IO>::get(x + (first + t) * x_stride, converted + t * round_up(net.f.d_in, 16), net.f.d_in);
 
-    Piece pieces[MAX_PIECES];
-    int num_pieces = 0;
+    Ready ready[MAX_PIECES];
+    int number = 0;
     int64_t used = 0;
     const X *in[BLOCK_TOKENS];
-    for (int64_t e = 0; e < experts; e++) {
-      const uint16_t *token = lists.of(e);
-      const int64_t count = lists.count[e];
-      if (!count) continue;
-      for (int64_t i = 0; i < count; i++) in[i] = rows[token[i]];
-      const int64_t start = net.first_neuron(e), size = net.expert_size(e);
-      for (int64_t j = 0; j < size; j += CHUNK_NEURONS) {
-        const int64_t neurons = min64(CHUNK_NEURONS, size - j);
-        net.hidden(in, count, start + j, neurons, h + used, gate);
-        Add::convert(h + used, count, neurons);
-        pieces[num_pieces++] = {e, start + j, neurons, used};
-        used += round_up(count * neurons, W);
-        if (used >= HIDDEN_FLOATS || num_pieces == MAX_PIECES) {
-          second(lists, sums, h, pieces, num_pieces, n);
-          used = num_pieces = 0;
-        }
+    Pieces<Net> pieces{net, lists, n, experts, 0};
+    Piece piece, following;
+    for (bool more = pieces.next(&piece); more; piece = following) {
+      more = pieces.next(&following);
+      if (more) net.prefetch_first(following);
+      for (int64_t i = 0; i < piece.num_tokens; i++) in[i] = rows[piece.token[i]];
+      net.hidden(in, piece, h + used, gate);
+      Add::convert(h + used, piece.num_tokens, piece.neurons);
+      ready[number++] = {piece, used};
+      used += round_up(piece.num_tokens * piece.neurons, W);
+      if (used >= HIDDEN_FLOATS || number == MAX_PIECES) {
+        second(sums, h, ready, number, n);
+        used = number = 0;
       }
     }
-    if (num_pieces) second(lists, sums, h, pieces, num_pieces, n);
+    second(sums, h, ready, number, n);
 
     const IO *bias = (const IO *)net.f.down_bias;
     for (int64_t t = 0; t < n; t++)
@@ -577,14 +644,11 @@ struct ManyTokens {
                              min64(COLUMNS, net.f.d_out - c));
   }
 
-  void second(const Lists &lists, float *sums, const float *h, const Piece *pieces, int num_pieces, int64_t n) {
+  void second(float *sums, const float *h, const Ready *ready, int number, int64_t n) {
     for (int64_t c = 0; c < net.f.d_out; c += COLUMNS)
-      for (int p = 0; p < num_pieces; p++) {
-        const Piece &piece = pieces[p];
-        if (p + 1 < num_pieces)
-          net.prefetch(net.f.down, net.f.down_stride, pieces[p + 1].start, pieces[p + 1].neurons, c, min64(COLUMNS, net.f.d_out - c));
-        net.add_columns(sums + c * n, lists.of(piece.expert), lists.count[piece.expert], COLUMNS, h + piece.at, piece.start,
-                        piece.neurons, c);
+      for (int p = 0; p < number; p++) {
+        if (p + 1 < number) net.prefetch_second(ready[p + 1].piece, c, COLUMNS);
+        net.add_columns(sums + c * n, COLUMNS, ready[p].piece, h + ready[p].at, c);
       }
   }
 };
@@ -609,7 +673,7 @@ static int run(const moeify_ffn &f, const void *x, int64_t x_stride, const uint8
       rows[t] = Rows<X, IO>::get((const IO *)x + t * x_stride, converted + t * round_up(f.d_in, 16), f.d_in);
     Lists lists(after, num_tokens, f.num_experts);
     lists.build(mask, num_tokens, f.num_experts);
-    Job job{net, (const IO *)x, x_stride, num_tokens, (IO *)y, y_stride, lists, memory, per_thread, rows};
+    Job job{net, num_tokens, (IO *)y, y_stride, lists, memory, per_thread, rows};
     job.finish(parallel(num_threads, &Job::task, &job));
     return MOEIFY_OK;
   }
@@ -618,7 +682,8 @@ static int run(const moeify_ffn &f, const void *x, int64_t x_stride, const uint8
   for (int64_t k = 0; k < num_tokens * f.num_experts; k++) pairs += mask[k] != 0;
   // Tokens enough for every expert, but at least one block a thread, and equal blocks.
   const int64_t share = (num_tokens + num_threads - 1) / num_threads;
-  const int64_t wanted = min64(BLOCK_TOKENS, max64(128, EXPERT_TOKENS * num_tokens * f.num_experts / max64(pairs, 1)));
+  const int64_t fitting = max64(128, BLOCK_BYTES / (f.d_in * (int64_t)sizeof(X)));
+  const int64_t wanted = min64(min64(BLOCK_TOKENS, fitting), max64(128, EXPERT_TOKENS * num_tokens * f.num_experts / max64(pairs, 1)));
   const int64_t blocks = (share + wanted - 1) / wanted, block = (share + blocks - 1) / blocks;
   const int64_t per_thread = round_up(Job::thread_bytes(net, block), 64);
   char *memory = scratch(per_thread * num_threads);
