@@ -7,7 +7,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 # What `make bench` runs, and whose folder of bench/results it writes; local is ignored by git.
-CASES  ?= split grouped exactness moe_ffn_cpu
+CASES  ?= split grouped exactness moe_ffn_cpu generate_cpu
 DEVICE ?= local
 
 .PHONY: demo test lint types contracts docs-check bench sanitize clean
@@ -36,11 +36,13 @@ bench: $(VENV)/.dev
 	$(PIP) -e '.[bench]'
 	for case in $(CASES); do $(BIN)/python -m bench.run $$case --json bench/results/$(DEVICE)/$$case.jsonl || exit 1; done
 
-# The compiled kernels under AddressSanitizer and UBSan; needs g++.
+# The compiled kernels under AddressSanitizer and UBSan; needs g++. Whatever fails, or is interrupted, the plain library is built again.
 sanitize: $(VENV)/.dev
-	MOEIFY_CXXFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g" $(BIN)/python setup.py -q build_ext --inplace
-	ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" $(BIN)/python -m pytest -q tests/unit/kernels/test_cpu.py
-	$(BIN)/python setup.py -q build_ext --inplace
+	trap : INT; \
+	MOEIFY_CXXFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g" $(BIN)/python setup.py -q build_ext --inplace \
+	&& ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
+		$(BIN)/python -m pytest -q tests/unit/kernels/test_cpu.py tests/unit/kernels/test_cpu_op.py tests/unit/kernels/test_int8.py; \
+	status=$$?; $(BIN)/python setup.py -q build_ext --inplace && exit $$status
 
 # csrc is compiled by the installation.
 $(VENV)/.runtime: pyproject.toml constraints.txt setup.py $(wildcard csrc/*)

@@ -16,15 +16,23 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from rich.console import Console
 from rich.table import Table
+from transformers.utils.logging import disable_progress_bar
 
 from moeify.errors import MoeifyError
 
 from . import cases
+
+
+class _Parser(argparse.ArgumentParser):
+    """One line for an error, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}\n")
 
 
 def case_names() -> list[str]:
@@ -51,11 +59,11 @@ def environment() -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
-    common = argparse.ArgumentParser(add_help=False)
+    common = _Parser(add_help=False)
     common.add_argument("case", metavar="CASE", nargs="?", help=f"one of {', '.join(case_names())}")
     common.add_argument("--json", type=Path, metavar="OUT", help="write the rows here, one JSON object a line")
     common.add_argument("--quick", action="store_true", help="few shapes and repeats: does it run, not how fast")
-    parser = argparse.ArgumentParser(prog="python -m bench.run", description=(__doc__ or "").partition("\n")[0], parents=[common])
+    parser = _Parser(prog="python -m bench.run", description=(__doc__ or "").partition("\n")[0], parents=[common])
     name = common.parse_known_args(argv)[0].case  # first the case alone: it knows the rest of its options
     if name not in case_names():
         if {"-h", "--help"} & set(sys.argv[1:] if argv is None else argv):
@@ -68,6 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         case.add_options(parser)
     options = vars(parser.parse_args(argv))
     name, out = options.pop("case"), options.pop("json")
+    disable_progress_bar()  # ours tells of the rows
     try:
         rows = _rows_of(case, name, options)
     except MoeifyError as error:
@@ -82,12 +91,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _rows_of(case: Any, name: str, options: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Run the case, printing each row as it comes and all of them at the end."""
     rows = []
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 400)  # a pipe has no width; a table takes no more than it needs
     with console.status(name):
         for row in case.run(**options):
             rows.append(row)
             console.print(" ".join(f"[dim]{key}[/dim] {_cell(value)}" for key, value in row.items()), highlight=False, soft_wrap=True)
-    console.print(_table(name, rows))
+    shared = {key for key in rows[0] if len(rows) > 1 and all(key in row and row[key] == rows[0][key] for row in rows)} if rows else set()
+    console.print(*(f"{key} {_cell(value)}" for key, value in rows[0].items() if key in shared), sep=", ", highlight=False, soft_wrap=True)
+    console.print(_table(name, [{key: value for key, value in row.items() if key not in shared} for row in rows]))
     return rows
 
 
@@ -97,8 +108,8 @@ def _fail(message: str) -> int:
 
 
 def _table(title: str, rows: Sequence[dict[str, Any]]) -> Table:
-    table = Table(title=title)
     columns = list(dict.fromkeys(key for row in rows for key in row))
+    table = Table(title=title)
     for column in columns:
         table.add_column(column, justify="right")
     for row in rows:

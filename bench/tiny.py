@@ -11,8 +11,8 @@ from moeify.routers import NormRouterConfig
 from moeify.train.stages import RouterTrainConfig
 
 
-def convert_tiny(folder: Path) -> tuple[str, Path]:
-    """A random Llama of two layers, D = 32, F = 48, on bytes, and its conversion to experts of 8."""
+def save_tiny(folder: Path) -> str:
+    """A random Llama of two layers, D = 32, F = 48, on bytes."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -31,13 +31,18 @@ def convert_tiny(folder: Path) -> tuple[str, Path]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = LlamaForCausalLM(config).eval()
-    dense, converted = folder / "dense", folder / "moe"
-    save_dense(model, byte_tokenizer(), dense)
+    save_dense(model, byte_tokenizer(), folder)
+    return str(folder)
+
+
+def convert_tiny(folder: Path) -> tuple[str, Path]:
+    """The tiny Llama, and its conversion to experts of 8."""
+    dense, converted = save_tiny(folder / "dense"), folder / "moe"
     convert_checkpoint(
-        str(dense),
+        dense,
         converted,
         data=DataConfig(data="builtin:pydoc"),
         config=ConvertConfig(expert_size=8, router=NormRouterConfig(width=4)),
         calibration=CalibrationConfig(max_tokens=2048, window=64, router=RouterTrainConfig(epochs=1)),
     )
-    return str(dense), converted
+    return dense, converted

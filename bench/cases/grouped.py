@@ -1,11 +1,13 @@
-"""The kernels in pure torch against a plain loop over experts and against the dense FFN, from the mask to the output.
+"""The kernels against a plain loop over experts and against the dense FFN, from the mask to the output.
 
 The loop is what one writes first, and what transformers' eager experts do: for each expert find its tokens in the mask, gather, compute,
-add back. Every other candidate pays for its plan. Masks: "uniform" draws every pair alone; "skewed" gives expert e a popularity
-~ 1 / (e + 1) in random order, which is nearer to a trained router. All in fp32.
+add back. Every other candidate pays for its plan. "cpu", where it was compiled, has weights kept by neuron, as converted models have; the
+others, "auto" among them, have them as ``nn.Linear`` stores them, so that "auto" is what runs without a compiler. Masks: "uniform" draws
+every pair alone; "skewed" gives expert e a popularity ~ 1 / (e + 1) in random order, which is nearer to a trained router. All in fp32.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moeify.evaluate import measure_ms
-from moeify.kernels import build_plan, explain, moe_ffn
+from moeify.kernels import build_plan, cpu, explain, moe_ffn
 from moeify.sites.formula import ffn_dense, ffn_hidden
 from moeify.sites.site import FFNWeights, expert_bounds
 
@@ -66,13 +68,17 @@ def _measure(x_TD: Tensor, weights: FFNWeights, mask_TE: Tensor, *, activation: 
     }
     if x_TD.shape[0] <= 16:
         candidates["gather"] = lambda: kernel("gather")
+    if cpu.unavailable() is None:
+        by_neuron = replace(weights, down_FD=weights.down_FD.contiguous())
+        candidates["cpu"] = lambda: moe_ffn(x_TD, by_neuron, build_plan(mask_TE), activation=activation, impl="cpu")
     expected = loop_over_experts(x_TD, weights, mask_TE, activation=activation)
     for name, candidate in candidates.items():
         if name != "dense":
             torch.testing.assert_close(candidate(), expected, atol=1e-4, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
     spread = measure_ms(candidates, rounds=repeats, warmup=2)
     (chosen,) = [c.name for c in explain(x_TD, weights, build_plan(mask_TE), activation=activation) if c.chosen]
-    best = min(spread[name].median_ms for name in candidates if name not in ("loop", "dense", "auto"))
+    best = min(spread[name].median_ms for name in candidates if name not in ("loop", "dense", "auto", "cpu"))
+    compiled = {f"{name}_over_cpu": spread[name].median_ms / spread["cpu"].median_ms for name in ("loop", "dense") if "cpu" in candidates}
     return {
         "chosen": chosen,
         **{f"{name}_ms": spread[name].median_ms for name in candidates},
@@ -81,6 +87,7 @@ def _measure(x_TD: Tensor, weights: FFNWeights, mask_TE: Tensor, *, activation: 
         "loop_over_auto": spread["loop"].median_ms / spread["auto"].median_ms,
         "dense_over_auto": spread["dense"].median_ms / spread["auto"].median_ms,
         "auto_over_best": spread["auto"].median_ms / best,
+        **compiled,
     }
 
 

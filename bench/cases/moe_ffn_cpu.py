@@ -1,10 +1,14 @@
-"""One FFN of experts of 8 neurons against the dense FFN, on the CPU: how near a call comes to the 1 / f that the skipped weights promise.
+"""One FFN as a mixture of experts against the dense FFN, on the CPU: how near a call comes to the 1 / f that the skipped weights promise.
 
 Dense is what a model runs: `torch.nn.functional.linear` of the same dtype on weights as ``nn.Linear`` stores them; with ``--compiled`` also
-under `torch.compile`. Ours begins at the selection mask (building the plan is part of it); the router that makes the mask is timed apart.
+under `torch.compile`. Ours begins at the selection mask (building the plan is part of it). The router is timed as a model executes it: for
+more than a few tokens router and rule in PyTorch; for few a native call that goes on with a single expert, so a little too much. ``layer``
+is all of a converted layer, from its input: modules, router, rule, plan and kernel; its own router selects the same fraction.
+
 The sides take turns call by call, each on another of many layers, so that weights come from memory and not from the cache, and every call
 has a new selection. Weights and inputs are random; so are the masks (every token draws its own, the worst case) unless ``--converted``
-names a model whose own routers select on text. Random inputs leave half of a ReLU's neurons on; trained ones have fewer.
+names a model whose own routers select on text. Random inputs leave half of a ReLU's neurons on; trained ones have fewer. With int8 weights
+the dense side has the floating ones that they stand for.
 
 Letters: T tokens, D model width, F FFN width, E experts, L layers.
 """
@@ -14,23 +18,27 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import cycle, product
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bench.common import DTYPES, p80_over_p20, whole_numbers, words
 from moeify import DataConfig, load_model, moe_layers
 from moeify._config import lookup
 from moeify.errors import ConfigError
-from moeify.kernels import build_plan, explain, moe_ffn
-from moeify.layers import ActiveRecorder, MoEFFN
+from moeify.kernels import build_plan, cpu, explain, moe_ffn
+from moeify.layers import ActiveRecorder, MoEFFN, attach
 from moeify.pipeline import calibration_batches
-from moeify.routers import NormRouter, NormRouterConfig
+from moeify.quantize import quantize
+from moeify.routers import NormRouterConfig, build_router
 from moeify.select import Threshold
-from moeify.sites import ACTIVATIONS, FFNWeights
+from moeify.select.calibrate import Calibrator
+from moeify.sites import ACTIVATIONS, FFNSite, FFNWeights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +51,7 @@ class Shape:
     gated: bool = False
     biased: bool = False
     num_experts: int | None = None
-    """E; None means experts of 8 neurons."""
+    """E; None where ``--expert-size`` says it."""
 
 
 SHAPES = {
@@ -54,17 +62,20 @@ SHAPES = {
     "bert": Shape(d_model=768, d_ff=3072, activation="gelu", biased=True),
     "vit": Shape(d_model=768, d_ff=3072, activation="gelu"),
 }
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+WEIGHTS: dict[str, Callable[[nn.Module], object]] = {"float": lambda layer: None, "int8": quantize}
+"""What is done to a converted layer before it runs."""
 NUM_TOKENS = (1, 8, 256, 1024)
 FRACTIONS = (1.0, 0.75, 0.5, 0.25, 0.1)
 QUICK = {"shapes": ("smollm2", "bert"), "tokens": (1, 65), "fractions": (0.25,)}
 REGIMES = ((4, "decode", 20), (64, "small batch", 10), (float("inf"), "prefill", 3))
 """(tokens at most, name, passes over the layers)."""
 ROW_S = 10.0  # no further pass over the layers after this: 12 calls of each side are a median, too
-EXPERT_SIZE = 8
+EXPERT_SIZES = (8,)
 ROUTER_WIDTH = 128
 MIN_LAYERS, COLD_BYTES, MAX_BYTES = 12, 256 << 20, 6_000_000_000
 RECORDED_TOKENS = 4096
+MOST_SCORED = 1024
+NUM_INPUTS = 7  # of a layer that selects by itself: another selection each time that its turn comes
 
 Masks = Callable[[int, float], Tensor]
 """(tokens, active fraction) -> a new mask_TE."""
@@ -72,9 +83,11 @@ Masks = Callable[[int, float], Tensor]
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """What `run` takes besides ``quick``."""
-    parser.add_argument("--shapes", type=_words, metavar="A,B", help=f"some of {', '.join(SHAPES)}; all by default")
-    parser.add_argument("--dtypes", type=_words, default=tuple(DTYPES), metavar="A,B", help=f"some of {', '.join(DTYPES)}; all by default")
-    parser.add_argument("--tokens", type=_numbers, metavar="T,T", help=f"{','.join(map(str, NUM_TOKENS))} by default")
+    parser.add_argument("--shapes", type=words, metavar="A,B", help=f"some of {', '.join(SHAPES)}; all by default")
+    parser.add_argument("--dtypes", type=words, default=tuple(DTYPES), metavar="A,B", help=f"some of {', '.join(DTYPES)}; all by default")
+    parser.add_argument("--weights", type=words, default=("float",), metavar="A,B", help="of the experts: float (as --dtypes), int8")
+    parser.add_argument("--tokens", type=whole_numbers, metavar="T,T", help=f"{','.join(map(str, NUM_TOKENS))} by default")
+    parser.add_argument("--expert-size", type=whole_numbers, metavar="G,G", help=f"neurons of an expert; {EXPERT_SIZES[0]} by default")
     parser.add_argument("--converted", type=Path, metavar="DIR", help="a converted text model: its FFN's shape, masks of its own routers")
     parser.add_argument("--compiled", action="store_true", help="the dense FFN under torch.compile, too")
 
@@ -84,52 +97,89 @@ def run(
     quick: bool,
     shapes: Sequence[str] | None = None,
     dtypes: Sequence[str] = tuple(DTYPES),
+    weights: Sequence[str] = ("float",),
     tokens: Sequence[int] | None = None,
+    expert_size: Sequence[int] | None = None,
     converted: Path | None = None,
     compiled: bool = False,
 ) -> Iterator[dict[str, Any]]:
     """Rows: median microseconds a call; ratio is dense over ours, of_bound that times f, spread the larger p80 / p20 of the two sides."""
     tokens = tokens or (QUICK["tokens"] if quick else NUM_TOKENS)
-    fractions = QUICK["fractions"] if quick else FRACTIONS
     if min(tokens) < 1:
         raise ConfigError(f"--tokens must be at least 1, got {min(tokens)}.")
     types = {name: lookup(DTYPES, name, where="--dtypes") for name in dtypes}
+    changes = [lookup(WEIGHTS, name, where="--weights") for name in weights]
     if converted is not None:
-        if shapes:
-            raise ConfigError("--converted has the shape of its model; leave --shapes out.")
-        shape, masks = _recorded(converted, most=max(tokens))
-        cases, kind, fractions = {converted.name: shape}, "recorded", (float("nan"),)
+        if shapes or expert_size:
+            raise ConfigError("--converted has the shape of its model; leave --shapes and --expert-size out.")
+        shape, masks, fraction = _recorded(converted, most=max(tokens))
+        cases, kind, fractions = [(converted.name, shape)], "recorded", (fraction,)
     else:
         names = shapes or (QUICK["shapes"] if quick else tuple(SHAPES))
-        cases, kind, masks = {name: lookup(SHAPES, name, where="--shapes") for name in names}, "random", None
-    for name, shape in cases.items():
-        for dtype_name, dtype in types.items():
-            layers = _layers(shape, dtype)
-            for T in tokens:
-                sides = _sides(shape, layers, torch.randn(T, shape.d_model).to(dtype), compiled=compiled)
-                regime, rounds = _regime(T)
-                labels = {"shape": name, "regime": regime, "dtype": dtype_name, "tokens": T, "masks": kind, "layers": len(layers)}
-                for fraction in fractions:
-                    yield labels | _measure(sides, masks or _random(shape), T, fraction, rounds=1 if quick else rounds)
-            del layers, sides  # before the next ones are made
+        named = {name: lookup(SHAPES, name, where="--shapes") for name in names}
+        sizes, least = expert_size or EXPERT_SIZES, min(shape.d_ff for shape in named.values())
+        if min(sizes) < 1 or max(sizes) > least:
+            raise ConfigError(f"--expert-size must be between 1 and {least}, got {','.join(map(str, sizes))}.")
+        cases = [(name, replace(shape, num_experts=-(-shape.d_ff // size))) for (name, shape), size in product(named.items(), sizes)]
+        kind, masks, fractions = "random", None, QUICK["fractions"] if quick else FRACTIONS
+    for (name, shape), (dtype_name, dtype), change in product(cases, types.items(), changes):
+        layers = _layers(shape, dtype, change)
+        stored = str(layers[0].ours.up_FD.dtype).removeprefix("torch.")
+        same = {"shape": name, "dtype": dtype_name, "weights": stored, "expert_size": layers[0].moe.bounds[1], "layers": len(layers)}
+        for T in tokens:
+            sides = _sides(shape, layers, torch.randn(NUM_INPUTS, T, shape.d_model).to(dtype), compiled=compiled)
+            regime, rounds = _regime(T)
+            labels = same | {"regime": regime, "tokens": T, "masks": kind}
+            for fraction in fractions:
+                sides.prepare(fraction)
+                wanted = fraction if masks is None else float("nan")
+                yield labels | _measure(sides, masks or _random(shape), T, wanted, rounds=1 if quick else rounds)
+        del layers, sides  # before the next ones are made
+
+
+class _FFN(nn.Module):
+    """An FFN as families write it."""
+
+    def __init__(self, weights: FFNWeights, activation: str) -> None:
+        super().__init__()
+        self.up = _linear(weights.up_FD, weights.up_bias_F)
+        self.gate = None if weights.gate_FD is None else _linear(weights.gate_FD, None)
+        self.down = _linear(weights.down_FD.t(), weights.down_bias_D)
+        self.activation = ACTIVATIONS[activation]
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.activation(self.up(x)) if self.gate is None else self.activation(self.gate(x)) * self.up(x)
+        return self.down(h)
+
+
+def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        linear.bias = nn.Parameter(bias, requires_grad=False)
+    return linear
 
 
 @dataclass(frozen=True)
 class _Layer:
-    """The same weights for both sides: what differs is how down lies in memory."""
+    """One FFN twice; what differs is how down lies in memory, and its type where ours is int8."""
 
+    ffn: _FFN
+    moe: MoEFFN
     ours: FFNWeights
-    down_DF: Tensor
-    router: NormRouter
+    dense: tuple[Tensor | None, ...]
+    """up_FD, gate_FD, down_DF, up_bias_F, down_bias_D."""
 
 
 @dataclass(frozen=True)
 class _Sides:
     """What is timed: name -> call of one layer with one mask."""
 
-    calls: dict[str, Callable[[int, Tensor], Tensor]]
+    calls: dict[str, Callable[[int, Tensor], object]]
     num_layers: int
     chosen: Callable[[Tensor], str]
+    prepare: Callable[[float], None]
+    """Makes the layers' own routers select this fraction."""
 
 
 @torch.no_grad()
@@ -152,27 +202,31 @@ def _measure(sides: _Sides, masks: Masks, T: int, fraction: float, *, rounds: in
         if i >= 0:
             chosen[sides.chosen(mask_TE)] += 1
             active.append(mask_TE.float().mean().item())
-    f = statistics.mean(active) if fraction != fraction else fraction  # nan: whatever was recorded
     medians = {name: statistics.median(times) for name, times in us.items()}
     ratio = medians["dense"] / medians["ours"]
+    f = statistics.mean(active) if fraction != fraction else fraction  # nan: whatever was recorded
     row = {
         "f": f,
         **{f"{name}_us": value for name, value in medians.items() if name != "router"},
         "ratio": ratio,
         "of_bound": ratio * f,
+        "layer_ratio": medians["dense"] / medians["layer"],
         "router_us": medians["router"],
         "router_share": medians["router"] / medians["dense"],
         "chosen": chosen.most_common(1)[0][0],
-        "spread": max(_p80_over_p20(us[name]) for name in ("dense", "ours")),
+        "spread": max(p80_over_p20(us[name]) for name in ("dense", "ours")),
     }
     if "compiled" in medians:
         row["compiled_over_ours"] = medians["compiled"] / medians["ours"]
     return row
 
 
-def _sides(shape: Shape, layers: Sequence[_Layer], x_TD: Tensor, *, compiled: bool) -> _Sides:
+@torch.no_grad()
+def _sides(shape: Shape, layers: Sequence[_Layer], inputs_NTD: Tensor, *, compiled: bool) -> _Sides:
     activation = ACTIVATIONS[shape.activation]
-    rule = Threshold(theta=1.0)
+    x_TD, turn = inputs_NTD[0], cycle(inputs_NTD)
+    scores = {str(i): layer.moe.scores(inputs_NTD.flatten(0, 1)[:MOST_SCORED]) for i, layer in enumerate(layers)}
+    calibrator = Calibrator(Threshold, scores)
 
     def linears(up_FD: Tensor, gate_FD: Tensor | None, down_DF: Tensor, up_bias_F: Tensor | None, down_bias_D: Tensor | None) -> Tensor:
         up_TF = F.linear(x_TD, up_FD, up_bias_F)
@@ -180,11 +234,7 @@ def _sides(shape: Shape, layers: Sequence[_Layer], x_TD: Tensor, *, compiled: bo
         return F.linear(h_TF, down_DF, down_bias_D)
 
     def dense_by(function: Callable[..., Tensor]) -> Callable[[int, Tensor], Tensor]:
-        def dense(i: int, _: Tensor) -> Tensor:
-            w = layers[i].ours
-            return function(w.up_FD, w.gate_FD, layers[i].down_DF, w.up_bias_F, w.down_bias_D)
-
-        return dense
+        return lambda i, _: function(*layers[i].dense)
 
     def ours(i: int, mask_TE: Tensor) -> Tensor:
         return moe_ffn(x_TD, layers[i].ours, build_plan(mask_TE), activation=shape.activation)
@@ -193,16 +243,48 @@ def _sides(shape: Shape, layers: Sequence[_Layer], x_TD: Tensor, *, compiled: bo
         candidates = explain(x_TD, layers[0].ours, build_plan(mask_TE), activation=shape.activation)
         return next(c.name for c in candidates if c.chosen)
 
-    calls = {"dense": dense_by(linears), "ours": ours, "router": lambda i, _: rule(layers[i].router(x_TD))}
+    @torch.no_grad()
+    def prepare(fraction: float) -> None:
+        for layer, rule in zip(layers, calibrator.solve(fraction).rules.values(), strict=True):
+            layer.moe.rule = rule
+            layer.ffn(x_TD)  # what a layer makes once for a rule is not part of a call
+
+    router = _router_calls(shape, layers, x_TD)
+    calls: dict[str, Callable[[int, Tensor], object]] = {
+        "dense": dense_by(linears),
+        "ours": ours,
+        "router": lambda i, _: router(i, next(turn)),
+        "layer": lambda i, _: layers[i].ffn(next(turn)),
+    }
     if compiled:
         torch.compiler.reset()  # each shape is a compilation of its own, of which there is a limit
         calls["compiled"] = dense_by(torch.compile(linears, dynamic=False))
     _check(calls, _random(shape)(x_TD.shape[0], 0.5), x_TD, layers[0].ours, shape)
-    return _Sides(calls, len(layers), chosen)
+    return _Sides(calls, len(layers), chosen, prepare)
+
+
+def _router_calls(shape: Shape, layers: Sequence[_Layer], x_TD: Tensor) -> Callable[[int, Tensor], object]:
+    """(layer, input) -> what a model does to know the experts: router and rule; with up to `ROUTED_TOKENS` tokens in one native call."""
+    if x_TD.shape[0] > cpu.ROUTED_TOKENS or cpu.refusal(x_TD, activation=shape.activation) is not None:
+        return lambda i, x_TD: layers[i].moe.select(x_TD)
+    native = []
+    for layer in layers:
+        router = layer.moe.router
+        weights = cpu.RouterWeights(
+            hidden_WD=router.hidden.weight,
+            hidden_bias_W=router.hidden.bias,
+            out_EW=router.out.weight,
+            out_bias_E=router.out.bias,
+            output=router.config.output,
+            rule=Threshold.name,
+            knob=1e30,  # above every score: one expert runs
+        )
+        native.append(cpu.Routed(layer.ours, weights, activation=shape.activation, dtype=x_TD.dtype))
+    return lambda i, x_TD: native[i](x_TD)
 
 
 @torch.no_grad()
-def _check(calls: dict[str, Callable[[int, Tensor], Tensor]], mask_TE: Tensor, x_TD: Tensor, weights: FFNWeights, shape: Shape) -> None:
+def _check(calls: dict[str, Callable[[int, Tensor], Any]], mask_TE: Tensor, x_TD: Tensor, weights: FFNWeights, shape: Shape) -> None:
     """Both sides compute the FFN that is meant, or their times say nothing."""
     tolerance = {torch.float32: 1e-4, torch.bfloat16: 5e-2}[x_TD.dtype]
     for name, mask in (("ours", mask_TE), ("dense", torch.ones_like(mask_TE))):
@@ -210,28 +292,40 @@ def _check(calls: dict[str, Callable[[int, Tensor], Tensor]], mask_TE: Tensor, x
         torch.testing.assert_close(calls[name](0, mask), expected, atol=tolerance, rtol=tolerance, msg=lambda t, name=name: f"{name}: {t}")
 
 
-def _layers(shape: Shape, dtype: torch.dtype) -> list[_Layer]:
+def _layers(shape: Shape, dtype: torch.dtype, change: Callable[[nn.Module], object]) -> list[_Layer]:
     """Layers in memory of their own; at least 12, and together several times a cache, unless that would not fit into memory."""
-    D, neurons = shape.d_model, shape.d_ff
+    D, neurons, num_experts = shape.d_model, shape.d_ff, shape.num_experts
+    assert num_experts is not None
     up_FD, gate_FD, down_FD = (torch.randn(neurons, D).mul_(n**-0.5).to(dtype) for n in (D, D, neurons))
     matrices, size = (3 if shape.gated else 2), up_FD.nbytes
-    fit = MAX_BYTES // ((matrices + 1) * size)  # down is there twice
+    fit = MAX_BYTES // (2 * matrices * size)  # twice there: at most all of them
     count = max(1, min(max(MIN_LAYERS, -(-COLD_BYTES // (matrices * size))), fit))
+    site = FFNSite(
+        name="",
+        up="up",
+        down="down",
+        gate="gate" if shape.gated else None,
+        activation=shape.activation,
+        d_model=D,
+        d_ff=neurons,
+        d_out=D,
+    )
     layers = []
     for _ in range(count):
         biases = {"up_bias_F": torch.randn(neurons).to(dtype), "down_bias_D": torch.randn(D).to(dtype)} if shape.biased else {}
-        ours = FFNWeights(up_FD=up_FD.clone(), down_FD=down_FD.clone(), gate_FD=gate_FD.clone() if shape.gated else None, **biases)
-        router = NormRouter(NormRouterConfig(width=ROUTER_WIDTH), d_model=D, num_experts=_num_experts(shape))
-        layers.append(_Layer(ours, down_FD.t().contiguous(), router))
+        weights = FFNWeights(up_FD=up_FD.clone(), down_FD=down_FD.clone(), gate_FD=gate_FD.clone() if shape.gated else None, **biases)
+        ffn = _FFN(weights, shape.activation).eval()
+        router = build_router(NormRouterConfig(width=ROUTER_WIDTH), site=site, num_experts=num_experts)
+        attach(ffn, moe := MoEFFN(site, num_experts=num_experts, router=router, rule=Threshold(theta=0.0)))
+        change(ffn)
+        ours = moe.weights()
+        d = ours.dequantized(dtype)
+        layers.append(_Layer(ffn, moe, ours, (d.up_FD, d.gate_FD, d.down_FD.t().contiguous(), d.up_bias_F, d.down_bias_D)))
     return layers
 
 
-def _num_experts(shape: Shape) -> int:
-    return shape.num_experts or -(-shape.d_ff // EXPERT_SIZE)
-
-
 def _random(shape: Shape) -> Masks:
-    return lambda T, fraction: torch.rand(T, _num_experts(shape)) < fraction
+    return lambda T, fraction: torch.rand(T, shape.num_experts or 1) < fraction
 
 
 class _Selections(ActiveRecorder):
@@ -245,8 +339,8 @@ class _Selections(ActiveRecorder):
         self.masks.setdefault(layer.site.name, []).append(mask_TE)
 
 
-def _recorded(directory: Path, *, most: int) -> tuple[Shape, Masks]:
-    """The FFN of a converted model's first layer, and draws of consecutive tokens from what its layers of that shape selected on text."""
+def _recorded(directory: Path, *, most: int) -> tuple[Shape, Masks, float]:
+    """A converted model's first FFN; draws of consecutive tokens from what its layers of that shape selected on text; their fraction."""
     model, processor = load_model(directory)
     layers = list(moe_layers(model).values())
     if not layers:
@@ -277,21 +371,8 @@ def _recorded(directory: Path, *, most: int) -> tuple[Shape, Masks]:
         first = int(torch.randint(len(mask_TE) - T + 1, ()))
         return mask_TE[first : first + T].clone()
 
-    return shape, draw
+    return shape, draw, torch.cat(masks).float().mean().item()
 
 
 def _regime(T: int) -> tuple[str, int]:
     return next((name, rounds) for most, name, rounds in REGIMES if most >= T)
-
-
-def _p80_over_p20(times: Sequence[float]) -> float:
-    ordered, last = sorted(times), len(times) - 1
-    return ordered[round(0.8 * last)] / ordered[round(0.2 * last)]
-
-
-def _words(text: str) -> tuple[str, ...]:
-    return tuple(text.split(","))
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(map(int, text.split(",")))

@@ -10,9 +10,9 @@ import torch
 import transformers
 
 from bench import run as bench_run
-from bench.cases import decode, exactness
+from bench.cases import exactness, grouped
 from moeify.evaluate import default_metric
-from moeify.kernels import IMPLS
+from moeify.kernels import IMPLS, cpu
 from moeify.select import RULES
 
 
@@ -52,6 +52,25 @@ def test_run_names_the_nearest_case_and_prints_errors_of_the_library_on_one_line
     assert capsys.readouterr().err == "error: give --dense and --converted, or neither.\n"
 
 
+def test_run_of_an_option_without_sense_is_one_line(case, capsys):
+    case.add_options = lambda parser: parser.add_argument("--tokens", type=int)
+    with pytest.raises(SystemExit, match="2"):
+        bench_run.main(["echo", "--tokens", "many"])
+    assert capsys.readouterr().err == "error: argument --tokens: invalid int value: 'many'\n"
+
+
+def test_table_has_a_column_for_what_differs_and_a_line_for_what_all_rows_share(case, capsys):
+    case.run = lambda **_: iter([{"dtype": "float32", "ratio": 1.5, "only": None}, {"dtype": "float32", "ratio": 2.0}])
+    assert bench_run.main(["echo"]) == 0
+    *_, shared, title, _, head, _, first, second, _ = capsys.readouterr().out.splitlines()
+    assert (shared, title.strip()) == ("dtype float32", "echo")
+    assert [line.replace("┃", " ").replace("│", " ").split() for line in (head, first, second)] == [
+        ["ratio", "only"],
+        ["1.5", "None"],
+        ["2"],
+    ]
+
+
 @pytest.fixture(scope="module")
 def rows():
     transformers.logging.disable_progress_bar()
@@ -80,14 +99,20 @@ def test_exactness_sees_a_conversion_of_another_model(tmp_path):
     assert all(row["max_abs_diff"] > 0.1 for row in rows if "load" not in row["check"])
 
 
-def test_decode_has_a_row_per_mode_and_the_least_time_of_each():
-    transformers.logging.disable_progress_bar()
-    dense, moe = decode.run(quick=True, new_tokens=4)
-    assert (dense["mode"], dense["active_fraction"], dense["dense_over_this"]) == ("dense", 1.0, 1.0)
-    assert (moe["mode"], 0 < moe["active_fraction"] < 1) == ("moe", True)
-    assert moe["read_mb_per_token"] != dense["read_mb_per_token"]
-    for row in (dense, moe):
-        assert 0 < row["roofline_ms"] < row["ms_per_token"] == pytest.approx(1e3 / row["tokens_per_s"])
+def test_grouped_compares_the_loop_with_every_kernel_that_is_there(monkeypatch):
+    monkeypatch.setattr(grouped, "SHAPES", {"small": (16, 256, "silu", True)})
+    rows = list(grouped.run(quick=True))
+    assert [(row["T"], row["E"], row["mask"]) for row in rows] == [
+        *((16, E, "uniform") for E in (8, 128)),
+        *((256, E, mask) for E in (8, 128) for mask in ("uniform", "skewed")),
+    ]
+    for row in rows:
+        assert row["loop_over_grouped"] == row["loop_ms"] / row["grouped_ms"]
+        assert ("gather_ms" in row) == (row["T"] == 16)
+        assert row["chosen"] != "cpu", "weights as nn.Linear stores them: what runs without a compiler"
+        if cpu.unavailable() is None:
+            assert row["loop_over_cpu"] == row["loop_ms"] / row["cpu_ms"]
+            assert row["dense_over_cpu"] == row["dense_ms"] / row["cpu_ms"]
 
 
 def test_distance_of_an_encoder_pools_what_is_no_padding():

@@ -1,6 +1,7 @@
 """The case that compares a sparse FFN with the dense one on the CPU."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import tiny
@@ -9,11 +10,11 @@ from numpy.testing import assert_allclose
 
 from bench import run as bench_run
 from bench.cases import moe_ffn_cpu
-from moeify.kernels import AUTO_ORDER
+from moeify.kernels import AUTO_ORDER, build_plan, cpu, moe_ffn
 from moeify.select import DynKMax
 
-LABELS = {"case", "shape", "regime", "dtype", "tokens", "masks", "layers", "device", "threads", "torch"}
-NUMBERS = {"f", "dense_us", "ours_us", "ratio", "of_bound", "router_us", "router_share", "spread"}
+LABELS = {"case", "shape", "regime", "dtype", "weights", "expert_size", "tokens", "masks", "layers", "device", "threads", "torch"}
+NUMBERS = {"f", "dense_us", "ours_us", "layer_us", "ratio", "of_bound", "layer_ratio", "router_us", "router_share", "spread"}
 
 
 @pytest.fixture
@@ -44,6 +45,8 @@ def test_quick_run_has_a_row_per_dtype_and_tokens_with_every_key(small, tmp_path
         assert_allclose(row["ratio"], row["dense_us"] / row["ours_us"])
         assert_allclose(row["of_bound"], row["ratio"] * row["f"])
         assert_allclose(row["router_share"], row["router_us"] / row["dense_us"])
+        assert_allclose(row["layer_ratio"], row["dense_us"] / row["layer_us"])
+        assert (row["expert_size"], row["weights"]) == (8, row["dtype"])
 
 
 def test_options_choose_a_part_and_full_runs_have_every_fraction(small, tmp_path):
@@ -58,7 +61,11 @@ def test_options_choose_a_part_and_full_runs_have_every_fraction(small, tmp_path
         (["--shapes", "gpt3"], "did you mean 'gpt2'?"),
         (["--dtypes", "float16"], "did you mean 'bfloat16'?"),
         (["--tokens", "0"], "--tokens must be at least 1, got 0."),
-        (["--converted", "x", "--shapes", "gpt2"], "leave --shapes out"),
+        (["--converted", "x", "--shapes", "gpt2"], "leave --shapes and --expert-size out"),
+        (["--converted", "x", "--expert-size", "8"], "leave --shapes and --expert-size out"),
+        (["--expert-size", "8,0"], "--expert-size must be between 1 and 1536, got 8,0."),
+        (["--shapes", "gpt2", "--expert-size", "4000"], "--expert-size must be between 1 and 3072, got 4000."),
+        (["--weights", "int7"], "did you mean 'int8'?"),
     ],
 )
 def test_options_that_mean_nothing_are_one_line(capsys, options, message):
@@ -70,13 +77,14 @@ def test_options_that_mean_nothing_are_one_line(capsys, options, message):
 
 def test_recorded_masks_are_the_converted_models_own(small, tmp_path):
     tiny.save_converted_tiny(tmp_path / "moe", rule=DynKMax(tau=0.7))
-    shape, draw = moe_ffn_cpu._recorded(tmp_path / "moe", most=65)
+    shape, draw, fraction = moe_ffn_cpu._recorded(tmp_path / "moe", most=65)
     assert shape == moe_ffn_cpu.Shape(d_model=32, d_ff=48, activation="relu", gated=True, num_experts=6)
     mask_TE = draw(65, 0.5)
     assert mask_TE.shape == (65, 6)
     assert mask_TE.any(1).all()
     assert not mask_TE.all()
     assert not torch.equal(mask_TE, draw(65, 0.5)), "a new selection at every call"
+    assert abs(fraction - torch.cat([draw(65, 0.5) for _ in range(200)]).float().mean()) < 0.05
     (row,) = rows_of(tmp_path, "--quick", "--converted", str(tmp_path / "moe"), "--tokens", "65", "--dtypes", "float32")
     assert (row["shape"], row["masks"]) == ("moe", "recorded")
     assert 1 / 6 <= row["f"] < 1
@@ -89,20 +97,84 @@ def test_a_model_that_is_not_converted_has_no_masks(tmp_path, capsys):
     assert "is not a converted model" in capsys.readouterr().err
 
 
+def test_expert_sizes_and_int8_weights_are_rows_of_their_own(small, tmp_path):
+    options = ("--quick", "--shapes", "small", "--dtypes", "float32", "--tokens", "2,6", "--expert-size", "1,11", "--weights", "float,int8")
+    rows = rows_of(tmp_path, *options)
+    assert [(r["expert_size"], r["weights"], r["tokens"]) for r in rows] == [
+        (size, weights, tokens) for size in (1, 11) for weights in ("float32", "int8") for tokens in (2, 6)
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*deprecated:DeprecationWarning")  # torch's compiler uses torch.jit
+def test_compiled_dense_side_is_a_column(small, tmp_path):
+    (row,) = rows_of(tmp_path, "--quick", "--shapes", "small", "--dtypes", "float32", "--tokens", "2", "--compiled")
+    assert row["compiled_us"] > 0
+    assert_allclose(row["compiled_over_ours"], row["compiled_us"] / row["ours_us"])
+
+
+def layers_of(shape, dtype=torch.float32, weights="float"):
+    return moe_ffn_cpu._layers(shape, dtype, moe_ffn_cpu.WEIGHTS[weights])
+
+
+@pytest.fixture
+def shape(small):
+    return replace(moe_ffn_cpu.SHAPES["small"], num_experts=11)
+
+
+def test_layer_runs_the_fraction_that_it_was_prepared_for_by_its_own_router(shape):
+    layers = layers_of(shape)
+    inputs_NTD = torch.randn(moe_ffn_cpu.NUM_INPUTS, 30, shape.d_model)
+    sides = moe_ffn_cpu._sides(shape, layers, inputs_NTD, compiled=False)
+    for fraction in (0.25, 0.75):
+        sides.prepare(fraction)
+        selections = [[sides.calls["router"](i, None) for _ in range(len(inputs_NTD))] for i in range(len(layers))]
+        for i, masks in enumerate(selections):
+            assert abs(torch.cat(masks).float().mean() - fraction) < 0.01
+            assert not torch.equal(masks[0], masks[1]), "another selection each time"
+            expected = moe_ffn(inputs_NTD[0], layers[i].ours, build_plan(layers[i].moe.select(inputs_NTD[0])), activation="silu")
+            torch.testing.assert_close(layers[i].ffn(inputs_NTD[0]), expected)
+
+
+@pytest.mark.skipif(cpu.unavailable() is not None, reason="no compiled kernels")
+def test_router_of_few_tokens_is_the_native_call_with_one_expert(shape):
+    layers = layers_of(shape)
+    x_TD = torch.randn(3, shape.d_model)
+    y_TD, mask_TE = moe_ffn_cpu._router_calls(shape, layers, x_TD)(1, x_TD)
+    assert mask_TE.sum(1).tolist() == [1, 1, 1]
+    assert torch.equal(mask_TE.float().argmax(1), layers[1].moe.scores(x_TD).argmax(1))
+    assert y_TD.shape == (3, shape.d_model)
+
+
+@pytest.mark.parametrize("weights", moe_ffn_cpu.WEIGHTS)
+def test_dense_side_has_the_weights_that_ours_stand_for_in_the_order_of_their_shapes(shape, weights):
+    layers = layers_of(shape, torch.bfloat16, weights)
+    assert len(layers) == moe_ffn_cpu.MIN_LAYERS
+    for layer in layers:
+        up_FD, gate_FD, down_DF, up_bias_F, down_bias_D = layer.dense
+        expected = layer.ours.dequantized(torch.bfloat16)
+        assert torch.equal(up_FD, expected.up_FD)
+        assert torch.equal(gate_FD, expected.gate_FD)
+        assert torch.equal(down_DF, expected.down_FD.t())
+        assert all(w.is_contiguous() and w.dtype is torch.bfloat16 for w in (up_FD, gate_FD, down_DF, up_bias_F, down_bias_D))
+        assert (layer.ours.up_FD.dtype is torch.int8) == (weights == "int8")
+    assert len({layer.dense[2].data_ptr() for layer in layers}) == len(layers), "layers have memory of their own"
+
+
 def test_both_sides_are_called_on_every_layer_with_a_new_selection_each_time(small):
-    calls = {"dense": [], "ours": [], "router": []}
+    calls = {"dense": [], "ours": [], "router": [], "layer": []}
 
     def side(name):
         return lambda layer, mask_TE: calls[name].append((layer, mask_TE))
 
-    sides = moe_ffn_cpu._Sides({name: side(name) for name in calls}, 12, lambda mask_TE: "cpu")
-    masks = moe_ffn_cpu._random(moe_ffn_cpu.SHAPES["small"])
+    sides = moe_ffn_cpu._Sides({name: side(name) for name in calls}, 12, lambda mask_TE: "cpu", lambda fraction: None)
+    masks = moe_ffn_cpu._random(replace(moe_ffn_cpu.SHAPES["small"], num_experts=6))
     row = moe_ffn_cpu._measure(sides, masks, 9, 0.5, rounds=2)
     for seen in calls.values():
         assert sorted(layer for layer, _ in seen[2:]) == sorted([*range(12)] * 2)
-    for (dense, first), (ours, second), (router, _) in zip(*calls.values(), strict=True):
+    for (dense, first), (ours, second), (router, _), (layer, _) in zip(*calls.values(), strict=True):
         assert first is second
-        assert len({dense, ours, router}) == 3, "what one side has just read must not be in the cache for the next"
+        assert len({dense, ours, router, layer}) == 4, "what one side has just read must not be in the cache for the next"
     drawn = [mask_TE for _, mask_TE in calls["ours"]]
     assert not any(torch.equal(a, b) for a, b in zip(drawn, drawn[1:], strict=False))
     assert row["chosen"] == "cpu"
