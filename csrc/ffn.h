@@ -16,7 +16,7 @@ constexpr int64_t FEW_TOKENS = 64;
 constexpr int64_t BLOCK_TOKENS = 512;    // most tokens of a block
 constexpr int64_t EXPERT_TOKENS = 192;   // of a block, on average: fewer, and reading the weights costs more than the arithmetic
 constexpr int64_t PANEL_BYTES = 32 << 10;  // of weight rows that stay in the first cache while tokens pass by
-constexpr int64_t DOT_BYTES = 2 << 10;     // of a row that a tile multiplies at once, so that its x stays there, too
+constexpr int64_t DOT_BYTES = 3 << 10;     // of a row that a tile multiplies at once, so that its x stays there, too
 constexpr int64_t BLOCK_BYTES = 1 << 20;   // of x of a block: it stays in the second cache
 constexpr int64_t ALIASED_BYTES = 4096;    // rows so far apart share the sets of the first cache: panels of them are copied
 constexpr int64_t COPY_TOKENS = 24;        // from so many tokens on: the copy costs as much as one or two of them
@@ -291,7 +291,8 @@ struct Network {
   void hidden(const X *const *x, const Piece &piece, float *h, float *gate) const {
     const int64_t n = piece.num_tokens, neurons = piece.neurons;
     // Rows of gate and up that stay in the first cache pass by each tile of x together: x, which comes from further away, is read once.
-    const int64_t step = DOT_BYTES / (int64_t)sizeof(Wt), row_bytes = min64(step, f.d_in) * (int64_t)sizeof(Wt) * (f.gate ? 2 : 1);
+    const int64_t steps = (f.d_in * (int64_t)sizeof(Wt) + DOT_BYTES - 1) / DOT_BYTES, step = round_up((f.d_in + steps - 1) / steps, Dot::STEP);
+    const int64_t row_bytes = step * (int64_t)sizeof(Wt) * (f.gate ? 2 : 1);
     const int64_t rows = max64(ROWS, PANEL_BYTES / row_bytes / ROWS * ROWS);
     const Tiles tiles(n, TOKENS);
     for (int64_t first = 0; first < neurons; first += rows)

@@ -65,59 +65,63 @@ static inline void select_row(float *score, int64_t experts, int32_t rule, float
   }
 }
 
-// Rows of a matrix times a few tokens, the rows shared by the threads.
-template <class X>
-struct Scores {
-  const X *const *x;
-  int64_t num_tokens, width;
-  const float *weight, *bias;
-  int64_t num_rows;
-  float *out;  // (T, num_rows)
-  bool relu;
+// A layer of the router is a network of which only the first half runs.
+struct Layer {
+  typedef Network<DotFp32, AddFp32, float, float, float> Net;
+  moeify_ffn f = {};
+  Net net{f};
 
-  static void task(void *self, int thread, int num_threads) { static_cast<Scores *>(self)->run(thread, num_threads); }
+  Layer(const float *weight, const float *bias, int64_t width, int64_t num_rows, int32_t activation) {
+    f.up = weight, f.up_bias = bias, f.up_stride = f.d_in = width, f.num_neurons = num_rows, f.activation = activation;
+  }
 
-  void run(int thread, int num_threads) {
-    const int64_t groups = (num_rows + ROWS - 1) / ROWS;
-    const int64_t first = groups * thread / num_threads * ROWS, last = min64(groups * (thread + 1) / num_threads * ROWS, num_rows);
-    const Tiles tiles(num_tokens, TOKENS);
-    for (int64_t j = first; j < last; j += ROWS) {
-      const int64_t n = min64(ROWS, last - j);
-      for (int64_t tile = 0; tile < tiles.number; tile++) {
-        const int64_t i = tiles.start(tile), m = tiles.start(tile + 1) - i;
-        float *to = out + i * num_rows + j;
-        dot_any<DotFp32, X, float>(x + i, m, weight + j * width, width, 0, width, to, num_rows, n);
-        for (int64_t t = 0; t < m; t++)
-          for (int64_t r = 0; r < n; r++) {
-            const float value = to[t * num_rows + r] + bias[j + r];
-            to[t * num_rows + r] = relu && value < 0.0f ? 0.0f : value;
-          }
-      }
+  static int64_t scratch_floats(int64_t tokens) { return tokens * CHUNK_NEURONS + W; }
+
+  // out[t * num_neurons + j] for the rows j from first to last. scratch: scratch_floats(num_tokens).
+  void run(const float *const *x, int64_t num_tokens, int64_t first, int64_t last, float *out, float *scratch) const {
+    for (int64_t j = first; j < last; j += CHUNK_NEURONS) {
+      const Piece piece{nullptr, num_tokens, j, min64(CHUNK_NEURONS, last - j)};
+      net.hidden(x, piece, scratch, nullptr);
+      for (int64_t t = 0; t < num_tokens; t++) memcpy(out + t * f.num_neurons + j, scratch + t * piece.neurons, 4 * piece.neurons);
     }
   }
 };
 
+// Up to FEW_TOKENS tokens at a time. Where they are all, the threads share the rows of each layer; else they share the tokens.
 template <class IO>
-static int route(const moeify_ffn &f, const moeify_router &r, const void *x, int64_t x_stride, int64_t num_tokens, uint8_t *mask,
-                 int num_threads) {
-  const int64_t experts = f.num_experts, width = round_up(f.d_in, 16);
-  for (int64_t start = 0; start < num_tokens; start += FEW_TOKENS) {
-    const int64_t n = min64(FEW_TOKENS, num_tokens - start);
-    const int64_t row_floats = Rows<float, IO>::CONVERTS ? n * width : 0, hidden_floats = round_up(n * r.width, 16);
-    const int64_t score_floats = round_up(n * experts + W, 16);
-    float *memory = (float *)scratch(4 * (row_floats + hidden_floats + score_floats + experts));
-    if (!memory) return MOEIFY_NO_MEMORY;
-    float *hidden = memory + row_floats, *scores = hidden + hidden_floats;
-    int32_t *order = (int32_t *)(scores + score_floats);
-    const float *rows[FEW_TOKENS], *hidden_rows[FEW_TOKENS];
+struct Router {
+  const moeify_ffn &f;
+  const moeify_router &r;
+  const IO *x;
+  int64_t x_stride, num_tokens;
+  uint8_t *mask;
+  char *memory;  // thread_bytes() for each thread
+  const Layer hidden_layer{r.hidden, r.hidden_bias, f.d_in, r.width, MOEIFY_RELU};
+  const Layer out_layer{r.out, r.out_bias, r.width, f.num_experts, IDENTITY};
+  std::atomic<int64_t> next{0};
+  const float *rows[FEW_TOKENS] = {};  // of the few tokens, for all threads
+  const float *hidden_rows[FEW_TOKENS] = {};
+
+  int64_t row_floats() const { return Rows<float, IO>::CONVERTS ? round_up(f.d_in, 16) : 0; }
+  int64_t thread_bytes() const {
+    return 4 * round_up(FEW_TOKENS * (row_floats() + r.width + f.num_experts) + Layer::scratch_floats(FEW_TOKENS) + 2 * W + f.num_experts, 16);
+  }
+  // What a thread's memory is for.
+  float *x_of(int thread) const { return (float *)(memory + thread * thread_bytes()); }
+  float *hidden_of(int thread) const { return x_of(thread) + FEW_TOKENS * row_floats(); }
+  float *scores_of(int thread) const { return hidden_of(thread) + FEW_TOKENS * r.width; }
+  float *scratch_of(int thread) const { return scores_of(thread) + FEW_TOKENS * f.num_experts + W; }
+  int32_t *order_of(int thread) const { return (int32_t *)(scratch_of(thread) + Layer::scratch_floats(FEW_TOKENS) + W); }
+
+  void read(int thread, int64_t first, int64_t n, const float **in, const float **hidden) const {
     for (int64_t t = 0; t < n; t++) {
-      rows[t] = Rows<float, IO>::get((const IO *)x + (start + t) * x_stride, memory + t * width, f.d_in);
-      hidden_rows[t] = hidden + t * r.width;
+      in[t] = Rows<float, IO>::get(x + (first + t) * x_stride, x_of(thread) + t * row_floats(), f.d_in);
+      hidden[t] = hidden_of(thread) + t * r.width;
     }
-    Scores<float> first{rows, n, f.d_in, r.hidden, r.hidden_bias, r.width, hidden, true};
-    parallel(num_threads, &Scores<float>::task, &first);
-    Scores<float> second{hidden_rows, n, r.width, r.out, r.out_bias, experts, scores, false};
-    parallel(num_threads, &Scores<float>::task, &second);
+  }
+
+  void choose(float *scores, int32_t *order, int64_t first, int64_t n) const {
+    const int64_t experts = f.num_experts;
     for (int64_t k = 0; k < n * experts; k += W) {
       const vf z = load(scores + k);
       vf half = z * 0.5f;
@@ -127,11 +131,53 @@ static int route(const moeify_ffn &f, const moeify_router &r, const void *x, int
       store(scores + k, z != z ? z : score);
     }
     for (int64_t t = 0; t < n; t++) {
-      uint8_t *row = mask + (start + t) * experts;
+      uint8_t *row = mask + (first + t) * experts;
       select_row(scores + t * experts, experts, r.rule, r.knob, order, row);
       if (r.always_on)
         for (int64_t e = 0; e < experts; e++) row[e] |= r.always_on[e];
     }
   }
+
+  static void hidden_task(void *self, int thread, int threads) { static_cast<Router *>(self)->share(0, thread, threads); }
+  static void out_task(void *self, int thread, int threads) { static_cast<Router *>(self)->share(1, thread, threads); }
+  static void tokens_task(void *self, int thread, int) { static_cast<Router *>(self)->blocks(thread); }
+
+  void share(int layer, int thread, int threads) {
+    const Layer &l = layer ? out_layer : hidden_layer;
+    const int64_t groups = (l.f.num_neurons + ROWS - 1) / ROWS;
+    const int64_t first = groups * thread / threads * ROWS, last = min64(groups * (thread + 1) / threads * ROWS, l.f.num_neurons);
+    l.run(layer ? hidden_rows : rows, num_tokens, first, last, layer ? scores_of(0) : hidden_of(0), scratch_of(thread));
+  }
+
+  void blocks(int thread) {
+    const float *in[FEW_TOKENS], *hidden[FEW_TOKENS];
+    for (int64_t first; (first = next.fetch_add(FEW_TOKENS, std::memory_order_relaxed)) < num_tokens;) {
+      const int64_t n = min64(FEW_TOKENS, num_tokens - first);
+      read(thread, first, n, in, hidden);
+      hidden_layer.run(in, n, 0, r.width, hidden_of(thread), scratch_of(thread));
+      out_layer.run(hidden, n, 0, f.num_experts, scores_of(thread), scratch_of(thread));
+      choose(scores_of(thread), order_of(thread), first, n);
+    }
+  }
+
+  void run(int num_threads) {
+    if (num_tokens > FEW_TOKENS) {
+      parallel(num_threads, tokens_task, this);
+      return;
+    }
+    read(0, 0, num_tokens, rows, hidden_rows);
+    parallel(num_threads, hidden_task, this);
+    parallel(num_threads, out_task, this);
+    choose(scores_of(0), order_of(0), 0, num_tokens);
+  }
+};
+
+template <class IO>
+static int route(const moeify_ffn &f, const moeify_router &r, const void *x, int64_t x_stride, int64_t num_tokens, uint8_t *mask,
+                 int num_threads) {
+  Router<IO> router{f, r, (const IO *)x, x_stride, num_tokens, mask, nullptr};
+  router.memory = scratch(router.thread_bytes() * num_threads);
+  if (!router.memory) return MOEIFY_NO_MEMORY;
+  router.run(num_threads);
   return MOEIFY_OK;
 }

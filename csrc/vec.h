@@ -102,8 +102,11 @@ static inline vf one_plus_erf(vf z) {
   return a < 0.92f ? near : far;
 }
 
+constexpr int32_t IDENTITY = -1;  // beside moeify_activation
+
 static inline vf activate(vf x, int32_t activation) {
   switch (activation) {
+    case IDENTITY: return x;
     case MOEIFY_RELU: return x > 0.0f ? x : (x != x ? x : vf{});
     case MOEIFY_SILU: return x / (1.0f + exp_of(-x));
     case MOEIFY_GELU: return 0.5f * x * one_plus_erf(x * 0.707106781f);

@@ -27,12 +27,14 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>")
 
 
-def tiny_llama(*, seed: int = 0, hidden_act: str = "relu", dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
+def tiny_llama(
+    *, seed: int = 0, hidden_act: str = "relu", dtype: torch.dtype = torch.float32, intermediate_size: int = 48
+) -> LlamaForCausalLM:
     """Two layers, D = 32, F = 48, random weights; ReLU, so that experts differ in how much they do."""
     config = LlamaConfig(
         vocab_size=VOCAB,
         hidden_size=32,
-        intermediate_size=48,
+        intermediate_size=intermediate_size,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,

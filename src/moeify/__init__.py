@@ -47,8 +47,10 @@ from .pipeline import convert_checkpoint as convert_checkpoint
 from .pipeline import convert_model as convert_model
 from .pipeline import generate_text as generate_text
 from .pipeline import profile_checkpoint as profile_checkpoint
+from .pipeline import quantize_checkpoint as quantize_checkpoint
 from .pipeline import report_checkpoint as report_checkpoint
 from .pipeline import sweep_checkpoint as sweep_checkpoint
+from .quantize import quantize as quantize
 from .select import DynKMass as DynKMass
 from .select import DynKMax as DynKMax
 from .select import Threshold as Threshold

@@ -190,6 +190,9 @@ def convert(
     rule: Annotated[str, typer.Option(help=f"Selection rule to calibrate: {', '.join(RULES)}.")] = "threshold",
     always_on: Annotated[int, typer.Option(help=_config.field_docs(ConvertConfig)["always_on"])] = ConvertConfig.always_on,
     policy: Annotated[str | None, typer.Option(help="Exceptions by FFN name: JSON, or the path of a JSON file.")] = None,
+    weights: Annotated[
+        str, typer.Option(metavar="float|int8", help="Type of the experts' weights; int8 loads with moeify only, not as a dense model.")
+    ] = "float",
     dtype: DType = "float32",
     device: Device = "cpu",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier conversion in the output folder.")] = False,
@@ -219,9 +222,26 @@ def convert(
         calibration=calibration,
         dtype=dtype,
         device=device,
+        weights=weights,
         overwrite=overwrite,
         progress=make_progress(),
     )
+
+
+@command()
+def quantize(
+    directory: Converted,
+    *,
+    out: Annotated[Path, typer.Option(help="New folder for the checkpoint with int8 weights.")],
+    dtype: Annotated[
+        str, typer.Option(metavar="auto|float32|bfloat16|float16", help="Type of all other weights; auto keeps the checkpoint's.")
+    ] = "auto",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier conversion in the output folder.")] = False,
+) -> Any:
+    """Give the experts of a converted model int8 weights; the result loads with moeify only, not as a dense model."""
+    from .pipeline import quantize_checkpoint
+
+    return quantize_checkpoint(directory, out, dtype=dtype, overwrite=overwrite, progress=make_progress())
 
 
 @command(resumes=lambda values: values["out"] is not None)

@@ -10,7 +10,7 @@ router tensors (decision D2).
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from .errors import CheckpointError, ConfigError, UnsupportedModelError
 from .layers import MoEFFN, attach, detach, moe_layers
 from .routers import NormRouterConfig, RouterConfig, build_router
 from .select import RuleConfig, Threshold
-from .sites import FFNSite, permute_neurons, site_weights
+from .sites import FFNSite, dequantize_site, has_int8, permute_neurons, quantize_site, site_weights
 from .split import BalancedKMeans, Coactivation, ContiguousSplit, ExpertSplit, SplitConfig, parameter_features, split_neurons
 
 SCHEMA = 1
@@ -94,6 +94,8 @@ class SiteRecord:
     """Selection rule with its calibrated knob."""
     always_on: tuple[int, ...] = ()
     """Experts that run for every token."""
+    weights: Literal["float", "int8"] = "float"
+    """Type of the projections' weights: the model's own, or int8 with a scale for each neuron's row."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,6 +106,11 @@ class Manifest:
     """Schema of this record."""
     sites: tuple[SiteRecord, ...]
     """Converted FFNs in module order."""
+
+    @property
+    def has_int8(self) -> bool:
+        """Whether any FFN has int8 weights; then no equal dense checkpoint exists (decision D2)."""
+        return any(record.weights == "int8" for record in self.sites)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON value."""
@@ -247,8 +254,8 @@ def convert(
 
 
 def rebuild(model: nn.Module, manifest: Manifest) -> None:
-    """Attach executors to a dense skeleton, on any device, meta included; weights are in order already and routers are loaded by the
-    caller.
+    """Attach executors to a dense skeleton, on any device, meta included; weights are in order already, routers and int8 weights are loaded
+    by the caller.
 
     Raises:
         CheckpointError: a site of the manifest is not in the model, or has other shapes.
@@ -268,13 +275,25 @@ def rebuild(model: nn.Module, manifest: Manifest) -> None:
                 f"that is no split of {site.d_ff} neurons."
             )
     for record in manifest.sites:
+        if record.weights == "int8":
+            quantize_site(model, record.site)
         apply_site(model, record, order_F=None)
 
 
 def to_dense(model: nn.Module) -> None:
-    """Remove every executor and router, in place; the model is dense again and equal (its neurons stay permuted)."""
-    for name in moe_layers(model):
-        detach(model, name)
+    """Remove every executor and router, in place; the model is dense again and equal (its neurons stay permuted).
+
+    Int8 weights become floating ones of the model's dtype: the numbers that they stood for, not those from before they were quantised.
+    """
+    sites = [moe.site for moe in moe_layers(model).values()]
+    for site in sites:
+        detach(model, site.name)
+    int8 = [site for site in sites if has_int8(model, site)]
+    dtype = _float_dtype(model)
+    for site in int8:
+        dequantize_site(model, site, dtype=dtype)
+    if int8 and hasattr(model, "is_quantized"):
+        cast(Any, model).is_quantized = False
     if getattr(getattr(model, "config", None), "quantization_config", None) is not None:
         del cast(Any, model).config.quantization_config
 
@@ -290,7 +309,14 @@ def manifest_of(model: nn.Module) -> Manifest:
         raise UnsupportedModelError(f"this {type(model).__name__} is dense; convert it first.")
     return Manifest(
         sites=tuple(
-            SiteRecord(site=m.site, num_experts=m.num_experts, router=m.router.config, rule=cast(RuleConfig, m.rule), always_on=m.always_on)
+            SiteRecord(
+                site=m.site,
+                num_experts=m.num_experts,
+                router=m.router.config,
+                rule=cast(RuleConfig, m.rule),
+                always_on=m.always_on,
+                weights="int8" if has_int8(model, m.site) else "float",
+            )
             for m in layers.values()
         )
     )
@@ -308,6 +334,12 @@ def stamp(model: nn.Module) -> Manifest:
 def with_rules(manifest: Manifest, rules: Mapping[str, RuleConfig]) -> Manifest:
     """The manifest with other rules at the named sites."""
     return replace(manifest, sites=tuple(replace(r, rule=rules.get(r.site.name, r.rule)) for r in manifest.sites))
+
+
+def _float_dtype(model: nn.Module) -> torch.dtype:
+    """The dtype of a model's weights: of the first that floats and is no scale of int8 ones."""
+    named = model.named_parameters()
+    return next((p.dtype for name, p in named if p.is_floating_point() and not name.endswith("weight_scale")), torch.float32)
 
 
 def _device_of(model: nn.Module, site: FFNSite) -> torch.device:

@@ -1,4 +1,7 @@
-"""A converted checkpoint without this library: plain transformers loads it as the equal dense model and warns about what it left out."""
+"""A converted checkpoint without this library: plain transformers loads it as the equal dense model and warns about what it left out.
+
+With int8 weights there is no equal dense model: nothing loads.
+"""
 
 import json
 import subprocess
@@ -11,6 +14,7 @@ from families.models import build
 from safetensors.torch import save_file
 
 from moeify.convert import ConvertConfig, convert
+from moeify.quantize import quantize
 from moeify.routers import NormRouterConfig
 from moeify.select import TopK
 from moeify.sites import find_ffn_sites
@@ -73,3 +77,37 @@ def test_converted_checkpoint_without_moeify_equals_the_dense_model(loaded_elsew
 def test_converted_checkpoint_without_moeify_only_warns(loaded_elsewhere):
     assert "Unknown quantization type, got moeify" in loaded_elsewhere[1]
     assert "moe.router" in loaded_elsewhere[1], "it names what it left out"
+
+
+INT8_SCRIPT = """
+import json, sys
+sys.modules["moeify"] = None
+import transformers
+
+errors = {}
+for name, (directory, kind) in json.loads(sys.argv[1]).items():
+    try:
+        getattr(transformers, kind).from_pretrained(directory)
+    except RuntimeError as error:
+        errors[name] = str(error)
+print(json.dumps(errors))
+"""
+
+
+def test_int8_checkpoints_without_moeify_are_refused_by_every_family(tmp_path):
+    saved = {}
+    # The last one's dense shapes are the same whichever way round: what tells them apart must not be the order of F and D.
+    makers = MODELS | {"as wide as deep": lambda: (tiny.tiny_llama(intermediate_size=32), tiny.tiny_inputs())}
+    for name, make in makers.items():
+        model, inputs = make()
+        convert(model, ConvertConfig(expert_size=8, router=NormRouterConfig(width=4)), sites=find_ffn_sites(model, inputs))
+        quantize(model)
+        model.save_pretrained(tmp_path / name)
+        saved[name] = (str(tmp_path / name), type(model).__name__)
+    done = subprocess.run([sys.executable, "-c", INT8_SCRIPT, json.dumps(saved)], capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    errors = json.loads(done.stdout)
+    assert errors.keys() == saved.keys(), "the others loaded, as something that nobody trained"
+    assert all("mismatch" in error for error in errors.values())
+    assert "Unknown quantization type, got moeify" in done.stderr
+    assert "up_proj.weight" in done.stderr, "it names what does not fit"

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from moeify.errors import CheckpointError
 from moeify.layers import moe_layers
 
 SMALL = ["--window", "32", "--max-tokens", "640", "--data", "builtin:pydoc"]
-COMMANDS = ("profile", "convert", "sweep", "generate", "report", "doctor", "demo")
+COMMANDS = ("profile", "convert", "quantize", "sweep", "generate", "report", "doctor", "demo")
 
 
 @pytest.fixture(autouse=True)
@@ -186,6 +187,148 @@ def test_dtype_and_device_reach_the_pipeline(monkeypatch, arguments, name):
     assert got == {"dtype": "float32", "device": "cpu"}
     assert cli.run([*arguments, "--dtype", "float16", "--device", "cuda:1"]) == 0
     assert got == {"dtype": "float16", "device": "cuda:1"}
+
+
+def test_convert_with_int8_weights_measures_before_and_after_them(dense, tmp_path, capsys):
+    options = ["--router-width", "4", "--router-epochs", "1", "--dtype", "bfloat16", "--weights", "int8"]
+    code, _, err = run(capsys, "convert", dense, "--out", tmp_path / "moe", *options, *SMALL)
+    assert (code, err) == (0, "")
+    record = json.loads((tmp_path / "moe" / "moeify.json").read_text())
+    assert {site["weights"] for site in record["sites"]} == {"int8"}
+    calibration = record["calibration"]
+    assert calibration["weights"] == "int8"
+    assert list(calibration["int8_errors"]) == ["model.layers.0.mlp", "model.layers.1.mlp"]
+    before, after = calibration["measured_float"], calibration["measured"]
+    assert before["quality"] != after["quality"]
+    assert after["quality"] == pytest.approx(before["quality"], rel=0.05)
+    card = (tmp_path / "moe" / "README.md").read_text()
+    for row in (
+        "| weights of the experts | int8, one scale a neuron |",
+        f"| held-out perplexity | {after['quality']:.4g} (dense",
+        f"| held-out perplexity with floating weights | {before['quality']:.4g} (dense",
+        "| relative error of the int8 weights | 0.0",
+    ):
+        assert row in card
+    assert "no other loader takes its int8 weights" in card
+    mlp = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "moe").model.layers[0].mlp
+    assert (mlp.up_proj.weight.dtype, mlp.up_proj.weight_scale.dtype) == (torch.int8, torch.float32)
+
+
+@pytest.fixture(scope="module")
+def int8(converted):
+    out = converted.parent.parent / f"{converted.parent.name}-int8"
+    assert cli.run(["quantize", str(converted), "--out", str(out)]) == 0
+    return out
+
+
+def test_quantize_writes_a_whole_checkpoint_and_leaves_its_source_alone(converted, int8, capsys):
+    source, record = (json.loads((folder / "moeify.json").read_text())["calibration"] for folder in (converted, int8))
+    assert "weights" not in source
+    changed = {"weights", "int8_errors", "measured", "measured_float", "versions"}
+    assert {key: record[key] for key in source if key not in changed} == {key: source[key] for key in source if key not in changed}
+    assert (record["weights"], record["measured"], record["measured_float"]) == ("int8", None, source["measured"])
+    assert {p.name for p in int8.iterdir()} == {p.name for p in converted.iterdir()}
+    assert (int8 / "model.safetensors").stat().st_size < (converted / "model.safetensors").stat().st_size
+    card = (int8 / "README.md").read_text()
+    assert "| measured | nothing; `moeify sweep` does |" in card
+    assert f"| held-out perplexity with floating weights | {source['measured']['quality']:.4g} (dense" in card
+    assert not [p for p in int8.parent.iterdir() if "partial" in p.name]
+
+
+def test_quantize_with_json_prints_the_record(converted, tmp_path, capsys):
+    code, out, err = run(capsys, "quantize", converted, "--out", tmp_path / "int8", "--dtype", "bfloat16", "--json")
+    assert (code, err) == (0, "")
+    written = json.loads((tmp_path / "int8" / "moeify.json").read_text())["calibration"]
+    assert json.loads(out) == written
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "int8")
+    assert model.dtype is torch.bfloat16
+    arguments = ["quantize", converted, "--out", tmp_path / "int8"]
+    code, _, err = run(capsys, *arguments)
+    assert (code, "--overwrite replaces it" in err) == (2, True)
+    assert run(capsys, *arguments, "--overwrite")[0] == 0
+    assert transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "int8").dtype is torch.float32, "the source's own"
+
+
+def test_quantize_with_overwrite_replaces_its_own_source(converted, tmp_path, capsys):
+    shutil.copytree(converted, tmp_path / "moe")
+    assert run(capsys, "quantize", tmp_path / "moe", "--out", tmp_path / "moe", "--overwrite")[0] == 0
+    assert [p.name for p in tmp_path.iterdir()] == ["moe"]
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "moe")
+    assert model.model.layers[1].mlp.down_proj.weight.dtype is torch.int8
+
+
+def test_commands_work_on_int8_weights(int8, tmp_path, capsys):
+    code, out, err = run(capsys, "sweep", int8, "--values", "0.0,2.5", "--out", tmp_path / "curve.json", *SMALL)
+    assert (code, err) == (0, "")
+    curve = json.loads((tmp_path / "curve.json").read_text())
+    assert curve["points"][0]["quality_ratio"] == pytest.approx(1, abs=1e-4)
+    assert curve["points"][1]["active_fraction"] < 1
+    text = run(capsys, "generate", int8, "The ", "--max-new-tokens", "4")
+    assert text[0] == 0
+    assert text[1].startswith("The ")
+    code, out, err = run(capsys, "profile", int8, "--json", *SMALL)
+    assert (code, err) == (0, "")
+    assert 0 < json.loads(out)["model.layers.0.mlp"]["zero_frac"] < 1
+
+
+def _no_source(folder):
+    record = json.loads((folder / "moeify.json").read_text())
+    del record["calibration"]["source"]
+    (folder / "moeify.json").write_text(json.dumps(record))
+
+
+def _nan(folder):
+    tiny.edit_tensors(folder, lambda tensors: tensors["model.layers.1.mlp.up_proj.weight"].fill_(float("nan")))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        pytest.param(lambda f: (f / "moeify.json").unlink(), "has no moeify.json", id="no record"),
+        pytest.param(_no_source, "lacks 'source'; convert the model again", id="damaged record"),
+        pytest.param(_nan, "'model.layers.1.mlp.up_proj.weight' has NaN or infinite values", id="nan"),
+        pytest.param(lambda f: shutil.copy(f / "config.json", f.parent / "int8"), "is a file; choose another --out", id="out is a file"),
+    ],
+)
+def test_quantize_of_a_damaged_checkpoint_is_one_line_and_writes_nothing(converted, tmp_path, capsys, change, message):
+    shutil.copytree(converted, tmp_path / "moe")
+    change(tmp_path / "moe")
+    before = sorted(tmp_path.iterdir())
+    code, out, err = run(capsys, "quantize", tmp_path / "moe", "--out", tmp_path / "int8")
+    assert (code, out) == (2, "")
+    assert message in err
+    assert err.count("\n") == 1
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_quantize_refuses_sources_that_are_no_floating_conversion(dense, int8, tmp_path, capsys):
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    for source, message in (
+        (dense, "is of a dense model; convert it first"),
+        (int8, "has int8 weights already"),
+        (tmp_path / "model.gguf", "is a file; give the folder that `moeify convert` wrote (which reads .gguf files)"),
+        (tmp_path / "nothing", "cannot be read"),
+    ):
+        code, out, err = run(capsys, "quantize", source, "--out", tmp_path / "out")
+        assert (code, out, err.count("\n")) == (2, "", 1)
+        assert message in err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["convert", "m", "--data", "builtin:pydoc", "--out", "o", "--weights", "int4"], "--weights must be float or int8, got 'int4'"),
+        (["convert", "INT8", "--data", "builtin:pydoc", "--out", "o"], "is converted already"),
+        (["quantize", "CONVERTED", "--out", "o", "--dtype", "int8"], "--dtype: unknown name 'int8'"),
+    ],
+)
+def test_wrong_types_of_weights_are_one_line(converted, int8, tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = run(capsys, *[{"INT8": int8, "CONVERTED": converted}.get(a, a) for a in arguments])
+    assert (code, err.count("\n")) == (2, 1)
+    assert message in err
+    assert not list(tmp_path.iterdir())
 
 
 def test_convert_with_policy_leaves_the_named_ffn_dense(dense, tmp_path, capsys):

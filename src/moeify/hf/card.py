@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from ..convert import manifest_of
 from ..layers import moe_layers
 
 _TAGS = ("moeify", "mixture-of-experts", "dynamic-k", "activation-sparsity")
@@ -34,11 +35,14 @@ def model_card(
     if _is_hub_id(base_model):
         metadata += [f"base_model: {base_model}", "base_model_relation: finetune"]
     rule = rules[0] if len(rules) == 1 else f"{rules[0]} ... {rules[-1]} (one a layer)"
+    has_int8 = manifest_of(model).has_int8
+    without = "no other loader takes its int8 weights" if has_int8 else "without it the same files load as the equal dense model"
     rows = {
         "FFNs converted": str(len(layers)),
         "experts per FFN": " or ".join(map(str, experts)),
         "router": ", ".join(sorted({moe.router.config.name for moe in layers.values()})),
         "selection rule": rule,
+        **({"weights of the experts": "int8, one scale a neuron"} if has_int8 else {}),
         **{key.replace("_", " "): _cell(value) for key, value in calibration.items() if not isinstance(value, (dict, list))},
         **(results or {}),
     }
@@ -53,7 +57,7 @@ def model_card(
             f"`{base_model}`, its dense FFNs turned into mixtures of experts with a dynamic number of experts per token by `moeify`.",
             "",
             "```python",
-            "import moeify  # registers the loader; without it the same files load as the equal dense model",
+            f"import moeify  # registers the loader; {without}",
             f"from transformers import {cls}",
             "",
             f'model = {cls}.from_pretrained("{name}")',

@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -35,13 +35,17 @@ _PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 
 
 def load_model(
-    source: str | os.PathLike[str], *, dtype: torch.dtype = torch.float32, auto_class: Any = None, progress: Progress = NO_PROGRESS
+    source: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype | Literal["auto"] = torch.float32,
+    auto_class: Any = None,
+    progress: Progress = NO_PROGRESS,
 ) -> tuple[Any, Any]:
     """A model, in eval mode, and its tokenizer or processor.
 
     Args:
         source: Hub id, folder (dense or converted), or ``.gguf`` file.
-        dtype: of the weights; routers stay fp32.
+        dtype: of the weights, "auto" as the checkpoint has them; routers stay fp32, and int8 weights int8.
         auto_class: transformers class to load with; None takes the one that the checkpoint's config names.
         progress: told of the tokenizer, the weights and the check of each tensor.
 

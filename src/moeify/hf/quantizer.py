@@ -20,9 +20,11 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ..convert import Manifest, SiteRecord, manifest_of, rebuild, to_dense
 from ..errors import CheckpointError
 from ..layers import moe_layers
+from ..sites.int8 import Int8Linear
 from .registration import AUTO, QUANT_METHOD, is_loading, register
 
 _ROUTER = ".moe.router."
+_SCALE = ".weight_scale"
 _Signature = tuple[tuple[str, ...], str, tuple[int, ...]]
 
 
@@ -65,13 +67,22 @@ class MoeifyQuantizer(HfQuantizer):
         for moe in moe_layers(model).values():
             moe.router.float()  # stays fp32 whatever dtype the model is loaded in: the loader keeps a parameter's own dtype
         if checkpoint_files:
-            _check_router_tensors(model, checkpoint_files, is_whole=len(manifest.sites) == len(stored.sites))
+            _check_own_tensors(model, checkpoint_files, is_whole=len(manifest.sites) == len(stored.sites))
+        self._int8_shapes = {name: module.weight.shape for name, module in model.named_modules() if isinstance(module, Int8Linear)}
         self.quantization_config = MoeifyConfig(manifest)
         return model
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_: object) -> nn.Module:
-        # Nothing is quantised: .half(), .float(), Trainer and torch.compile are to treat it as the plain model that it is.
-        model.is_quantized = False  # type: ignore[assignment]
+        _mark(model, has_int8=self.quantization_config.manifest.has_int8)
+        for name, module in model.named_modules():
+            if isinstance(module, Int8Linear):
+                module.weight_scale.requires_grad_(False)  # what is loaded is made a trainable parameter
+                # Older transformers take any shape for a quantised model's parameters.
+                if module.weight.dtype is not torch.int8 or module.weight.shape != self._int8_shapes[name]:
+                    raise CheckpointError(
+                        f"'{name}.weight' has shape {tuple(module.weight.shape)} and type {module.weight.dtype}, its manifest says "
+                        f"{tuple(self._int8_shapes[name])} and int8; restore the file, or quantise the model again."
+                    )
         for moe in moe_layers(model).values():
             moe.lay_out()
         return model
@@ -99,8 +110,8 @@ class MoeifyQuantizer(HfQuantizer):
 
     @property
     def is_qat_trainable(self) -> bool:
-        """Yes: Trainer takes the model without adapters."""
-        return True
+        """Whether Trainer takes the model without adapters: yes, but with int8 weights, most of which it could not train."""
+        return not self.quantization_config.manifest.has_int8
 
     @property
     def is_compileable(self) -> bool:
@@ -114,6 +125,12 @@ def adopt(model: nn.Module) -> None:
         config = MoeifyConfig(manifest_of(model))
         model.config.quantization_config = config  # type: ignore[union-attr]
         model.hf_quantizer = MoeifyQuantizer(config)  # type: ignore[assignment]
+        _mark(model, has_int8=config.manifest.has_int8)
+
+
+def _mark(model: nn.Module, *, has_int8: bool) -> None:
+    """Without int8 weights nothing is quantised: .half(), .float() and Trainer are to treat it as the plain model that it is."""
+    model.is_quantized = has_int8  # type: ignore[assignment]
 
 
 def _resolve(model: nn.Module, manifest: Manifest) -> Manifest:
@@ -158,44 +175,57 @@ def _moved(record: SiteRecord, *, drop: str, add: str) -> SiteRecord | None:
     return replace(record, site=replace(site, name=move(site.name), up=move(site.up), down=move(site.down), gate=gate))
 
 
-def _check_router_tensors(model: nn.Module, checkpoint_files: Iterable[str], *, is_whole: bool) -> None:
-    """Refuse a checkpoint whose router tensors are not the skeleton's; transformers would fill the gaps with random numbers.
+def _check_own_tensors(model: nn.Module, checkpoint_files: Iterable[str], *, is_whole: bool) -> None:
+    """Refuse a checkpoint whose router tensors or int8 scales are not the skeleton's; transformers would fill gaps with random numbers.
 
     Reads the files' headers only.
 
     Raises:
-        CheckpointError: router tensors are missing, have other shapes, or (with ``is_whole``) there are more of them; names the first.
+        CheckpointError: such tensors are missing, have other shapes, or (with ``is_whole``) there are more of them; names the first.
     """
-    expected = {name: _signature(name, tuple(tensor.shape)) for name, tensor in model.state_dict().items() if _ROUTER in f".{name}"}
+    expected = {name: _signature(name, tuple(tensor.shape)) for name, tensor in model.state_dict().items() if _is_own(name)}
     found: dict[str, _Signature] = {}
     for path in map(str, checkpoint_files):
         if not path.endswith(".safetensors"):
             raise CheckpointError(f"'{path}' is not a safetensors file; moeify reads no pickled weights.")
         try:
             with safe_open(path, framework="pt") as file:
-                found |= {key: _signature(key, tuple(file.get_slice(key).get_shape())) for key in file.keys() if _ROUTER in f".{key}"}  # noqa: SIM118
+                found |= {key: _signature(key, tuple(file.get_slice(key).get_shape())) for key in file.keys() if _is_own(key)}  # noqa: SIM118
         except SafetensorError as error:
             raise CheckpointError(f"'{path}' is truncated or not a safetensors file ({error}).") from error
     missing = Counter(expected.values()) - Counter(found.values())
     extra = Counter(found.values()) - Counter(expected.values())
     if missing:
-        first, shape = next((name, signature[-1]) for name, signature in expected.items() if signature in missing)
+        like_missing = [(name, signature) for name, signature in expected.items() if signature in missing]
+        # Several may be alike; one that the file does not have under this very name, or in another shape, is it.
+        first, (*_, shape) = next((pair for pair in like_missing if found.get(pair[0]) != pair[1]), like_missing[0])
         raise CheckpointError(
-            f"the checkpoint lacks {missing.total()} router tensors that its manifest asks for, first '{first}' of shape {shape}; "
+            f"the checkpoint lacks {missing.total()} {_kind(first)} tensors that its manifest asks for, first '{first}' of shape {shape}; "
             "restore the file, or convert the model again."
         )
     if extra and is_whole:
         first = next(key for key, signature in found.items() if signature in extra)
-        raise CheckpointError(f"the checkpoint has {extra.total()} router tensors that its manifest does not name, first '{first}'.")
+        raise CheckpointError(
+            f"the checkpoint has {extra.total()} {_kind(first)} tensors that its manifest does not name, first '{first}'."
+        )
 
 
 def _signature(key: str, shape: tuple[int, ...]) -> _Signature:
-    """What a router tensor's key in a file and its name in the model share: the numbers in the path, what follows the router, the shape.
+    """What a tensor's key in a file and its name in the model share: the numbers in the path, what follows the router or module, the shape.
 
     The rest of the path may differ: files of ViT-like models say "vit.encoder.layer.0" for the module "layers.0".
     """
-    path, _, tail = f".{key}".partition(_ROUTER)
+    path, _, tail = f".{key}".partition(_ROUTER) if _ROUTER in f".{key}" else key.rpartition(".")
     return tuple(part for part in path.split(".") if part.isdigit()), tail, shape
+
+
+def _is_own(key: str) -> bool:
+    """Whether no dense model has such a tensor. Integers without scales, and scales without integers, fail by their shapes."""
+    return _ROUTER in f".{key}" or key.endswith(_SCALE)
+
+
+def _kind(key: str) -> str:
+    return "router" if _ROUTER in f".{key}" else "scale"
 
 
 if not is_loading(AUTO):  # this module was imported before transformers' model code, and the hook found it half made

@@ -43,17 +43,22 @@ class Candidate:
     """Why it runs, or why not."""
 
 
-def moe_ffn(x_TD: Tensor, weights: FFNWeights, plan: DispatchPlan, *, activation: str, impl: str = "auto") -> Tensor:
+def moe_ffn(
+    x_TD: Tensor, weights: FFNWeights, plan: DispatchPlan, *, activation: str, impl: str = "auto", training: bool = False
+) -> Tensor:
     """Sum of the selected experts' outputs for each token, plus the output bias once.
 
     y[t] = down_bias + sum over selected neurons j of act(x[t] . up[j] + b[j]) * down[j]        (gated: act(gate) * up)
 
     Args:
         x_TD: floating, exactly 2-D, any strides. Under autocast, input and weights are cast to its dtype, as `F.linear` does.
-        weights: canonical weights of x's dtype and device; expert e owns neurons ``expert_bounds(F, E)[e : e + 2]``.
+        weights: canonical weights of x's dtype, or int8 ones with scales, on x's device; expert e owns neurons
+            ``expert_bounds(F, E)[e : e + 2]``.
         plan: from `build_plan`; E is the plan's.
         activation: key of `moeify.sites.formula.ACTIVATIONS`.
         impl: key of `IMPLS`, or "auto": the first of `AUTO_ORDER` without an objection. A named one never falls back to another.
+        training: whether the module trains: "auto" then leaves the compiled kernels out, so that a forward without gradients (reentrant
+            checkpointing) gives the bits of its recomputation.
 
     Returns:
         y_TD, x's dtype (autocast's under autocast). A token without experts gets the output bias alone.
@@ -67,11 +72,13 @@ def moe_ffn(x_TD: Tensor, weights: FFNWeights, plan: DispatchPlan, *, activation
     lookup(ACTIVATIONS, activation, where="activation")
     x_TD, weights = _autocast(x_TD, weights)
     _check(x_TD, weights, plan)
-    name = _auto(x_TD, weights, plan, activation=activation) if impl == "auto" else impl
+    name = _auto(x_TD, weights, plan, activation=activation, training=training) if impl == "auto" else impl
     return lookup(IMPLS, name, where="impl")(x_TD, weights, plan, activation=activation)
 
 
-def explain(x_TD: Tensor, weights: FFNWeights, plan: DispatchPlan, *, activation: str, impl: str = "auto") -> list[Candidate]:
+def explain(
+    x_TD: Tensor, weights: FFNWeights, plan: DispatchPlan, *, activation: str, impl: str = "auto", training: bool = False
+) -> list[Candidate]:
     """What `moe_ffn` would run for these tensors, and why not the others; runs nothing.
 
     Returns:
@@ -82,15 +89,17 @@ def explain(x_TD: Tensor, weights: FFNWeights, plan: DispatchPlan, *, activation
     """
     x_TD, weights = _autocast(x_TD, weights)
     _check(x_TD, weights, plan)
-    objections = {name: _objection(name, x_TD, weights, plan, activation=activation) for name in AUTO_ORDER}
+    objections = {name: _objection(name, x_TD, weights, plan, activation=activation, training=training) for name in AUTO_ORDER}
     if impl == "auto":
-        chosen = _auto(x_TD, weights, plan, activation=activation)
+        chosen = _auto(x_TD, weights, plan, activation=activation, training=training)
         why = "first without an objection"
     else:
         lookup(IMPLS, impl, where="impl")
         chosen, why = impl, "asked for by name"
     rest = [name for name in IMPLS if name not in AUTO_ORDER]
     lookup(ACTIVATIONS, activation, where="activation")
+    if chosen != "cpu" and weights.up_scale_F is not None:
+        why += "; it dequantises the int8 weights at every call"
     return [
         Candidate(name, name == chosen, why if name == chosen else objections.get(name) or _unasked(name, impl))
         for name in (*AUTO_ORDER, *rest)
@@ -108,8 +117,9 @@ def _unasked(name: str, impl: str) -> str:
     return "a later candidate" if name in AUTO_ORDER else "never chosen by 'auto': the oracle, slow"
 
 
-def _auto(x_TD: Tensor, weights: FFNWeights, plan: DispatchPlan, *, activation: str) -> str:
-    return next(name for name in AUTO_ORDER if _objection(name, x_TD, weights, plan, activation=activation) is None)
+def _auto(x_TD: Tensor, weights: FFNWeights, plan: DispatchPlan, *, activation: str, training: bool) -> str:
+    objections = ((name, _objection(name, x_TD, weights, plan, activation=activation, training=training)) for name in AUTO_ORDER)
+    return next(name for name, why_not in objections if why_not is None)
 
 
 # Measured crossovers (decision D5): `python -m bench.run grouped` on two cores, fp32, AVX-512, torch 2.13, uniform masks; shapes gpt2
@@ -145,18 +155,34 @@ CPU_UNTIL = {
 """By dtype: (tokens at most, active fraction up to which the compiled kernels beat dense GEMMs)."""
 
 
-def _objection(name: str, x_TD: Tensor, weights: FFNWeights, plan: DispatchPlan, *, activation: str) -> str | None:
+# The same with int8 weights, against dense GEMMs on weights dequantised at every call; time(masked) / time(cpu):
+#   fp32  1.3 and more with every expert on, at any number of tokens.
+#   bf16  T=8:  1: 4.0, 2.0     T=64:  0.5: 2.1, 1.6   1: 1.07, 0.83     T=256:  0.5: 1.1, 1.04   0.75: 0.8, 0.7
+#         T=1024:  0.5: 0.85, 0.8
+CPU_UNTIL_INT8 = {
+    torch.float32: ((math.inf, 1.0),),
+    torch.bfloat16: ((16, 1.0), (64, 0.8), (256, 0.5), (math.inf, 0.4)),
+}
+"""`CPU_UNTIL` for int8 weights; the dtype is x's."""
+
+
+def _objection(name: str, x_TD: Tensor, weights: FFNWeights, plan: DispatchPlan, *, activation: str, training: bool) -> str | None:
     """Why "auto" should not run this implementation here; None if it should. No host sync."""
     if name == "cpu":
         if (why_not := cpu.refusal(x_TD, activation=activation)) is not None:
             return why_not
         if not cpu.has_rows(weights):
             return "the weights' rows are not contiguous, and would be copied at every call (moeify.sites.store_by_neuron)"
+        if training:
+            return (
+                "while training, a forward without gradients (reentrant checkpointing) must give the bits of its recomputation by 'grouped'"
+            )
         if torch.is_grad_enabled() and x_TD.requires_grad:
             return "the backward pass is that of 'grouped'"
         if torch.compiler.is_compiling():
             return None
-        until = next(fraction for tokens, fraction in CPU_UNTIL[x_TD.dtype] if plan.num_tokens <= tokens)
+        table = CPU_UNTIL if weights.up_scale_F is None else CPU_UNTIL_INT8
+        until = next(fraction for tokens, fraction in table[x_TD.dtype] if plan.num_tokens <= tokens)
         if until < 1 and plan.active_fraction > until:  # counting the pairs of one token costs a tenth of its FFN
             return f"active fraction {plan.active_fraction:.2f} is above the crossover {until} for {plan.num_tokens} tokens in {x_TD.dtype}"
         return None
@@ -181,10 +207,10 @@ def _objection(name: str, x_TD: Tensor, weights: FFNWeights, plan: DispatchPlan,
 
 def _autocast(x_TD: Tensor, weights: FFNWeights) -> tuple[Tensor, FFNWeights]:
     device = x_TD.device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device) or x_TD.dtype is torch.float64:
+    if device == "meta" or not torch.is_autocast_enabled(device) or x_TD.dtype is torch.float64:
         return x_TD, weights
     dtype = torch.get_autocast_dtype(device)
-    fields = ("up_FD", "down_FD", "gate_FD", "up_bias_F", "gate_bias_F", "down_bias_D")
+    fields = cpu.BIASES if weights.up_scale_F is not None else (*cpu.MATRICES, *cpu.BIASES)
     cast = {name: tensor.to(dtype) for name in fields if (tensor := getattr(weights, name)) is not None}
     return x_TD.to(dtype), replace(weights, **cast)
 
@@ -205,13 +231,22 @@ def _check(x_TD: Tensor, weights: FFNWeights, plan: DispatchPlan) -> None:
         ("up_bias_F", weights.up_bias_F, (num_neurons,)),
         ("gate_bias_F", weights.gate_bias_F, (num_neurons,)),
         ("down_bias_D", weights.down_bias_D, (d_out,)),
+        ("up_scale_F", weights.up_scale_F, (num_neurons,)),
+        ("gate_scale_F", weights.gate_scale_F, (num_neurons,)),
+        ("down_scale_F", weights.down_scale_F, (num_neurons,)),
     )
+    is_int8 = weights.up_FD.dtype is torch.int8
+    for matrix, scale in zip(cpu.MATRICES, ("up_scale_F", "down_scale_F", "gate_scale_F"), strict=True):
+        if (is_int8 and getattr(weights, matrix) is not None) != (getattr(weights, scale) is not None):
+            raise KernelError(f"{matrix} and {scale} do not fit: int8 weights come with a scale for each matrix, others with none.")
     for name, tensor, shape in expected:
         if tensor is None:
             continue
         if tensor.shape != shape:
             raise KernelError(f"{name} has shape {tuple(tensor.shape)}, expected {shape}.")
-        if tensor.dtype != x_TD.dtype or tensor.device != x_TD.device:
-            raise KernelError(f"{name} is {tensor.dtype} on {tensor.device}, x_TD is {x_TD.dtype} on {x_TD.device}; they must agree.")
+        dtype = torch.float32 if name in cpu.SCALES else torch.int8 if is_int8 and name in cpu.MATRICES else x_TD.dtype
+        if tensor.dtype != dtype or tensor.device != x_TD.device:
+            agree = "they must agree" if dtype is x_TD.dtype else f"it must be {dtype} there"
+            raise KernelError(f"{name} is {tensor.dtype} on {tensor.device}, x_TD is {x_TD.dtype} on {x_TD.device}; {agree}.")
     if plan.mask_TE.device != x_TD.device:
         raise KernelError(f"the plan is on {plan.mask_TE.device}, x_TD on {x_TD.device}.")

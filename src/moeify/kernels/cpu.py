@@ -32,10 +32,12 @@ ROUTED_TOKENS = 4
 FORCE_ISA = "MOEIFY_CPU_ISA"
 """Environment variable that names the instruction set to use instead of the best one."""
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
-"""Types of activations and weights, and what the library calls them."""
+"""Types of activations, and what the library calls them. Weights are of the same type, or `_INT8`."""
+_INT8 = 2
 _STATUS = {1: "an argument is out of range", 2: "there is no memory for its workspace", 3: "this processor lacks the instruction set"}
 MATRICES = ("up_FD", "down_FD", "gate_FD")
 BIASES = ("up_bias_F", "gate_bias_F", "down_bias_D")
+SCALES = ("up_scale_F", "gate_scale_F", "down_scale_F")
 """Fields of `FFNWeights`, in the order in which they are declared."""
 
 
@@ -129,25 +131,33 @@ class Routed:
         KernelError: a tensor is not as the library reads it in place; names it.
     """
 
-    def __init__(self, weights: FFNWeights, router: RouterWeights, *, activation: str) -> None:
-        if why_not := refusal(weights.up_FD, activation=activation):
+    def __init__(self, weights: FFNWeights, router: RouterWeights, *, activation: str, dtype: torch.dtype | None = None) -> None:
+        dtype = dtype or weights.up_FD.dtype
+        if why_not := refusal(weights.up_FD.new_empty(0, dtype=dtype), activation=activation):
             raise KernelError(f"impl 'cpu': {why_not}.")
         if not has_rows(weights):
             raise KernelError("impl 'cpu': the weights' rows are not contiguous (moeify.sites.store_by_neuron).")
         tensors = (router.hidden_WD, router.hidden_bias_W, router.out_EW, router.out_bias_E)
         biases = (weights.up_bias_F, weights.gate_bias_F, weights.down_bias_D)
+        scales = (weights.up_scale_F, weights.gate_scale_F, weights.down_scale_F)
+        matrices = (weights.up_FD, weights.gate_FD, weights.down_FD)
+        allowed = (torch.int8, True) if weights.up_FD.dtype is torch.int8 else (dtype, False)
+        if any(m is not None and (m.dtype, s is not None) != allowed for m, s in zip(matrices, scales, strict=True)):
+            raise KernelError(f"impl 'cpu': the weights must be {dtype}, or int8 with scales.")
         if any(t.dtype is not torch.float32 or not t.is_contiguous() for t in tensors):
             raise KernelError("impl 'cpu': the router's tensors must be contiguous float32.")
-        if any(t is not None and (t.dtype is not weights.up_FD.dtype or not t.is_contiguous()) for t in biases):
-            raise KernelError(f"impl 'cpu': the biases must be contiguous {weights.up_FD.dtype}.")
+        if any(t is not None and (t.dtype is not dtype or not t.is_contiguous()) for t in biases):
+            raise KernelError(f"impl 'cpu': the biases must be contiguous {dtype}.")
+        if any(t is not None and (t.dtype is not torch.float32 or not t.is_contiguous()) for t in scales):
+            raise KernelError("impl 'cpu': the scales must be contiguous float32.")
         self._num_experts, (width, d_model) = router.out_EW.shape[0], router.hidden_WD.shape
         if (router.out_EW.shape[1], d_model) != (width, weights.up_FD.shape[1]):
             raise KernelError(f"impl 'cpu': a router of width {width} for {d_model} inputs does not fit {tuple(weights.up_FD.shape)}.")
         always_on = torch.zeros(self._num_experts, dtype=torch.bool)
         always_on[list(router.always_on)] = True
         self._keep = (weights, router, always_on)
-        self._d_out, self._dtype = weights.down_FD.shape[1], weights.up_FD.dtype
-        self._ffn = _describe(weights, num_experts=self._num_experts, activation=activation)
+        self._d_out, self._dtype = weights.down_FD.shape[1], dtype
+        self._ffn = _describe(weights, num_experts=self._num_experts, activation=activation, dtype=dtype)
         self._router = _Router(
             *(t.data_ptr() for t in tensors),
             always_on.data_ptr() if router.always_on else None,
@@ -185,11 +195,11 @@ def run(x_TD: Tensor, weights: FFNWeights, mask_TE: Tensor, *, activation: str) 
     """One native call, without autograd; what `refusal` objects to must have been ruled out. Result as `reference.moe_ffn`."""
     # Contiguous where native code takes it for granted; the names keep what is copied alive until the call is over.
     matrices = {name: t if _is_rows(t) else t.contiguous() for name in MATRICES if (t := getattr(weights, name)) is not None}
-    biases = {name: t.contiguous() for name in BIASES if (t := getattr(weights, name)) is not None}
-    weights = FFNWeights(**matrices, **biases)
+    vectors = {name: t.contiguous() for name in (*BIASES, *SCALES) if (t := getattr(weights, name)) is not None}
+    weights = FFNWeights(**matrices, **vectors)
     x_TD, mask_TE = x_TD if _is_rows(x_TD) else x_TD.contiguous(), mask_TE.contiguous()
     y_TD = x_TD.new_empty(x_TD.shape[0], weights.down_FD.shape[1])
-    ffn = _describe(weights, num_experts=mask_TE.shape[1], activation=activation)
+    ffn = _describe(weights, num_experts=mask_TE.shape[1], activation=activation, dtype=x_TD.dtype)
     status = _library().moeify_ffn_run(
         ctypes.byref(ffn),
         *(x_TD.data_ptr(), x_TD.stride(0), mask_TE.data_ptr(), x_TD.shape[0]),
@@ -200,17 +210,16 @@ def run(x_TD: Tensor, weights: FFNWeights, mask_TE: Tensor, *, activation: str) 
     return y_TD
 
 
-def _describe(weights: FFNWeights, *, num_experts: int, activation: str) -> _FFN:
-    """The library's record of an FFN; borrows the tensors' memory."""
+def _describe(weights: FFNWeights, *, num_experts: int, activation: str, dtype: torch.dtype) -> _FFN:
+    """The library's record of an FFN whose input is of this dtype; borrows the tensors' memory."""
     matrices = (weights.up_FD, weights.gate_FD, weights.down_FD)
-    dtype = DTYPES[weights.up_FD.dtype]
     return _FFN(
         *(_pointer(t) for t in matrices),
         *(0 if t is None else t.stride(0) for t in matrices),
         *(_pointer(t) for t in (weights.up_bias_F, weights.gate_bias_F, weights.down_bias_D)),
-        *(None, None, None),
+        *(_pointer(t) for t in (weights.up_scale_F, weights.gate_scale_F, weights.down_scale_F)),
         *(weights.up_FD.shape[0], num_experts, weights.up_FD.shape[1], weights.down_FD.shape[1]),
-        *(dtype, dtype, ACTIVATIONS.index(activation)),
+        *(DTYPES[dtype], _INT8 if weights.up_FD.dtype is torch.int8 else DTYPES[dtype], ACTIVATIONS.index(activation)),
     )
 
 

@@ -13,7 +13,7 @@ from ..sites.site import FFNWeights
 from . import cpu, grouped, masked
 from .plan import DispatchPlan, build_plan
 
-_FIELDS = (*cpu.MATRICES, *cpu.BIASES)
+_FIELDS = (*cpu.MATRICES, *cpu.BIASES, *cpu.SCALES)
 _Optional: TypeAlias = Tensor | None
 
 
@@ -21,7 +21,7 @@ def moe_ffn(x_TD: Tensor, weights: FFNWeights, plan: DispatchPlan, *, activation
     """Sum of the selected experts' outputs. Arguments and result as in `reference.moe_ffn`.
 
     Sums run in fp32. The same input, number of threads and instruction set give the same bits. Weights whose rows are not contiguous are
-    copied at every call (`moeify.sites.store_by_neuron` avoids that). The backward pass is that of `grouped`.
+    copied at every call (`moeify.sites.store_by_neuron` avoids that). The backward pass is that of `grouped`; int8 weights get no gradient.
 
     Raises:
         KernelError: `cpu.refusal` says why.
@@ -48,10 +48,13 @@ def _ffn_cpu(
     up_bias_F: _Optional,
     gate_bias_F: _Optional,
     down_bias_D: _Optional,
+    up_scale_F: _Optional,
+    gate_scale_F: _Optional,
+    down_scale_F: _Optional,
     mask_TE: Tensor,
     activation: str,
 ) -> Tensor:
-    weights = FFNWeights(up_FD, down_FD, gate_FD, up_bias_F, gate_bias_F, down_bias_D)
+    weights = FFNWeights(up_FD, down_FD, gate_FD, up_bias_F, gate_bias_F, down_bias_D, up_scale_F, gate_scale_F, down_scale_F)
     return cpu.run(x_TD, weights, mask_TE, activation=activation)
 
 

@@ -45,9 +45,11 @@ def moe_ffn(x_TD: Tensor, weights: FFNWeights, plan: DispatchPlan, *, activation
 
     Sums over experts run in fp32 for half dtypes. Differentiable once in every floating input.
 
-    Cost: FLOPs of the routed pairs plus at most a quarter of padding (shared experts: up to 1 / `shared_frac`); memory O(N G + T D).
+    Cost: FLOPs of the routed pairs plus at most a quarter of padding (shared experts: up to 1 / `shared_frac`); memory O(N G + T D). Int8
+    weights are dequantised at every call.
     Host syncs: none on CUDA where `grouped_mm_refusal` is None; else one, for the counts.
     """
+    weights = weights.dequantized(x_TD.dtype)
     if x_TD.is_cuda and grouped_mm_refusal(x_TD, weights, plan) is None:
         return _by_grouped_mm(x_TD, weights, plan, activation=activation)
     return _SegmentedFFN.apply(  # type: ignore[no-any-return]

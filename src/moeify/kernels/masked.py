@@ -19,8 +19,10 @@ def moe_ffn(x_TD: Tensor, weights: FFNWeights, plan: DispatchPlan, *, activation
 
     Arguments and result as in `reference.moe_ffn`. Zeroed by selection, not by product: an overflow in an unselected neuron stays unseen.
 
-    Cost: the dense FFN plus one pass over T*F; no host sync; no dependence on the mask; captured by torch.compile.
+    Cost: the dense FFN plus one pass over T*F; int8 weights are dequantised at every call. No host sync; no dependence on the mask;
+    captured by torch.compile.
     """
+    weights = weights.dequantized(x_TD.dtype)
     hidden_TF = ffn_hidden(x_TD, weights, activation=activation)
     is_traced = torch.compiler.is_compiling() or type(plan.mask_TE) is not Tensor  # nobody knows the number of pairs then
     if is_traced or plan.num_pairs < plan.num_tokens * plan.num_experts:

@@ -17,7 +17,8 @@ def moe_ffn(x_TD: Tensor, weights: FFNWeights, plan: DispatchPlan, *, activation
 
     Args:
         x_TD: any floating dtype.
-        weights: canonical weights; expert e owns neurons ``expert_bounds(F, E)[e : e + 2]``.
+        weights: canonical weights; expert e owns neurons ``expert_bounds(F, E)[e : e + 2]``. Int8 ones are what they stand for,
+            ``scale * q`` in fp32, rounded to x's dtype.
         plan: routed pairs.
         activation: key of `moeify.sites.formula.ACTIVATIONS`.
 
@@ -27,6 +28,7 @@ def moe_ffn(x_TD: Tensor, weights: FFNWeights, plan: DispatchPlan, *, activation
     Source: methods.md 14.1, D2DMoE algorithm (arXiv:2310.04361, section 3.3). Differentiable in every floating input.
     Cost: one host sync for the counts; about ten small operations per expert; autograd keeps N*D inputs.
     """
+    weights = weights.dequantized(x_TD.dtype)
     bounds = expert_bounds(weights.num_neurons, plan.num_experts)
     offsets = plan.offsets_E1.tolist()
     d_out = weights.down_FD.shape[1]

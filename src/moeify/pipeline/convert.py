@@ -18,12 +18,13 @@ from ..hf.card import model_card
 from ..hf.checkpoint import check_output, library_versions, load_model, recover, save_checkpoint
 from ..hf.inputs import example_inputs
 from ..layers import moe_layers
+from ..quantize import quantize
 from ..select import RULES, RuleConfig
 from ..select.calibrate import Calibrator, Scope
 from ..sites import find_ffn_sites, site_weights
 from ..train.capture import FFNInputs, capture_ffn_inputs, fast_dtype
 from ..train.stages import FittedSite, RouterTrainConfig, fit_site
-from .heldout import card_rows, measure_converted
+from .heldout import card_rows, int8_rows, measure_converted
 from .inputs import calibration_batches, hold_out
 from .names import torch_device, torch_dtype
 from .work import fingerprint, finished_record, open_work, read_fitted, remove_work, run_id, weights_checksum, write_fitted
@@ -67,6 +68,7 @@ def convert_checkpoint(
     calibration: CalibrationConfig,
     dtype: str = "float32",
     device: str = "cpu",
+    weights: str = "float",
     overwrite: bool = False,
     progress: Progress = NO_PROGRESS,
 ) -> dict[str, Any]:
@@ -80,15 +82,19 @@ def convert_checkpoint(
         calibration: tokens, router training, target.
         dtype: of the model's weights, "float32", "bfloat16" or "float16".
         device: "cpu", "cuda" or "cuda:1": where the model runs; routers are fitted on the CPU, a layer at a time.
+        weights: of the experts, "float" (as ``dtype`` says) or "int8": after everything else, and measured before and after.
         overwrite: replace an earlier conversion at ``out``.
         progress: told every stage.
 
     Returns:
-        What ``moeify.json`` holds under "calibration"; of it, "measured" is what `measure_converted` found on windows kept for it.
+        What ``moeify.json`` holds under "calibration"; of it, "measured" is what `measure_converted` found on windows kept for it. With
+        int8 weights, "measured_float" is what it found before them.
 
     Raises:
         MoeifyError: see `errors`; whatever goes wrong, ``source`` and an existing ``out`` are untouched.
     """
+    if weights not in ("float", "int8"):
+        raise ConfigError(f"--weights must be float or int8, got {weights!r}.")
     work = out.with_name(out.name + ".work")
     recover(out)
     finished = finished_record(out, work)
@@ -104,15 +110,18 @@ def convert_checkpoint(
     batches, held_out = hold_out(model, calibration_batches(model, processor, data, progress=progress))
     run = {"source": source, "dtype": dtype, "device": place.type, "held_out": fingerprint(held_out)}
     if finished is not None:
-        if _is_of(finished, run_id(_run_of(model, batches, config, calibration, run)), calibration):
+        same_weights = finished.get("weights", "float") == weights
+        if same_weights and _is_of(finished, run_id(_run_of(model, batches, config, calibration, run)), calibration):
             remove_work(work)
             return finished
         check_output(out, overwrite=overwrite)
     record = convert_model(model, batches, config=config, calibration=calibration, work=work, run=run, progress=progress)
     measured = measure_converted(model, held_out, progress=progress)
     record |= {"data": data.data, "source": source, "versions": library_versions(), "measured": measured}
-    shown = {key: value for key, value in record.items() if key not in ("run", "measured")}
-    card = model_card(model, name=out.name, base_model=source, calibration=shown, results=card_rows(measured))
+    if weights == "int8":
+        record |= {"weights": "int8", "int8_errors": quantize(model), "measured_float": measured}
+        record["measured"] = measure_converted(model, held_out, progress=progress)
+    card = card_of(model, record, name=out.name)
     save_checkpoint(model, processor, out, calibration=record, card=card, overwrite=overwrite, progress=progress)
     remove_work(work)
     return record
@@ -164,6 +173,13 @@ def convert_model(
     adopt(model)
     tokens = max(inputs.num_tokens(name) for name in inputs.widths)
     return {**record, "tokens": tokens, "seed": calibration.seed, "run": run_id(identity)}
+
+
+def card_of(model: nn.Module, record: Mapping[str, Any], *, name: str) -> str:
+    """The model card of a converted model with its calibration record."""
+    shown = {key: value for key, value in record.items() if key not in ("run", "weights", "measured", "measured_float")}
+    results = {**card_rows(record["measured"]), **int8_rows(record)}
+    return model_card(model, name=name, base_model=record["source"], calibration=shown, results=results)
 
 
 def knob_table(calibrator: Calibrator, *, scope: Scope) -> dict[str, list[float]]:

@@ -70,6 +70,17 @@ def card_rows(measured: Mapping[str, Any] | None) -> dict[str, str]:
     return rows
 
 
+def int8_rows(record: Mapping[str, Any]) -> dict[str, str]:
+    """What quantising the weights did, as rows of the model card; none for a calibration record of floating weights."""
+    if record.get("weights") != "int8":
+        return {}
+    errors = record["int8_errors"].values()
+    rows = {"relative error of the int8 weights": f"{sum(errors) / len(errors):.2g}, largest of an FFN {max(errors):.2g}"}
+    if (before := record["measured_float"]) is not None:
+        rows[f"held-out {before['metric']} with floating weights"] = f"{before['quality']:.4g} (dense {before['dense_quality']:.4g})"
+    return rows
+
+
 def _measure(
     model: nn.Module, batches: Sequence[Mapping[str, Tensor]], *, context_of: Mapping[str, Tensor], progress: Progress
 ) -> dict[str, Any]:

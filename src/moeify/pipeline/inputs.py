@@ -74,8 +74,8 @@ def evaluation_batches(
 ) -> list[dict[str, Tensor]]:
     """Batches to measure quality on: with labels where the model's head predicts classes, else as for calibration.
 
-    Labelled examples are read up to ``max_tokens``, in the source's order (by class, where classes are folders) unless the data has a seed;
-    texts are cut to ``window``, or to what model and tokenizer take if that is less.
+    Labelled examples are read up to ``max_tokens``, in the source's order (from class folders one of each in turn) unless the data has a
+    seed; texts are cut to ``window``, or to what model and tokenizer take if that is less.
 
     Raises:
         DataError: as in `calibration_batches`; also a label that the head does not know.

@@ -9,10 +9,13 @@ from .formula import ffn_dense as ffn_dense
 from .formula import ffn_hidden as ffn_hidden
 from .site import FFNSite as FFNSite
 from .site import FFNWeights as FFNWeights
+from .site import dequantize_site as dequantize_site
 from .site import expert_bounds as expert_bounds
+from .site import has_int8 as has_int8
 from .site import in_decoder as in_decoder
 from .site import not_plain_reason as not_plain_reason
 from .site import permute_neurons as permute_neurons
+from .site import quantize_site as quantize_site
 from .site import site_weights as site_weights
 from .site import store_by_neuron as store_by_neuron
 from .site import token_mask_of as token_mask_of

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError, UnsupportedModelError
+from .int8 import Int8DownLinear, Int8Linear, dequantize_rows, to_float, to_int8
 
 # Classes whose forward is exactly x @ W^T + b although they are neither nn.Linear itself nor transposed like Conv1D. By name, so that
 # nothing has to be imported; discovery's probe still proves the algebra for each site.
@@ -64,6 +65,8 @@ class FFNWeights:
     """The weights of one FFN in canonical layout; a neuron is one index of F in every tensor.
 
     h = act(x up_FD^T + up_bias_F), or gated act(x gate_FD^T + gate_bias_F) * (x up_FD^T + up_bias_F);   y = h down_FD + down_bias_D
+
+    The matrices are all floating, or all int8 with an fp32 scale for each row: w = scale * q.
     """
 
     up_FD: Tensor
@@ -72,6 +75,9 @@ class FFNWeights:
     up_bias_F: Tensor | None = None
     gate_bias_F: Tensor | None = None
     down_bias_D: Tensor | None = None
+    up_scale_F: Tensor | None = None
+    gate_scale_F: Tensor | None = None
+    down_scale_F: Tensor | None = None
 
     @property
     def num_neurons(self) -> int:
@@ -80,9 +86,26 @@ class FFNWeights:
 
     def per_neuron(self) -> Iterator[Tensor]:
         """The tensors whose first dimension is the neuron: all but the output bias."""
-        for tensor in (self.up_FD, self.down_FD, self.gate_FD, self.up_bias_F, self.gate_bias_F):
-            if tensor is not None:
+        for name, tensor in vars(self).items():
+            if tensor is not None and name != "down_bias_D":
                 yield tensor
+
+    def dequantized(self, dtype: torch.dtype) -> "FFNWeights":
+        """The floating weights that int8 ones stand for, rounded to ``dtype``; floating weights as they are."""
+        if self.up_scale_F is None:
+            return self
+
+        def rows(q_FD: Tensor | None, scale_F: Tensor | None) -> Tensor | None:
+            return q_FD if q_FD is None or scale_F is None else dequantize_rows(q_FD, scale_F, dtype=dtype)
+
+        return FFNWeights(
+            up_FD=cast(Tensor, rows(self.up_FD, self.up_scale_F)),
+            down_FD=cast(Tensor, rows(self.down_FD, self.down_scale_F)),
+            gate_FD=rows(self.gate_FD, self.gate_scale_F),
+            up_bias_F=self.up_bias_F,
+            gate_bias_F=self.gate_bias_F,
+            down_bias_D=self.down_bias_D,
+        )
 
 
 def site_weights(model: nn.Module, site: FFNSite) -> FFNWeights:
@@ -91,16 +114,16 @@ def site_weights(model: nn.Module, site: FFNSite) -> FFNWeights:
     Raises:
         UnsupportedModelError: a projection is not a plain Linear or Conv1D (`not_plain_reason` says why).
     """
-    up, up_bias = _linear_view(model, site.up)
-    down_DF, down_bias = _linear_view(model, site.down)
-    gate, gate_bias = (None, None) if site.gate is None else _linear_view(model, site.gate)
+    up, up_bias, up_scale = _linear_view(model, site.up)
+    down_DF, down_bias, down_scale = _linear_view(model, site.down)
+    gate, gate_bias, gate_scale = (None, None, None) if site.gate is None else _linear_view(model, site.gate)
     if site.fused:
-        halves = up.chunk(2)
-        bias = (None, None) if up_bias is None else up_bias.chunk(2)
         first_is_gate = site.fused == "gate_up"
-        gate, gate_bias = halves[not first_is_gate], bias[not first_is_gate]
-        up, up_bias = halves[first_is_gate], bias[first_is_gate]
-    return FFNWeights(up, down_DF.t(), gate, up_bias, gate_bias, down_bias)
+        halves = up.chunk(2)
+        bias, scale = ((None, None) if both is None else both.chunk(2) for both in (up_bias, up_scale))
+        gate, gate_bias, gate_scale = halves[not first_is_gate], bias[not first_is_gate], scale[not first_is_gate]
+        up, up_bias, up_scale = halves[first_is_gate], bias[first_is_gate], scale[first_is_gate]
+    return FFNWeights(up, down_DF.t(), gate, up_bias, gate_bias, down_bias, up_scale, gate_scale, down_scale)
 
 
 def is_transposed(linear: nn.Module) -> bool:
@@ -114,7 +137,8 @@ def not_plain_reason(module: nn.Module, *, allow_meta: bool = False) -> str | No
     Adapters (LoRA), offload hooks, quantised subclasses and user hooks change what the module computes: its weight is not the whole truth.
     """
     kind = type(module)
-    if not (kind is nn.Linear or is_transposed(module) or kind.__name__ in PLAIN_LINEAR_CLASSES):
+    is_int8 = kind in (Int8Linear, Int8DownLinear)
+    if not (is_int8 or kind is nn.Linear or is_transposed(module) or kind.__name__ in PLAIN_LINEAR_CLASSES):
         name = f"{kind.__module__}.Linear" if kind.__name__ == "Linear" else kind.__name__  # an adapter's class may be called Linear, too
         return f"is a {name}, not a plain Linear or Conv1D"
     if hasattr(module, "_hf_hook"):
@@ -127,7 +151,7 @@ def not_plain_reason(module: nn.Module, *, allow_meta: bool = False) -> str | No
     assert weight is not None
     if type(weight) not in (nn.Parameter, Tensor):
         return f"has a {type(weight).__name__} as its weight"
-    if not weight.is_floating_point():
+    if not weight.is_floating_point() and not is_int8:
         return f"has {weight.dtype} weights"
     if weight.is_meta and not allow_meta:
         return "is on the meta device"
@@ -188,11 +212,39 @@ def store_by_neuron(model: nn.Module, site: FFNSite) -> None:
             parameter.data = parameter.data.t().contiguous().t()
 
 
-def _linear_view(model: nn.Module, path: str) -> tuple[Tensor, Tensor | None]:
-    """(out, in) view of a projection's weight, and its bias."""
+def has_int8(model: nn.Module, site: FFNSite) -> bool:
+    """Whether a site's projections hold int8 weights."""
+    return isinstance(model.get_submodule(site.down), Int8Linear)
+
+
+@torch.no_grad()
+def quantize_site(model: nn.Module, site: FFNSite) -> None:
+    """Give a site int8 weights with one scale per neuron's row (`int8.quantize_rows`), in place; only names and biases stay.
+
+    Raises:
+        UnsupportedModelError: a projection is not a plain Linear or Conv1D.
+    """
+    rows = {path: _linear_view(model, path)[0] for path in (*site.first, site.down)}
+    for path, weight in rows.items():
+        is_down = path == site.down
+        to_int8(model.get_submodule(path), weight.t() if is_down else weight, cls=Int8DownLinear if is_down else Int8Linear)
+
+
+@torch.no_grad()
+def dequantize_site(model: nn.Module, site: FFNSite, *, dtype: torch.dtype) -> None:
+    """Give a site of int8 weights its dense layers back, in place, with the weights that the integers stand for."""
+    for path in (*site.first, site.down):
+        to_float(cast(Int8Linear, model.get_submodule(path)), dtype=dtype)
+
+
+def _linear_view(model: nn.Module, path: str) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(out, in) view of a projection's weight, its bias, and the scales of int8 rows."""
     module: Any = model.get_submodule(path)
     reason = not_plain_reason(module, allow_meta=True)
     if reason and not reason.startswith("has a forward hook"):
         raise UnsupportedModelError(f"'{path}' {reason}; its weights cannot be read directly.")
-    weight = module.weight
-    return (weight.t() if is_transposed(module) else weight), getattr(module, "bias", None)
+    weight, bias = module.weight, getattr(module, "bias", None)
+    if isinstance(module, Int8Linear):
+        rows = weight[0]
+        return (rows.t() if isinstance(module, Int8DownLinear) else rows), bias, module.weight_scale
+    return (weight.t() if is_transposed(module) else weight), bias, None

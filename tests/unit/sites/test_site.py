@@ -15,6 +15,7 @@ from moeify.sites import (
     not_plain_reason,
     permute_neurons,
     site_weights,
+    store_by_neuron,
     token_mask_of,
 )
 
@@ -60,6 +61,75 @@ def test_permute_neurons_in_every_layout_keeps_the_function_and_the_parameters(l
     torch.testing.assert_close(ffn_dense(x_TD, after, activation="silu"), y_TD)
     assert after.num_neurons == 6
     assert (after.gate_FD is not None) == site.is_gated
+
+
+def strides(model, name):
+    return model[name].weight.stride()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_store_by_neuron_in_every_layout_makes_each_neurons_row_contiguous_and_changes_nothing_else(layout):
+    leaves, kwargs = LAYOUTS[layout]
+    model, site = nn.ModuleDict(leaves()), make_site(**kwargs)
+    before = {name: (p, p.detach().clone()) for name, p in model.named_parameters()}
+    weights = site_weights(model, site)
+    assert weights.down_FD.is_contiguous() == (layout == "conv1d")  # nn.Linear's down, Conv1D's up: one of the two has to move
+    assert weights.up_FD.is_contiguous() == (layout != "conv1d")
+
+    store_by_neuron(model, site)
+
+    after = site_weights(model, site)
+    rows = [t for t in (after.up_FD, after.gate_FD, after.down_FD) if t is not None]
+    assert len(rows) == 2 + site.is_gated
+    assert all(t.is_contiguous() for t in rows)
+    parameters = dict(model.named_parameters())
+    assert parameters.keys() == before.keys()
+    for name, (parameter, values) in before.items():
+        assert parameters[name] is parameter
+        assert parameter.shape == values.shape
+        assert torch.equal(parameter, values)
+    pointers = [p.data_ptr() for p in model.parameters()]
+    store_by_neuron(model, site)
+    assert [p.data_ptr() for p in model.parameters()] == pointers, "what lies right already was copied"
+
+
+@pytest.mark.parametrize("kwargs", [{"fused": "gate_up"}, {"fused": "up_gate"}, {"gate": "gate"}], ids=str)
+def test_store_by_neuron_of_a_gated_conv1d_moves_gate_and_up(kwargs):
+    model = nn.ModuleDict({"gate": Conv1D(6, 4), "up": Conv1D(12 if "fused" in kwargs else 6, 4), "down": Conv1D(4, 6)})
+    values = [p.detach().clone() for p in model.parameters()]
+    store_by_neuron(model, make_site(**kwargs))
+    weights = site_weights(model, make_site(**kwargs))
+    assert weights.up_FD.is_contiguous() and weights.gate_FD.is_contiguous()
+    assert strides(model, "down") == (4, 1)
+    assert all(torch.equal(p, value) for p, value in zip(model.parameters(), values, strict=True))
+
+
+def test_store_by_neuron_leaves_weights_that_share_memory_with_others_alone():
+    model = nn.ModuleDict({"up": nn.Linear(4, 6), "down": nn.Linear(6, 4)})
+    both = torch.randn(2, 4, 6)
+    model["down"].weight = nn.Parameter(both[1])
+    store_by_neuron(model, make_site())
+    assert strides(model, "down") == (6, 1)
+    both.zero_()
+    assert not model["down"].weight.any(), "no longer the memory that it shared"
+
+
+def test_store_by_neuron_leaves_a_parameter_tied_between_modules_one_parameter():
+    model = nn.ModuleDict({"up": nn.Linear(4, 6), "down": nn.Linear(6, 4), "other": nn.Linear(6, 4)})
+    model["other"].weight = model["down"].weight
+    values = model["down"].weight.detach().clone()
+    store_by_neuron(model, make_site())
+    assert model["other"].weight is model["down"].weight
+    assert torch.equal(model["other"].weight, values)
+
+
+def test_store_by_neuron_leaves_meta_tensors_alone():
+    with torch.device("meta"):
+        model = nn.ModuleDict(LAYOUTS["linear"][0]())
+    parameters = list(model.parameters())
+    store_by_neuron(model, make_site())
+    assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
+    assert strides(model, "down") == (6, 1)
 
 
 @pytest.mark.parametrize(
