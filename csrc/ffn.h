@@ -11,7 +11,7 @@
 
 constexpr int TOKENS = MOEIFY_TOKENS;    // of a tile: as many as the registers hold beside 4 rows
 constexpr int ROWS = 4;                  // weight rows of a tile of the first product
-constexpr int64_t CHUNK_NEURONS = 64;    // of an expert, computed together: h of a chunk stays in the first cache
+constexpr int64_t CHUNK_NEURONS = 16;    // of an expert, computed together: their rows, and those asked for meanwhile, stay in the caches
 constexpr int64_t FEW_TOKENS = 64;
 constexpr int64_t BLOCK_TOKENS = 512;    // most tokens of a block
 constexpr int64_t EXPERT_TOKENS = 192;   // of a block, on average: fewer, and reading the weights costs more than the arithmetic
@@ -291,7 +291,7 @@ struct Network {
   void hidden(const X *const *x, const Piece &piece, float *h, float *gate) const {
     const int64_t n = piece.num_tokens, neurons = piece.neurons;
     // Rows of gate and up that stay in the first cache pass by each tile of x together: x, which comes from further away, is read once.
-    const int64_t steps = (f.d_in * (int64_t)sizeof(Wt) + DOT_BYTES - 1) / DOT_BYTES, step = round_up((f.d_in + steps - 1) / steps, Dot::STEP);
+    const int64_t steps = (f.d_in * (int64_t)std::max(sizeof(Wt), sizeof(X)) + DOT_BYTES - 1) / DOT_BYTES, step = round_up((f.d_in + steps - 1) / steps, Dot::STEP);
     const int64_t row_bytes = step * (int64_t)sizeof(Wt) * (f.gate ? 2 : 1);
     const int64_t rows = max64(ROWS, PANEL_BYTES / row_bytes / ROWS * ROWS);
     const Tiles tiles(n, TOKENS);
@@ -312,9 +312,6 @@ struct Network {
     const int64_t size = n * neurons;
     for (int64_t k = 0; k < size; k += W)
       store(h + k, f.gate ? activate(load(gate + k), f.activation) * load(h + k) : activate(load(h + k), f.activation));
-    if (f.down_scale)
-      for (int64_t i = 0; i < n; i++)
-        for (int64_t j = 0; j < neurons; j++) h[i * neurons + j] *= f.down_scale[piece.start + j];
   }
 
   static constexpr int64_t COPY_PADDING = 128;  // bytes after a row, at most: the next one begins in another set of the cache
@@ -413,16 +410,19 @@ struct Network {
   }
 };
 
-// Columns of one block: sums, in the order of Add, to y.
+// Columns from c on of one token: sums, in the order of Add, to y.
 template <class Add, class IO>
-static inline void write_block(IO *y, float *sum, const IO *bias, int64_t width) {
+static inline void write_block(const moeify_ffn &f, IO *y, float *sum, int64_t c) {
+  const int64_t width = min64(COLUMNS, f.d_out - c);
   Add::natural(sum);
-  if (bias)
-    for (int64_t c = 0; c < width; c++) sum[c] += to_float(bias[c]);
+  if (f.down_scale)
+    for (int64_t k = 0; k < width; k++) sum[k] *= f.down_scale[c + k];
+  if (f.down_bias)
+    for (int64_t k = 0; k < width; k++) sum[k] += to_float(((const IO *)f.down_bias)[c + k]);
   if (width == COLUMNS)  // a fixed number: this becomes vectors
-    for (int c = 0; c < COLUMNS; c++) convert_to(y[c], sum[c]);
+    for (int k = 0; k < COLUMNS; k++) convert_to(y[c + k], sum[k]);
   else
-    for (int64_t c = 0; c < width; c++) convert_to(y[c], sum[c]);
+    for (int64_t k = 0; k < width; k++) convert_to(y[c + k], sum[k]);
 }
 
 // Tokens of each expert, in order.
@@ -539,9 +539,9 @@ struct FewTokens {
     typedef typename Net::Add Add;
     const X *in[FEW_TOKENS];
     for (int64_t i = 0; i < piece.num_tokens; i++) in[i] = rows[piece.token[i]];
-    net.prefetch_second(piece, 0, net.f.d_out);
-    net.hidden(in, piece, h, gate);
     if (following) net.prefetch_first(*following);
+    net.hidden(in, piece, h, gate);
+    if (following) net.prefetch_second(*following, 0, net.f.d_out);
     if (piece.num_tokens == 1) return net.add_nonzero(sums + piece.token[0] * net.out_width, h, piece);
     Add::convert(h, piece.num_tokens, piece.neurons);
     for (int64_t c = 0; c < net.f.d_out; c += COLUMNS) net.add_columns(sums + c, net.out_width, piece, h, c);
@@ -550,15 +550,13 @@ struct FewTokens {
   // In the order of the threads.
   void finish(int num_threads) {
     typedef typename Net::Add Add;
-    const IO *bias = (const IO *)net.f.down_bias;
     for (int64_t t = 0; t < num_tokens; t++) {
       float *sum = (float *)memory + t * net.out_width;
       for (int k = 1; k < num_threads; k++) {
         const float *other = (const float *)(memory + k * per_thread) + t * net.out_width;
         for (int64_t c = 0; c < net.out_width; c++) sum[c] += other[c];
       }
-      for (int64_t c = 0; c < net.f.d_out; c += COLUMNS)
-        write_block<Add, IO>(y + t * y_stride + c, sum + c, bias ? bias + c : nullptr, min64(COLUMNS, net.f.d_out - c));
+      for (int64_t c = 0; c < net.f.d_out; c += COLUMNS) write_block<Add, IO>(net.f, y + t * y_stride, sum + c, c);
     }
   }
 };
@@ -638,11 +636,8 @@ struct ManyTokens {
     }
     second(sums, h, ready, number, n);
 
-    const IO *bias = (const IO *)net.f.down_bias;
     for (int64_t t = 0; t < n; t++)
-      for (int64_t c = 0; c < net.f.d_out; c += COLUMNS)
-        write_block<Add, IO>(y + (first + t) * y_stride + c, sums + c * n + t * COLUMNS, bias ? bias + c : nullptr,
-                             min64(COLUMNS, net.f.d_out - c));
+      for (int64_t c = 0; c < net.f.d_out; c += COLUMNS) write_block<Add, IO>(net.f, y + (first + t) * y_stride, sums + c * n + t * COLUMNS, c);
   }
 
   void second(float *sums, const float *h, const Ready *ready, int number, int64_t n) {

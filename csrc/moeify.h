@@ -14,7 +14,7 @@ extern "C" {
 #endif
 #pragma GCC visibility push(default)
 
-#define MOEIFY_ABI 2
+#define MOEIFY_ABI 3
 
 enum moeify_isa { MOEIFY_PORTABLE = 0, MOEIFY_AVX2 = 1, MOEIFY_AVX512 = 2, MOEIFY_AVX512_BF16 = 3, MOEIFY_NUM_ISA = 4 };
 enum moeify_dtype { MOEIFY_FP32 = 0, MOEIFY_BF16 = 1, MOEIFY_INT8 = 2 };
@@ -27,7 +27,7 @@ typedef struct {
   const void *up, *gate, *down;                     /* (F, D), (F, D) or null, (F, O) */
   int64_t up_stride, gate_stride, down_stride;      /* elements from one neuron's row to the next */
   const void *up_bias, *gate_bias, *down_bias;      /* (F), (F), (O), of x's dtype; or null */
-  const float *up_scale, *gate_scale, *down_scale;  /* (F), with int8 weights: what a row's integers are multiplied by */
+  const float *up_scale, *gate_scale, *down_scale;  /* with int8 weights, (F), (F), (O): what the sum over each output is multiplied by */
   int64_t num_neurons, num_experts, d_in, d_out;
   int32_t dtype;      /* of x and y: fp32 or bf16 */
   int32_t weight_dtype; /* x's, or int8 */

@@ -19,6 +19,7 @@ static inline void at_least(const float *score, int64_t experts, float level, ui
 }
 
 static inline void select_row(float *score, int64_t experts, int32_t rule, float knob, int32_t *order, uint8_t *mask) {
+  if (experts < 1) __builtin_unreachable();  // checked at the entry; GCC warns of memset's size otherwise
   bool has_nan;
   const float most = largest(score, experts, &has_nan);
   if (rule == MOEIFY_TOPK) {

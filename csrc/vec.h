@@ -20,8 +20,15 @@ static inline vf load(const bf16 *p) {
   return (vf)(__builtin_convertvector(h, vu) << 16);
 }
 static inline vf load(const int8_t *p) {
+  // GCC 12 makes scalar code of the vector types' conversion.
+#if MOEIFY_W == 16 && defined(__AVX512F__)
+  return (vf)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)));
+#elif MOEIFY_W == 8 && defined(__AVX2__)
+  return (vf)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p)));
+#else
   const vb b = *reinterpret_cast<const vb_mem *>(p);
   return __builtin_convertvector(__builtin_convertvector(b, vi), vf);
+#endif
 }
 static inline void store(float *p, vf v) { *reinterpret_cast<vf_mem *>(p) = v; }
 

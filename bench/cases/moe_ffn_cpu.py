@@ -1,9 +1,9 @@
 """One FFN as a mixture of experts against the dense FFN, on the CPU: how near a call comes to the 1 / f that the skipped weights promise.
 
 Dense is what a model runs: `torch.nn.functional.linear` of the same dtype on weights as ``nn.Linear`` stores them; with ``--compiled`` also
-under `torch.compile`. Ours begins at the selection mask (building the plan is part of it). The router is timed as a model executes it: for
-more than a few tokens router and rule in PyTorch; for few a native call that goes on with a single expert, so a little too much. ``layer``
-is all of a converted layer, from its input: modules, router, rule, plan and kernel; its own router selects the same fraction.
+under `torch.compile`. Ours begins at the selection mask (building the plan is part of it). ``router`` is router and rule alone, by the
+native call that a model's layer makes where it can. ``layer`` is all of a converted layer, from its input: modules, router, rule, plan and
+kernel; its own router selects the same fraction.
 
 The sides take turns call by call, each on another of many layers, so that weights come from memory and not from the cache, and every call
 has a new selection. Weights and inputs are random; so are the masks (every token draws its own, the worst case) unless ``--converted``
@@ -31,7 +31,7 @@ from bench.common import DTYPES, p80_over_p20, whole_numbers, words
 from moeify import DataConfig, load_model, moe_layers
 from moeify._config import lookup
 from moeify.errors import ConfigError
-from moeify.kernels import build_plan, cpu, explain, moe_ffn
+from moeify.kernels import build_plan, explain, moe_ffn
 from moeify.layers import ActiveRecorder, MoEFFN, attach
 from moeify.pipeline import calibration_batches
 from moeify.quantize import quantize
@@ -249,11 +249,10 @@ def _sides(shape: Shape, layers: Sequence[_Layer], inputs_NTD: Tensor, *, compil
             layer.moe.rule = rule
             layer.ffn(x_TD)  # what a layer makes once for a rule is not part of a call
 
-    router = _router_calls(shape, layers, x_TD)
     calls: dict[str, Callable[[int, Tensor], object]] = {
         "dense": dense_by(linears),
         "ours": ours,
-        "router": lambda i, _: router(i, next(turn)),
+        "router": lambda i, _: _select(layers[i].moe, next(turn)),
         "layer": lambda i, _: layers[i].ffn(next(turn)),
     }
     if compiled:
@@ -263,24 +262,10 @@ def _sides(shape: Shape, layers: Sequence[_Layer], inputs_NTD: Tensor, *, compil
     return _Sides(calls, len(layers), chosen, prepare)
 
 
-def _router_calls(shape: Shape, layers: Sequence[_Layer], x_TD: Tensor) -> Callable[[int, Tensor], object]:
-    """(layer, input) -> what a model does to know the experts: router and rule; with up to `ROUTED_TOKENS` tokens in one native call."""
-    if x_TD.shape[0] > cpu.ROUTED_TOKENS or cpu.refusal(x_TD, activation=shape.activation) is not None:
-        return lambda i, x_TD: layers[i].moe.select(x_TD)
-    native = []
-    for layer in layers:
-        router = layer.moe.router
-        weights = cpu.RouterWeights(
-            hidden_WD=router.hidden.weight,
-            hidden_bias_W=router.hidden.bias,
-            out_EW=router.out.weight,
-            out_bias_E=router.out.bias,
-            output=router.config.output,
-            rule=Threshold.name,
-            knob=1e30,  # above every score: one expert runs
-        )
-        native.append(cpu.Routed(layer.ours, weights, activation=shape.activation, dtype=x_TD.dtype))
-    return lambda i, x_TD: native[i](x_TD)
+def _select(moe: MoEFFN, x_TD: Tensor) -> Tensor:
+    """What a layer does to know the experts: router and rule, by the native call that it has made for itself or in PyTorch."""
+    native = moe._native
+    return moe.select(x_TD) if native is None or native.routed is None else native.routed.select(x_TD)
 
 
 @torch.no_grad()

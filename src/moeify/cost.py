@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from .sites import FFNSite
 
@@ -300,6 +299,8 @@ def register_formulas() -> None:
 
     The counter's table is torch's own global one, so FlopCounterMode is right afterwards, too; ops that torch knows already are left alone.
     """
+    from torch.utils.flop_counter import flop_registry, register_flop_formula  # not above: it loads triton
+
     aten = torch.ops.aten
     for target, formula in (
         (aten._scaled_dot_product_flash_attention_for_cpu, _attention_flops),
@@ -333,7 +334,10 @@ class _Counter(TorchDispatchMode):
     """Books the FLOPs of each op under the innermost module that is running."""
 
     def __init__(self) -> None:
+        from torch.utils.flop_counter import flop_registry  # not above: it loads triton
+
         super().__init__()
+        self.formulas = flop_registry
         self.stack = [""]
         self.flops: dict[tuple[str, str], int] = {}
         self.attention: set[str] = set()
@@ -342,7 +346,7 @@ class _Counter(TorchDispatchMode):
         kwargs = kwargs or {}
         packet = func._overloadpacket
         name = packet.__name__
-        if packet not in flop_registry:
+        if packet not in self.formulas:
             # Composite ops reach us whole under inference_mode; their parts are what has formulas.
             with self:
                 out = func.decompose(*args, **kwargs)
@@ -351,9 +355,9 @@ class _Counter(TorchDispatchMode):
         out = func(*args, **kwargs)
         if name.startswith(_FUSED_ATTENTION) or (name in ("_softmax", "_safe_softmax") and args[0].dim() >= 3):
             self.attention.add(self.stack[-1])
-        if packet in flop_registry:
+        if packet in self.formulas:
             key = (self.stack[-1], name)
-            self.flops[key] = self.flops.get(key, 0) + int(flop_registry[packet](*args, **kwargs, out_val=out))
+            self.flops[key] = self.flops.get(key, 0) + int(self.formulas[packet](*args, **kwargs, out_val=out))
         return out
 
 

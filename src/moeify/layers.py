@@ -19,7 +19,7 @@ nobody has remembered x is an error: nothing ever runs dense in silence.
 """
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -53,11 +53,11 @@ class _Call(NamedTuple):
     stand_in: Tensor | None
     """What the first projections return where a kernel computes the FFN; None where the projections run as they are, masked."""
     routed: Routed | None
-    """Router, rule and FFN as one native call, where it does what the pieces do."""
+    """Router, rule and, for few tokens, FFN as one native call, where it does what the pieces do."""
 
 
 class _Native(NamedTuple):
-    """The native call of one layer for few tokens, and everything that it was made for."""
+    """The native call of one layer, and everything that it was made for."""
 
     routed: Routed | None
     """None where the library cannot do it; then the pieces do, and `explain` says why."""
@@ -148,6 +148,9 @@ class MoEFFN(nn.Module):
         mask_TE = self.rule(self.scores(x.reshape(-1, x.shape[-1])))
         if self.always_on:
             mask_TE = mask_TE.index_fill(1, torch.tensor(self.always_on, device=mask_TE.device), True)
+        return self._record(mask_TE, x)
+
+    def _record(self, mask_TE: Tensor, x: Tensor) -> Tensor:
         if self.recorder is not None:
             self.recorder.add(self, mask_TE, shape=x.shape[:-1])
         return mask_TE
@@ -239,24 +242,24 @@ class MoEFFN(nn.Module):
         call = self._end()
         if call.stand_in is None:
             return cast(Tensor, type(leaf).forward(leaf, self._masked(h, call.x)))
-        x_TD = call.x.reshape(-1, call.x.shape[-1])
-        if call.routed is not None:
-            y_TD, mask_TE = call.routed(x_TD)
-            if self.recorder is not None:
-                self.recorder.add(self, mask_TE, shape=call.x.shape[:-1])
+        x, routed = call.x, call.routed
+        if routed is not None and self._is_few(x):
+            y, mask_TE = routed(x)
+            self._record(mask_TE, x)
         else:
-            plan, training = build_plan(self.select(call.x)), self.host.training
-            y_TD = moe_ffn(x_TD, self.weights(), plan, activation=self.site.activation, impl=self.impl, training=training)
-        return y_TD.reshape(*h.shape[:-1], self.site.d_out)
+            mask_TE = self.select(x) if routed is None else self._record(routed.select(x), x)
+            x_TD, plan, training = x.reshape(-1, x.shape[-1]), build_plan(mask_TE), self.host.training
+            y = moe_ffn(x_TD, self.weights(), plan, activation=self.site.activation, impl=self.impl, training=training)
+        return y.reshape(*h.shape[:-1], self.site.d_out)
 
     def _decide(self, first: nn.Module, x: Tensor) -> _Call:
         """What computes the forward that begins with ``x``."""
-        is_few = not torch.compiler.is_compiling() and self._is_few(x)
-        native = self._native if is_few else None
+        is_native = not torch.compiler.is_compiling() and self._is_native(x)
+        native = self._native if is_native else None
         if native is None or not native.holds(self, x.dtype):
             if self.masked_reason() is not None:
                 return _Call(x, first, None, None)
-            if is_few:
+            if is_native:
                 native = self._native = self._make_native(x.dtype)
         # Any tensor does, for the down projection never looks at what becomes of it: of width 1 (2 where it will be cut in two halves), but
         # where the code between works with explicit sizes.
@@ -265,8 +268,12 @@ class MoEFFN(nn.Module):
         return _Call(x, first, stand_in, None if native is None else native.routed)
 
     def _is_few(self, x: Tensor) -> bool:
-        """Whether one native call would do what the pieces do for such an input, and faster."""
-        if x.numel() > ROUTED_TOKENS * self.site.d_model or not x.is_cpu or self.impl not in ("auto", "cpu"):
+        """Whether router, rule and FFN are faster as one call than the FFN with a plan."""
+        return x.numel() <= ROUTED_TOKENS * self.site.d_model
+
+    def _is_native(self, x: Tensor) -> bool:
+        """Whether a native call would do what the pieces do for such an input, and faster."""
+        if not x.is_cpu or self.impl not in ("auto", "cpu"):
             return False
         if self.host.training or torch.is_autocast_enabled("cpu"):  # training: see `moe_ffn`
             return False
@@ -311,6 +318,11 @@ class MoEFFN(nn.Module):
             return Routed(self.weights(), weights, activation=self.site.activation, dtype=dtype)
         except KernelError:  # the pieces do it, and `explain` says why
             return None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "MoEFFN":
+        self._native = None  # it would keep the weights from before the move or cast in memory
+        super()._apply(fn, recurse)
+        return self
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_native": None}  # pointers are of this process and these tensors

@@ -1,6 +1,7 @@
 """Int8 weights for the experts of a converted model: a quarter of fp32's bytes, half of bf16's, and bytes are what decoding waits for.
 
-Symmetric, one scale for each neuron's row: w = scale * q with scale = max|row| / 127. Activations, biases and routers stay as they are.
+Symmetric, one scale for each output of a projection: w = scale * q with scale = max|w of that output| / 127. Activations, biases and
+routers stay as they are.
 """
 
 from collections import Counter

@@ -32,6 +32,8 @@ class Family:
     """Number of FFNs to be found."""
     form: str | tuple[str, ...] = "plain"
     """plain, gated (gate and up are two modules), gate_up or up_gate (one module); a tuple gives each site's own."""
+    fused_in: str | None = None
+    """Name of the one module, gate_up, that older versions of transformers have in place of a gated form's two."""
     activation: str | tuple[str, ...] = "gelu"
     """Key of ACTIVATIONS; a tuple gives each site's own."""
     bias: bool = True
@@ -238,7 +240,8 @@ _ROWS = (
     _family("deit", "vision", "DeiTModel", "DeiTConfig", _vision()),
     _family("beit", "vision", "BeitModel", "BeitConfig", _vision()),
     _family("dinov2", "vision", "Dinov2Model", "Dinov2Config", _vision(mlp_ratio=2)),
-    _family("dinov2-swiglu", "vision", "Dinov2Model", "Dinov2Config", _vision(use_swiglu_ffn=True), form="gated", activation="silu"),
+    _family("dinov2-swiglu", "vision", "Dinov2Model", "Dinov2Config", _vision(use_swiglu_ffn=True),
+            form="gated", fused_in="weights_in", activation="silu"),
     _family("dinov3", "vision", "DINOv3ViTModel", "DINOv3ViTConfig", _vision()),
     _family("siglip-vision", "vision", "SiglipVisionModel", "SiglipVisionConfig", _vision(),
             activation="gelu_tanh", refused="pooling head"),

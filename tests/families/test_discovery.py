@@ -2,6 +2,7 @@
 
 import pytest
 from families.models import FAMILIES, REFUSED, SUPPORTED, Family, build
+from torch import nn
 
 from moeify.errors import UnsupportedModelError
 from moeify.sites import FFNSite, discover, find_ffn_sites, site_weights
@@ -18,6 +19,11 @@ def per_site(value, family: Family) -> list[str]:
     return list(value) if isinstance(value, tuple) else [value] * family.sites
 
 
+def forms(model: nn.Module, family: Family) -> list[str]:
+    fused = family.fused_in is not None and any(name.endswith(f".{family.fused_in}") for name, _ in model.named_modules())
+    return per_site("gate_up" if fused else family.form, family)
+
+
 def form(site: FFNSite) -> str:
     return "gated" if site.gate is not None else site.fused or "plain"
 
@@ -30,7 +36,7 @@ def test_discover_on_a_supported_family_finds_every_ffn_and_its_formula(family_i
     found = discover(model, inputs)
 
     assert len(found.sites) == family.sites
-    assert [form(site) for site in found.sites] == per_site(family.form, family)
+    assert [form(site) for site in found.sites] == forms(model, family)
     assert [site.activation for site in found.sites] == per_site(family.activation, family)
     for site in found.sites:
         weights = site_weights(model, site)

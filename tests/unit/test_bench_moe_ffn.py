@@ -11,6 +11,7 @@ from numpy.testing import assert_allclose
 from bench import run as bench_run
 from bench.cases import moe_ffn_cpu
 from moeify.kernels import AUTO_ORDER, build_plan, cpu, moe_ffn
+from moeify.layers import MoEFFN
 from moeify.select import DynKMax
 
 LABELS = {"case", "shape", "regime", "dtype", "weights", "expert_size", "tokens", "masks", "layers", "device", "threads", "torch"}
@@ -137,13 +138,13 @@ def test_layer_runs_the_fraction_that_it_was_prepared_for_by_its_own_router(shap
 
 
 @pytest.mark.skipif(cpu.unavailable() is not None, reason="no compiled kernels")
-def test_router_of_few_tokens_is_the_native_call_with_one_expert(shape):
+@pytest.mark.parametrize("num_tokens", [3, 30])
+def test_router_is_the_native_selection_of_the_layer(shape, num_tokens, monkeypatch):
     layers = layers_of(shape)
-    x_TD = torch.randn(3, shape.d_model)
-    y_TD, mask_TE = moe_ffn_cpu._router_calls(shape, layers, x_TD)(1, x_TD)
-    assert mask_TE.sum(1).tolist() == [1, 1, 1]
-    assert torch.equal(mask_TE.float().argmax(1), layers[1].moe.scores(x_TD).argmax(1))
-    assert y_TD.shape == (3, shape.d_model)
+    sides = moe_ffn_cpu._sides(shape, layers, torch.randn(moe_ffn_cpu.NUM_INPUTS, num_tokens, shape.d_model), compiled=False)
+    sides.prepare(0.5)
+    monkeypatch.setattr(MoEFFN, "select", None)
+    assert sides.calls["router"](1, None).shape == (num_tokens, 11)
 
 
 @pytest.mark.parametrize("weights", moe_ffn_cpu.WEIGHTS)

@@ -844,10 +844,17 @@ def converted_llama(*, rule=None, router=None):
     return model
 
 
+NUM_TOKENS = pytest.mark.parametrize("num_tokens", [2, 70], ids=["few tokens", "many tokens"])
+RULES = pytest.mark.parametrize(
+    "rule", [Threshold(theta=0.01), DynKMax(tau=0.5), DynKMass(mass=0.5), TopK(k=3)], ids=lambda rule: rule.name
+)
+
+
 @needs_library
-@pytest.mark.parametrize("rule", [Threshold(theta=0.01), DynKMax(tau=0.5), DynKMass(mass=0.5), TopK(k=3)], ids=lambda rule: rule.name)
-def test_few_tokens_run_as_one_native_call_that_equals_its_pieces(rule):
-    model, ids = converted_llama(rule=rule).eval(), {"input_ids": torch.tensor([[3, 1, 4]])}
+@pytest.mark.parametrize("ids", [[[3, 1, 4]], [[3, 1, 4, 1], [5, 9, 2, 6]]], ids=["few tokens", "many tokens"])
+@RULES
+def test_native_call_equals_its_pieces(rule, ids):
+    model, ids = converted_llama(rule=rule).eval(), {"input_ids": torch.tensor(ids)}
     layers = moe_layers(model).values()
 
     def pieces_and_call():
@@ -881,11 +888,11 @@ def test_few_tokens_run_as_one_native_call_that_equals_its_pieces(rule):
     assert all(layer._native is None for layer in moe_layers(other).values())
 
 
-def routed_net(kind="gated", **kwargs):
-    """A net in eval mode whose few tokens run as one native call, and two tokens of input."""
+def routed_net(kind="gated", *, num_tokens=2, **kwargs):
+    """A net in eval mode whose tokens are routed by the native call, and so many tokens of input."""
     router = build_router(NormRouterConfig(width=3), site=make_net(kind)[2], num_experts=E)
-    net, x_TD, _ = make_net(kind, router=router.requires_grad_(False), rule=TopK(k=1), **kwargs)
-    return net.eval(), x_TD[:2]
+    net, _, _ = make_net(kind, **{"router": router.requires_grad_(False), "rule": TopK(k=1), **kwargs})
+    return net.eval(), torch.randn(num_tokens, D)
 
 
 def runs_natively(net, x_TD):
@@ -905,6 +912,11 @@ class Negated(nn.Linear):
 class TurnedRouter(NormRouter):
     def forward(self, x_TD, weights=None):
         return super().forward(x_TD, weights).flip(1)
+
+
+class OneAfterTheOther(nn.Module):
+    def forward(self, x_TD, weights=None):
+        return torch.eye(E)[torch.arange(x_TD.shape[0]) % E]
 
 
 def turned_router(net):
@@ -949,7 +961,7 @@ CHANGES = {
     "weight's data": lambda net: scale_data(net.mlp.down.weight),
     "weight's values": lambda net: net.mlp.down.weight.mul_(3),
     "bias": lambda net: store(net.mlp.down, "bias", torch.randn(D)),
-    "router": lambda net: setattr(net.mlp.moe, "router", FixedScores([[0.0, 0.0, 0.0, 1.0], [1.0, 0.0, 0.0, 0.0]])),
+    "router": lambda net: setattr(net.mlp.moe, "router", OneAfterTheOther()),
     "router's class": lambda net: change_class(net.mlp.moe.router, TurnedRouter),
     "router's hook": lambda net: net.mlp.moe.router.register_forward_hook(lambda _m, _a, scores_TE: scores_TE.flip(1)),
     "router's pre-hook": lambda net: net.mlp.moe.router.register_forward_pre_hook(lambda _m, args: (-args[0], None)),
@@ -963,9 +975,10 @@ CHANGES = {
 
 
 @needs_library
+@NUM_TOKENS
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_native_call_sees_what_changes_after_it_was_made(change):
-    net, x_TD = routed_net()
+def test_native_call_sees_what_changes_after_it_was_made(change, num_tokens):
+    net, x_TD = routed_net(num_tokens=num_tokens)
     with torch.no_grad():
         router = net.mlp.moe.router  # scores far apart, so that other scores select others
         router.out.weight.mul_(5), router.out.bias.copy_(torch.tensor([1.0, -1.0, 0.3, -0.3]))
@@ -979,8 +992,9 @@ def test_native_call_sees_what_changes_after_it_was_made(change):
 
 
 @needs_library
-def test_native_call_is_left_where_a_weight_becomes_more_than_its_values():
-    net, x_TD = routed_net()
+@NUM_TOKENS
+def test_native_call_is_left_where_a_weight_becomes_more_than_its_values(num_tokens):
+    net, x_TD = routed_net(num_tokens=num_tokens)
     with torch.no_grad():
         net(x_TD)
         net.mlp.up.weight = nn.Parameter(net.mlp.up.weight.detach().as_subclass(Quantised))  # in the same place in memory
@@ -993,14 +1007,77 @@ def test_native_call_is_made_once_for_what_stays():
     with torch.no_grad():
         net(x_TD)
         made = net.mlp.moe._native
-        net(torch.randn(5, D))  # too many tokens for it
+        net(torch.randn(70, D))
         net(x_TD[:1])
     assert net.mlp.moe._native is made
 
 
 @needs_library
-def test_native_call_counts_what_it_ran():
+@pytest.mark.parametrize("move", [lambda net: net.bfloat16(), lambda net: net.to("meta")], ids=["cast", "move"])
+def test_native_call_does_not_keep_weights_from_before_a_cast_or_move(move):
     net, x_TD = routed_net()
+    with torch.no_grad():
+        net(x_TD)
+        assert net.mlp.moe._native is not None
+        move(net)
+    assert net.mlp.moe._native is None
+
+
+class Calls:
+    """What ran: the native call with the FFN, the native selection alone, the PyTorch router."""
+
+    def __init__(self, monkeypatch):
+        self.seen = []
+        for owner, name, said in ((cpu.Routed, "__call__", "ffn"), (cpu.Routed, "select", "selection"), (NormRouter, "forward", "router")):
+            monkeypatch.setattr(owner, name, self._counted(getattr(owner, name), said))
+
+    def _counted(self, function, said):
+        def counted(*args, **kwargs):
+            self.seen.append(said)
+            return function(*args, **kwargs)
+
+        return counted
+
+    def of(self, call):
+        self.seen.clear()
+        call()
+        return list(self.seen)
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("always_on", [(), (1,)], ids=["", "always on"])
+@RULES
+@pytest.mark.parametrize("shape", [(1, 4), (5,), (1, 64), (5, 13), (2, 3, 50)], ids=str)
+def test_forward_selects_as_the_pieces_do_for_any_number_of_tokens(monkeypatch, shape, rule, always_on, dtype):
+    net, _ = routed_net(rule=replace(rule, theta=1.0) if rule.name == "threshold" else rule, always_on=always_on)
+    moe, x = net.mlp.moe, torch.randn(*shape, D).to(dtype)
+    with torch.no_grad():
+        moe.router.out.weight.mul_(5)
+        for name in ("gate", "up", "down"):
+            getattr(net.mlp, name).to(dtype)
+        moe.lay_out()
+        masks = []
+        monkeypatch.setattr("moeify.layers.ActiveRecorder.add", lambda _, layer, mask_TE, *, shape: masks.append((mask_TE, shape)))
+        calls = Calls(monkeypatch)
+        with record_active(net):
+            few = x.numel() <= 4 * D
+            assert calls.of(lambda: masks.append(net(x))) == (["ffn"] if few else ["selection"])
+            set_impl(net, "reference")
+            assert calls.of(lambda: masks.append(net(x))) == ["router"]
+    (mask_TE, of), found, (expected_TE, _), expected = masks
+    assert mask_TE.equal(expected_TE)
+    assert of == shape
+    tolerance = 1e-5 if dtype is torch.float32 else 2e-2
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+    if rule.name != "topk":
+        assert 0 < mask_TE.sum() < mask_TE.numel()
+
+
+@needs_library
+@NUM_TOKENS
+def test_native_call_counts_what_it_ran(num_tokens):
+    net, x_TD = routed_net(num_tokens=num_tokens)
     with torch.no_grad():
         assert runs_natively(net, x_TD)
         with record_active(net) as stats:
@@ -1011,11 +1088,11 @@ def test_native_call_counts_what_it_ran():
 
 
 @needs_library
-def test_native_call_is_left_where_it_would_not_do_what_the_pieces_do():
-    net, x_TD = routed_net()
+@NUM_TOKENS
+def test_native_call_is_left_where_it_would_not_do_what_the_pieces_do(num_tokens):
+    net, x_TD = routed_net(num_tokens=num_tokens)
     with torch.no_grad():
         assert runs_natively(net, x_TD)
-        assert not runs_natively(net, torch.randn(5, D))
         assert not runs_natively(net, x_TD.bfloat16())
         set_impl(net, "grouped")
         assert not runs_natively(net, x_TD)
@@ -1033,8 +1110,30 @@ def test_native_call_is_left_where_it_would_not_do_what_the_pieces_do():
 
 
 @needs_library
-def test_few_tokens_in_eval_mode_give_their_gradient_to_the_weights():
-    net, x_TD = routed_net()
+@NUM_TOKENS
+def test_router_runs_in_pytorch_while_training_under_autocast_with_gradients_with_hooks_and_under_adapters(monkeypatch, num_tokens):
+    net, x_TD = routed_net(num_tokens=num_tokens)
+    calls, native = Calls(monkeypatch), ["ffn"] if num_tokens <= 4 else ["selection"]
+    assert calls.of(lambda: net(x_TD)) == ["router"], "its weights want gradients"
+    with torch.no_grad():
+        assert calls.of(lambda: net(x_TD)) == native
+        assert calls.of(lambda: net.train()(x_TD)) == ["router"]
+        net.eval()
+        with torch.autocast("cpu", torch.bfloat16):
+            assert calls.of(lambda: net(x_TD)) == ["router"]
+        for module in (net.mlp.up, net.mlp.down, net.mlp.moe.router, net.mlp.moe.router.hidden):
+            hook = module.register_forward_hook(lambda *_: None)
+            assert calls.of(lambda: net(x_TD)) == ["router"]
+            hook.remove()
+            assert calls.of(lambda: net(x_TD)) == native
+        wrap(net, "down")
+        assert calls.of(lambda: net(x_TD)) == ["router"]
+
+
+@needs_library
+@NUM_TOKENS
+def test_native_call_is_not_in_the_way_of_gradients_to_the_weights(num_tokens):
+    net, x_TD = routed_net(num_tokens=num_tokens)
     net(x_TD).sum().backward()
     assert all(leaf.weight.grad.abs().sum() > 0 for leaf in (net.mlp.gate, net.mlp.up, net.mlp.down))
 
@@ -1054,7 +1153,8 @@ class PassesNamesOn(nn.Module):
 
 
 @needs_library
-def test_native_call_is_left_where_something_around_a_projection_passes_its_name_on():
+@NUM_TOKENS
+def test_native_call_is_left_where_something_around_a_projection_passes_its_name_on(num_tokens):
     class Nested(nn.Module):
         def __init__(self):
             super().__init__()
@@ -1063,7 +1163,7 @@ def test_native_call_is_left_where_something_around_a_projection_passes_its_name
         def forward(self, x):
             return self.down(self.first.mlp(x).relu())
 
-    net, x_TD = Net(Nested()).eval(), torch.randn(2, D)
+    net, x_TD = Net(Nested()).eval(), torch.randn(num_tokens, D)
     site = FFNSite(name="mlp", up="mlp.first.mlp", down="mlp.down", activation="relu", d_model=D, d_ff=F_, d_out=D)
     router = build_router(NormRouterConfig(width=3), site=site, num_experts=E)
     attach(net, MoEFFN(site, num_experts=E, router=router, rule=TopK(k=2)))
@@ -1102,8 +1202,9 @@ def test_compile_in_moe_mode_gives_one_graph_with_the_eager_result(family, impl)
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @needs_library
-def test_compile_with_few_tokens_gives_one_graph_that_traces_the_pieces():
-    net, x_TD = routed_net()
+@NUM_TOKENS
+def test_compile_after_native_calls_gives_one_graph_that_traces_the_pieces(num_tokens):
+    net, x_TD = routed_net(num_tokens=num_tokens)
     torch._dynamo.reset()
     with torch.no_grad():
         expected = net(x_TD)  # by the native call

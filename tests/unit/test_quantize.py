@@ -49,8 +49,8 @@ def with_dequantised_weights(model):
     state = {name: t for name, t in model.state_dict().items() if not name.endswith("weight_scale")}
     for name, tensor in state.items():
         if tensor.dtype is torch.int8:
-            rows = tensor[0] * model.state_dict()[f"{name}_scale"][:, None]
-            state[name] = rows.t() if "down_proj" in name else rows
+            q_RD, scale = tensor[0], model.state_dict()[f"{name}_scale"]
+            state[name] = (q_RD * scale).t() if "down_proj" in name else q_RD * scale[:, None]
     expected.load_state_dict(state)
     return expected
 
@@ -148,7 +148,7 @@ def test_weights_are_a_quarter_of_the_bytes_and_everything_counts_them():
     names, footprint, cost = list(model.state_dict()), model.get_memory_footprint(), model_weights(model)
     quantize(model)
     numbers = 2 * 3 * 48 * 32
-    scales = 2 * 3 * 48 * 4
+    scales = 2 * (48 + 48 + 32) * 4
     assert model.get_memory_footprint() == footprint - 3 * numbers + scales
     after = model_weights(model)
     assert sum(size for _, size in after.ffn.values()) == numbers + scales
@@ -271,6 +271,10 @@ def _drop_integers(tensors):
     del tensors["model.layers.1.mlp.down_proj.weight"]
 
 
+def _down_scale_by_neuron(tensors):
+    tensors["model.layers.0.mlp.down_proj.weight_scale"] = tensors["model.layers.0.mlp.up_proj.weight_scale"].clone()
+
+
 def _cut_scale(tensors):
     tensors["model.layers.0.mlp.up_proj.weight_scale"] = tensors["model.layers.0.mlp.up_proj.weight_scale"][:7].clone()
 
@@ -288,6 +292,11 @@ def _nan_scale(tensors):
     [
         pytest.param(_drop_scale, r"lacks 1 scale tensors.*'model\.layers\.1\.mlp\.down_proj\.weight_scale'", id="no scale"),
         pytest.param(_cut_scale, r"lacks 1 scale tensors.*'model\.layers\.0\.mlp\.up_proj\.weight_scale' of shape \(48,\)", id="short"),
+        pytest.param(
+            _down_scale_by_neuron,
+            r"lacks 1 scale tensors.*'model\.layers\.0\.mlp\.down_proj\.weight_scale' of shape \(32,\)",
+            id="scale of down by neuron",
+        ),
         pytest.param(_drop_integers, r"lacks 1 tensors of LlamaForCausalLM, first 'model\.layers\.1\.mlp\.down_proj\.weight'", id="none"),
         pytest.param(_floats, r"'model\.layers\.0\.mlp\.up_proj\.weight' has shape \(48, 32\)", id="floats"),
         pytest.param(_nan_scale, r"'model\.layers\.0\.mlp\.up_proj\.weight_scale' has NaN", id="nan"),

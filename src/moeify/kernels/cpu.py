@@ -12,7 +12,7 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from torch import Tensor
 from ..errors import KernelError
 from ..sites.site import FFNWeights
 
-_ABI = 2
+_ABI = 3
 ISAS = ("portable", "avx2", "avx512", "avx512_bf16")
 """Instruction sets of the library, each better than those before; the index is what the library calls it."""
 ACTIVATIONS = ("relu", "silu", "gelu", "gelu_tanh", "quick_gelu", "relu2")
@@ -37,7 +37,7 @@ _INT8 = 2
 _STATUS = {1: "an argument is out of range", 2: "there is no memory for its workspace", 3: "this processor lacks the instruction set"}
 MATRICES = ("up_FD", "down_FD", "gate_FD")
 BIASES = ("up_bias_F", "gate_bias_F", "down_bias_D")
-SCALES = ("up_scale_F", "gate_scale_F", "down_scale_F")
+SCALES = ("up_scale_F", "gate_scale_F", "down_scale_D")
 """Fields of `FFNWeights`, in the order in which they are declared."""
 
 
@@ -67,7 +67,7 @@ class _Router(ctypes.Structure):
 
 def refusal(x_TD: Tensor, *, activation: str) -> str | None:
     """Why the compiled kernels cannot compute this; None if they can. No host sync."""
-    if (missing := cast(str | None, unavailable())) is not None:
+    if (missing := unavailable()) is not None:
         return missing
     if x_TD.device.type != "cpu":
         return f"it runs on the CPU, x_TD is on {x_TD.device}"
@@ -83,11 +83,14 @@ def has_rows(weights: FFNWeights) -> bool:
     return all(t is None or _is_rows(t) for t in (weights.up_FD, weights.gate_FD, weights.down_FD))
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def unavailable() -> str | None:
     """Why there is no compiled library here; None if there is one."""
     library = _library()
     return str(library) if isinstance(library, str) else None
+
+
+# What torch.compiler.assume_constant_result does; that imports torch._dynamo, which takes longer than the rest of this package.
+unavailable._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def isas() -> tuple[str, ...]:
@@ -122,7 +125,7 @@ class RouterWeights:
 
 
 class Routed:
-    """Router, rule and FFN of one layer as one native call without autograd; its pointers are taken once.
+    """Router, rule and FFN of one layer as one native call without autograd, or router and rule alone; its pointers are taken once.
 
     Holds the tensors that it was made from. Values written into them are seen; whoever puts another tensor in a parameter's place makes
     another `Routed`.
@@ -139,7 +142,7 @@ class Routed:
             raise KernelError("impl 'cpu': the weights' rows are not contiguous (moeify.sites.store_by_neuron).")
         tensors = (router.hidden_WD, router.hidden_bias_W, router.out_EW, router.out_bias_E)
         biases = (weights.up_bias_F, weights.gate_bias_F, weights.down_bias_D)
-        scales = (weights.up_scale_F, weights.gate_scale_F, weights.down_scale_F)
+        scales = (weights.up_scale_F, weights.gate_scale_F, weights.down_scale_D)
         matrices = (weights.up_FD, weights.gate_FD, weights.down_FD)
         allowed = (torch.int8, True) if weights.up_FD.dtype is torch.int8 else (dtype, False)
         if any(m is not None and (m.dtype, s is not None) != allowed for m, s in zip(matrices, scales, strict=True)):
@@ -153,7 +156,12 @@ class Routed:
         self._num_experts, (width, d_model) = router.out_EW.shape[0], router.hidden_WD.shape
         if (router.out_EW.shape[1], d_model) != (width, weights.up_FD.shape[1]):
             raise KernelError(f"impl 'cpu': a router of width {width} for {d_model} inputs does not fit {tuple(weights.up_FD.shape)}.")
-        always_on = torch.zeros(self._num_experts, dtype=torch.bool)
+        of_outputs = (weights.down_bias_D, weights.down_scale_D)
+        if any(t.shape[0] != weights.num_neurons for t in weights.per_neuron()) or any(
+            t is not None and t.shape != weights.down_FD.shape[1:] for t in of_outputs
+        ):
+            raise KernelError("impl 'cpu': the weights' shapes do not fit together.")
+        always_on = torch.zeros(self._num_experts, dtype=torch.bool, device="cpu")
         always_on[list(router.always_on)] = True
         self._keep = (weights, router, always_on)
         self._d_out, self._dtype = weights.down_FD.shape[1], dtype
@@ -169,26 +177,34 @@ class Routed:
         self._pointers = (ctypes.byref(self._ffn), ctypes.byref(self._router))
         self._isa, self._call = _isa(), _library().moeify_routed_run
 
-    def __call__(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
-        """y_TD, and mask_TE: which experts ran.
+    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """y (..., O), and mask_TE: which experts ran.
 
         Args:
-            x_TD: 2-D, on the CPU, of the weights' dtype and width (checked: native code takes them for granted).
+            x: (..., D), on the CPU, of the weights' dtype and width (checked: native code takes them for granted).
         """
-        if x_TD.dtype is not self._dtype or x_TD.dim() != 2 or x_TD.shape[1] != self._ffn.d_in:
-            raise KernelError(f"impl 'cpu': x_TD is {tuple(x_TD.shape)} {x_TD.dtype}, expected (T, {self._ffn.d_in}) {self._dtype}.")
-        if not _is_rows(x_TD):
-            x_TD = x_TD.contiguous()
-        num_tokens = x_TD.shape[0]
-        y_TD, mask_TE = x_TD.new_empty(num_tokens, self._d_out), torch.empty(num_tokens, self._num_experts, dtype=torch.bool)
+        y = x.new_empty(*x.shape[:-1], self._d_out)
+        return y, self._run(x, y)
+
+    def select(self, x: Tensor) -> Tensor:
+        """mask_TE alone: which experts would run. Arguments as of the call."""
+        return self._run(x, None)
+
+    def _run(self, x: Tensor, y: Tensor | None) -> Tensor:
+        d_in = self._ffn.d_in
+        if x.dtype is not self._dtype or x.shape[-1:] != (d_in,):
+            raise KernelError(f"impl 'cpu': x is {tuple(x.shape)} {x.dtype}, expected (..., {d_in}) {self._dtype}.")
+        x = x.contiguous()
+        num_tokens = x.numel() // d_in
+        mask_TE = x.new_empty(num_tokens, self._num_experts, dtype=torch.bool)
         status = self._call(
             *self._pointers,
-            *(x_TD.data_ptr(), x_TD.stride(0), num_tokens, mask_TE.data_ptr()),
-            *(y_TD.data_ptr(), self._d_out, self._isa, torch.get_num_threads()),
+            *(x.data_ptr(), d_in, num_tokens, mask_TE.data_ptr()),
+            *(_pointer(y), self._d_out, self._isa, torch.get_num_threads()),
         )
         if status:
             raise KernelError(f"impl 'cpu': {_STATUS.get(status, f'status {status}')}.")
-        return y_TD, mask_TE
+        return mask_TE
 
 
 def run(x_TD: Tensor, weights: FFNWeights, mask_TE: Tensor, *, activation: str) -> Tensor:
@@ -217,7 +233,7 @@ def _describe(weights: FFNWeights, *, num_experts: int, activation: str, dtype: 
         *(_pointer(t) for t in matrices),
         *(0 if t is None else t.stride(0) for t in matrices),
         *(_pointer(t) for t in (weights.up_bias_F, weights.gate_bias_F, weights.down_bias_D)),
-        *(_pointer(t) for t in (weights.up_scale_F, weights.gate_scale_F, weights.down_scale_F)),
+        *(_pointer(t) for t in (weights.up_scale_F, weights.gate_scale_F, weights.down_scale_D)),
         *(weights.up_FD.shape[0], num_experts, weights.up_FD.shape[1], weights.down_FD.shape[1]),
         *(DTYPES[dtype], _INT8 if weights.up_FD.dtype is torch.int8 else DTYPES[dtype], ACTIVATIONS.index(activation)),
     )

@@ -50,11 +50,11 @@ def _ffn_cpu(
     down_bias_D: _Optional,
     up_scale_F: _Optional,
     gate_scale_F: _Optional,
-    down_scale_F: _Optional,
+    down_scale_D: _Optional,
     mask_TE: Tensor,
     activation: str,
 ) -> Tensor:
-    weights = FFNWeights(up_FD, down_FD, gate_FD, up_bias_F, gate_bias_F, down_bias_D, up_scale_F, gate_scale_F, down_scale_F)
+    weights = FFNWeights(up_FD, down_FD, gate_FD, up_bias_F, gate_bias_F, down_bias_D, up_scale_F, gate_scale_F, down_scale_D)
     return cpu.run(x_TD, weights, mask_TE, activation=activation)
 
 

@@ -49,7 +49,7 @@ def moe_ffn(x_TD: Tensor, weights: FFNWeights, plan: DispatchPlan, *, activation
         gate_bias_F=rows(weights.gate_bias_F),
         up_scale_F=rows(weights.up_scale_F),
         gate_scale_F=rows(weights.gate_scale_F),
-        down_scale_F=rows(weights.down_scale_F),
+        down_scale_D=weights.down_scale_D,
     ).dequantized(x_TD.dtype)
     hidden_TU = ffn_hidden(x_TD, union, activation=activation)
     if x_TD.shape[0] > 1:

@@ -39,7 +39,9 @@ SEGMENT_ELEMENTS = 1 << 19
 WIDE_EXPERT = 48
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]  # the counts decide the shapes: a graph break, or an error under fullgraph=True
+# The counts decide the shapes: a graph break, or an error under fullgraph=True. torch.compiler.disable would do the same, but imports
+# torch._dynamo (and triton) with this module instead of at the first call.
+@torch._disable_dynamo  # type: ignore[attr-defined]
 def moe_ffn(x_TD: Tensor, weights: FFNWeights, plan: DispatchPlan, *, activation: str) -> Tensor:
     """Sum of the selected experts' outputs. Arguments and result as in `reference.moe_ffn`.
 

@@ -1,10 +1,12 @@
 """Projections with int8 weights: what a converted FFN's `nn.Linear` or `Conv1D` becomes, in place.
 
-Letters: R neurons of a projection (F; 2F where gate and up are fused), D width of a neuron's row, F FFN width.
+Letters: O outputs of a projection, I its inputs, R neurons (F; 2F where gate and up are fused), D width of a neuron's row, F FFN width.
 
-Each neuron's row has one scale: w = scale * q, q in [-127, 127]. Both projections keep a row per neuron, the down projection, too, although
-its dense shape is the other way round: that is what a kernel reads and what one scale can serve. The leading 1 of the weight's shape fits
-no dense layer, so that no loader that knows nothing of scales takes the integers for weights.
+Each output of a projection has one scale: w = scale * q, q in [-127, 127]. An output of the first projections is a neuron, one of the down
+projection is not: a scale for each of its neurons, which one expert could read alone, costs 3 % of SmolLM2-135M's perplexity, where one for
+each output costs nothing (docs/numerics.md). The integers lie by neuron in both, although the down projection's dense shape is the other
+way round: that is what a kernel reads. The leading 1 of the weight's shape fits no dense layer, so that no loader that knows nothing of
+scales takes the integers for weights.
 """
 
 from collections.abc import Callable
@@ -16,7 +18,7 @@ from torch.nn import functional as F
 
 
 class Int8Linear(nn.Module):
-    """An FFN's first projection: y = x (scale * q)^T + bias.
+    """An FFN's first projection: y = x w^T + bias,   w[r] = scale[r] * q[r].
 
     Never constructed: `to_int8` changes the class of the module that is there, so that its name, its hooks and all references to it stay.
     """
@@ -24,7 +26,7 @@ class Int8Linear(nn.Module):
     weight: nn.Parameter
     """int8 (1, R, D)."""
     weight_scale: nn.Parameter
-    """fp32 (R,), whatever the model's dtype."""
+    """fp32 (R,), or (D,) of a down projection; whatever the model's dtype."""
     bias: nn.Parameter | None
     """(R,), or (D,) of a down projection; of the model's dtype."""
     dense_class: type[nn.Module]
@@ -36,7 +38,7 @@ class Int8Linear(nn.Module):
 
     def rows(self, dtype: torch.dtype) -> Tensor:
         """The rows (R, D) that the integers stand for."""
-        return dequantize_rows(self.weight[0], self.weight_scale, dtype=dtype)
+        return dequantize(self.weight[0], self.weight_scale[:, None], dtype=dtype)
 
     def extra_repr(self) -> str:
         _, neurons, width = self.weight.shape
@@ -54,49 +56,54 @@ class Int8Linear(nn.Module):
 
 
 class Int8DownLinear(Int8Linear):
-    """An FFN's down projection: y = h (scale * q) + bias."""
+    """An FFN's down projection: y = h w + bias,   w[:, d] = scale[d] * q[:, d]."""
 
     def forward(self, h: Tensor) -> Tensor:
         """Arguments and result of the dense layer; the weights are dequantised at every call."""
         return F.linear(h, self.rows(h.dtype).t(), self.bias)
 
+    def rows(self, dtype: torch.dtype) -> Tensor:
+        """The rows (F, D) that the integers stand for."""
+        return dequantize(self.weight[0], self.weight_scale, dtype=dtype)
 
-def quantize_rows(rows_RD: Tensor) -> tuple[Tensor, Tensor]:
-    """Symmetric int8 with one scale a row.
 
-    scale[r] = max_d |rows[r, d]| / 127,   q[r, d] = round(rows[r, d] / scale[r])    (half to even; a zero row has scale 0 and q = 0)
+def quantize_rows(weight_OI: Tensor) -> tuple[Tensor, Tensor]:
+    """Symmetric int8 with one scale a row, which is one output of a projection.
+
+    scale[o] = max_i |w[o, i]| / 127,   q[o, i] = round(w[o, i] / scale[o])    (half to even; a zero row has scale 0 and q = 0)
 
     Args:
-        rows_RD: floating, finite (not checked), any strides; also on the meta device.
+        weight_OI: floating, finite (not checked), any strides; also on the meta device.
 
     Returns:
-        q_RD int8 in [-127, 127], contiguous, and scale_R fp32. |scale * q - rows| <= scale / 2 up to rounding.
+        q_OI int8 in [-127, 127], contiguous, and scale_O fp32. |scale * q - w| <= scale / 2 up to rounding.
     """
-    rows_RD = rows_RD.detach().float()
-    scale_R = rows_RD.abs().amax(1) / 127
-    q_RD = (rows_RD / torch.where(scale_R > 0, scale_R, 1)[:, None]).round_().clamp_(-127, 127)
-    return q_RD.to(torch.int8, memory_format=torch.contiguous_format), scale_R
+    weight_OI = weight_OI.detach().float()
+    scale_O = weight_OI.abs().amax(1) / 127
+    q_OI = (weight_OI / torch.where(scale_O > 0, scale_O, 1)[:, None]).round_().clamp_(-127, 127)
+    return q_OI.to(torch.int8, memory_format=torch.contiguous_format), scale_O
 
 
-def dequantize_rows(q_RD: Tensor, scale_R: Tensor, *, dtype: torch.dtype) -> Tensor:
-    """rows = scale * q, computed in fp32 and rounded to ``dtype``; differentiable in the scales."""
-    return (q_RD.float() * scale_R[:, None]).to(dtype)
+def dequantize(q: Tensor, scale: Tensor, *, dtype: torch.dtype) -> Tensor:
+    """w = scale * q, scale broadcast over q; computed in fp32 and rounded to ``dtype``; differentiable in the scales."""
+    return (q.float() * scale).to(dtype)
 
 
-def to_int8(linear: nn.Module, rows_RD: Tensor, *, cls: type[Int8Linear]) -> None:
+def to_int8(linear: nn.Module, weight_OI: Tensor, *, cls: type[Int8Linear]) -> None:
     """Change a plain projection into one with int8 weights, in place; its bias stays. On the meta device, into the skeleton of one.
 
     Args:
         linear: `nn.Linear`, `Conv1D` or a subclass that computes the same.
-        rows_RD: its weight with a row per neuron.
+        weight_OI: its weight with a row per output.
         cls: `Int8Linear` or `Int8DownLinear`.
     """
-    q_RD, scale_R = quantize_rows(rows_RD)
+    q_OI, scale_O = quantize_rows(weight_OI)
+    q_RD = q_OI.t().contiguous() if issubclass(cls, Int8DownLinear) else q_OI
     module = cast(Any, linear)
     module.dense_class = type(linear)
     module.__class__ = cls
     module.weight = nn.Parameter(q_RD[None], requires_grad=False)
-    module.weight_scale = nn.Parameter(scale_R, requires_grad=False)
+    module.weight_scale = nn.Parameter(scale_O, requires_grad=False)
 
 
 def to_float(int8: Int8Linear, *, dtype: torch.dtype) -> None:

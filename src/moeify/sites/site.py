@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError, UnsupportedModelError
-from .int8 import Int8DownLinear, Int8Linear, dequantize_rows, to_float, to_int8
+from .int8 import Int8DownLinear, Int8Linear, dequantize, to_float, to_int8
 
 # Classes whose forward is exactly x @ W^T + b although they are neither nn.Linear itself nor transposed like Conv1D. By name, so that
 # nothing has to be imported; discovery's probe still proves the algebra for each site.
@@ -66,7 +66,8 @@ class FFNWeights:
 
     h = act(x up_FD^T + up_bias_F), or gated act(x gate_FD^T + gate_bias_F) * (x up_FD^T + up_bias_F);   y = h down_FD + down_bias_D
 
-    The matrices are all floating, or all int8 with an fp32 scale for each row: w = scale * q.
+    The matrices are all floating, or all int8 with one fp32 scale for each of the projection's outputs:
+    up = up_scale_F[:, None] * q_FD, gate likewise, down = q_FD * down_scale_D.
     """
 
     up_FD: Tensor
@@ -77,7 +78,7 @@ class FFNWeights:
     down_bias_D: Tensor | None = None
     up_scale_F: Tensor | None = None
     gate_scale_F: Tensor | None = None
-    down_scale_F: Tensor | None = None
+    down_scale_D: Tensor | None = None
 
     @property
     def num_neurons(self) -> int:
@@ -85,9 +86,9 @@ class FFNWeights:
         return self.up_FD.shape[0]
 
     def per_neuron(self) -> Iterator[Tensor]:
-        """The tensors whose first dimension is the neuron: all but the output bias."""
+        """The tensors whose first dimension is the neuron: all but the output's bias and scale."""
         for name, tensor in vars(self).items():
-            if tensor is not None and name != "down_bias_D":
+            if tensor is not None and name not in ("down_bias_D", "down_scale_D"):
                 yield tensor
 
     def dequantized(self, dtype: torch.dtype) -> "FFNWeights":
@@ -95,13 +96,13 @@ class FFNWeights:
         if self.up_scale_F is None:
             return self
 
-        def rows(q_FD: Tensor | None, scale_F: Tensor | None) -> Tensor | None:
-            return q_FD if q_FD is None or scale_F is None else dequantize_rows(q_FD, scale_F, dtype=dtype)
+        def floating(q_FD: Tensor | None, scale: Tensor | None) -> Tensor | None:
+            return q_FD if q_FD is None or scale is None else dequantize(q_FD, scale, dtype=dtype)
 
         return FFNWeights(
-            up_FD=cast(Tensor, rows(self.up_FD, self.up_scale_F)),
-            down_FD=cast(Tensor, rows(self.down_FD, self.down_scale_F)),
-            gate_FD=rows(self.gate_FD, self.gate_scale_F),
+            up_FD=cast(Tensor, floating(self.up_FD, self.up_scale_F[:, None])),
+            down_FD=cast(Tensor, floating(self.down_FD, self.down_scale_D)),
+            gate_FD=floating(self.gate_FD, None if self.gate_scale_F is None else self.gate_scale_F[:, None]),
             up_bias_F=self.up_bias_F,
             gate_bias_F=self.gate_bias_F,
             down_bias_D=self.down_bias_D,
@@ -219,15 +220,14 @@ def has_int8(model: nn.Module, site: FFNSite) -> bool:
 
 @torch.no_grad()
 def quantize_site(model: nn.Module, site: FFNSite) -> None:
-    """Give a site int8 weights with one scale per neuron's row (`int8.quantize_rows`), in place; only names and biases stay.
+    """Give a site int8 weights with one scale per output of each projection (`int8.quantize_rows`), in place; names and biases stay.
 
     Raises:
         UnsupportedModelError: a projection is not a plain Linear or Conv1D.
     """
-    rows = {path: _linear_view(model, path)[0] for path in (*site.first, site.down)}
-    for path, weight in rows.items():
-        is_down = path == site.down
-        to_int8(model.get_submodule(path), weight.t() if is_down else weight, cls=Int8DownLinear if is_down else Int8Linear)
+    weights = {path: _linear_view(model, path)[0] for path in (*site.first, site.down)}
+    for path, weight in weights.items():
+        to_int8(model.get_submodule(path), weight, cls=Int8DownLinear if path == site.down else Int8Linear)
 
 
 @torch.no_grad()
@@ -238,7 +238,7 @@ def dequantize_site(model: nn.Module, site: FFNSite, *, dtype: torch.dtype) -> N
 
 
 def _linear_view(model: nn.Module, path: str) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """(out, in) view of a projection's weight, its bias, and the scales of int8 rows."""
+    """(out, in) view of a projection's weight, its bias, and the scales of int8 outputs."""
     module: Any = model.get_submodule(path)
     reason = not_plain_reason(module, allow_meta=True)
     if reason and not reason.startswith("has a forward hook"):

@@ -10,7 +10,7 @@ from moeify.hf.checkpoint import load_model
 gguf = pytest.importorskip("gguf")
 pytest.importorskip("accelerate")
 
-TOKENS = ["<unk>", "<s>", "</s>", *"abcdefgh", "ab"]
+TOKENS = ["<unk>", "<s>", "</s>", *"abcdefgh", "ab", "cd"]
 NAMES = {
     "model.embed_tokens.weight": "token_embd.weight",
     "model.norm.weight": "output_norm.weight",
@@ -69,7 +69,7 @@ def write_gguf(path, model, *, tokenizer=True):
     if tokenizer:
         writer.add_tokenizer_model("gpt2")
         writer.add_token_list(TOKENS)
-        writer.add_token_merges(["a b"])
+        writer.add_token_merges(["a b", "c d"])  # transformers 5.17 does not read one alone as a list
         writer.add_token_types([gguf.TokenType.CONTROL] * 3 + [gguf.TokenType.NORMAL] * (len(TOKENS) - 3))
         writer.add_bos_token_id(1)
         writer.add_eos_token_id(2)

@@ -157,7 +157,7 @@ def test_auto_takes_it_where_rows_are_contiguous_and_says_why_not_elsewhere():
         strided = explain(x_TD, weights, plan, activation="relu")[0]
         unknown = explain(x_TD, by_neuron(weights), plan, activation="mish")[0]
         half = map_weights(by_neuron(weights), torch.Tensor.bfloat16)
-        busy = explain(torch.randn(99, 16).bfloat16(), half, random_plan(99, 8, 0.99), activation="relu")
+        busy = explain(torch.randn(199, 16).bfloat16(), half, random_plan(199, 8, 0.99), activation="relu")
     assert not strided.chosen
     assert "store_by_neuron" in strided.reason
     assert "does not know the activation 'mish'" in unknown.reason
@@ -258,9 +258,52 @@ def test_routed_call_refuses_what_it_cannot_read_in_place():
     with pytest.raises(KernelError, match="does not fit"):
         cpu.Routed(weights, dataclasses.replace(router, hidden_WD=torch.zeros(13, 47)), activation="silu")
     routed = cpu.Routed(weights, router, activation="silu")
-    for wrong in (x_TD[:, :47], x_TD.double(), x_TD[0]):
-        with pytest.raises(KernelError, match="expected \\(T, 48\\)"):
-            routed(wrong)
+    for wrong in (x_TD[:, :47], x_TD.double(), x_TD[0, 0]):
+        for call in (routed, routed.select):
+            with pytest.raises(KernelError, match=r"expected \(\.\.\., 48\)"):
+                call(wrong)
+
+
+@needs_library
+@pytest.mark.parametrize("isa", cpu.ISAS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("T", [0, 1, 4, 5, 65, 300])
+def test_routed_selection_alone_is_router_and_rule_for_any_number_of_tokens(monkeypatch, isa, dtype, T):
+    if isa not in cpu.isas():
+        pytest.skip(f"this processor has no {isa}")
+    monkeypatch.setenv(cpu.FORCE_ISA, isa)
+    for rule in (Threshold(theta=0.9), DynKMax(tau=0.7), DynKMass(mass=0.6), TopK(k=4)):
+        weights, router, x_TD, scores_TE = routed_case(rule, dtype=dtype, T=T)
+        routed = cpu.Routed(weights, router, activation="silu")
+        mask_TE = routed.select(x_TD)
+        assert (mask_TE.shape, mask_TE.dtype) == ((T, 9), torch.bool)
+        assert mask_TE.equal(rule(scores_TE)), rule
+        assert mask_TE.equal(routed(x_TD)[1])
+        assert T == 0 or 0 < mask_TE.sum() < mask_TE.numel()
+
+
+@needs_library
+def test_routed_call_keeps_the_inputs_shape_and_takes_any_strides():
+    weights, router, x_TD, _ = routed_case(TopK(k=4), T=6)
+    routed = cpu.Routed(weights, router, activation="silu")
+    y_TD, mask_TE = routed(x_TD)
+    strided = torch.stack([x_TD, torch.full_like(x_TD, float("nan"))], -1)[..., 0]
+    assert not strided.is_contiguous()
+    for x in (x_TD.reshape(2, 3, 48), strided.reshape(6, 48), strided, x_TD.t().contiguous().t()):
+        y, again_TE = routed(x)
+        assert y.shape == x.shape
+        assert y.reshape(6, 48).equal(y_TD)
+        assert again_TE.equal(mask_TE)
+        assert routed.select(x).equal(mask_TE)
+    assert routed(x_TD[0])[0].equal(routed(x_TD[:1])[0][0])
+
+
+@needs_library
+def test_routed_call_stays_on_the_cpu_whatever_the_default_device_is():
+    weights, router, x_TD, scores_TE = routed_case(TopK(k=4), always_on=(2,))
+    with torch.device("meta"):
+        mask_TE = cpu.Routed(weights, router, activation="silu").select(x_TD)
+    assert mask_TE.equal(TopK(k=4)(scores_TE).index_fill(1, torch.tensor([2]), True))
 
 
 @needs_library

@@ -38,14 +38,16 @@ REGIMES = [
 
 
 def int8_ffn(D, F, **options) -> FFNWeights:
-    """A random FFN whose rows, one of them zero, are quantised."""
+    """A random FFN whose outputs, of sizes far apart and one of them zero, are quantised."""
     weights = random_ffn(D, F, **options)
     weights.up_FD[0] = 0
+    weights.down_FD.mul_(torch.logspace(-1, 1, weights.down_FD.shape[1])).select(1, 3).zero_()
     changed = {}
-    for matrix in ("up_FD", "gate_FD", "down_FD"):
+    for matrix in ("up_FD", "gate_FD"):
         if (rows_FD := getattr(weights, matrix)) is not None:
             changed[matrix], changed[matrix.replace("FD", "scale_F")] = quantize_rows(rows_FD)
-    return dataclasses.replace(weights, **changed)
+    q_DF, scale_D = quantize_rows(weights.down_FD.t())
+    return dataclasses.replace(weights, **changed, down_FD=q_DF.t().contiguous(), down_scale_D=scale_D)
 
 
 def oracle_of(x_TD, weights, plan, *, activation="silu"):
@@ -198,13 +200,18 @@ def without(weights, name):
     ("change", "message"),
     [
         pytest.param(lambda w: without(w, "up_scale_F"), "up_FD and up_scale_F do not fit", id="no scale"),
-        pytest.param(lambda w: without(w, "down_scale_F"), "down_FD and down_scale_F do not fit", id="no scale of down"),
+        pytest.param(lambda w: without(w, "down_scale_D"), "down_FD and down_scale_D do not fit", id="no scale of down"),
         pytest.param(lambda w: without(w, "gate_FD"), "gate_FD and gate_scale_F do not fit", id="scale without gate"),
         pytest.param(lambda w: dataclasses.replace(w, up_FD=w.up_FD.float()), "up_FD and up_scale_F do not fit", id="scale of floats"),
         pytest.param(
             lambda w: dataclasses.replace(w, down_FD=w.down_FD.float()), "down_FD is torch.float32.*must be torch.int8", id="mixed"
         ),
         pytest.param(lambda w: dataclasses.replace(w, up_scale_F=w.up_scale_F[:-1]), r"up_scale_F has shape \(23,\)", id="short scale"),
+        pytest.param(
+            lambda w: dataclasses.replace(w, down_scale_D=w.up_scale_F),
+            r"down_scale_D has shape \(24,\), expected \(16,\)",
+            id="scale of down by neuron",
+        ),
         pytest.param(
             lambda w: dataclasses.replace(w, up_scale_F=w.up_scale_F.bfloat16()),
             "up_scale_F is torch.bfloat16",
@@ -233,6 +240,8 @@ def test_routed_call_is_router_rule_and_ffn_one_after_the_other(monkeypatch, isa
     assert mask_TE.equal(rule(scores_TE))
     assert 0 < mask_TE.sum() < mask_TE.numel()
     assert y_TD.equal(moe_ffn(x_TD, weights, build_plan(mask_TE), activation="silu", impl="cpu"))
+    weights, router, x_TD, scores_TE = routed_case(rule, dtype, T=70)
+    assert cpu.Routed(weights, router, activation="silu", dtype=dtype).select(x_TD).equal(rule(scores_TE))
 
 
 def routed_case(rule, dtype, *, T=4):
@@ -251,6 +260,8 @@ def routed_case(rule, dtype, *, T=4):
         pytest.param(lambda w: without(w, "gate_scale_F"), "int8 with scales", id="no scale"),
         pytest.param(lambda w: dataclasses.replace(w, down_FD=w.down_FD.float()), "int8 with scales", id="mixed"),
         pytest.param(lambda w: dataclasses.replace(w, up_scale_F=w.up_scale_F.double()), "scales must be contiguous float32", id="double"),
+        pytest.param(lambda w: dataclasses.replace(w, down_scale_D=w.up_scale_F), "shapes do not fit", id="scale of down by neuron"),
+        pytest.param(lambda w: dataclasses.replace(w, gate_scale_F=w.gate_scale_F[1:]), "shapes do not fit", id="short scale"),
         pytest.param(lambda w: dataclasses.replace(w, up_bias_F=w.up_bias_F.bfloat16()), "biases must be contiguous", id="biases"),
     ],
 )

@@ -10,7 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 from moeify.sites import FFNSite, dequantize_site, has_int8, not_plain_reason, permute_neurons, quantize_site, site_weights, store_by_neuron
 from moeify.sites.formula import ffn_dense
-from moeify.sites.int8 import Int8DownLinear, Int8Linear, dequantize_rows, quantize_rows, to_int8
+from moeify.sites.int8 import Int8DownLinear, Int8Linear, dequantize, quantize_rows, to_int8
 
 LAYOUTS = {
     "linear": lambda: {"up": nn.Linear(4, 6), "down": nn.Linear(6, 5)},
@@ -50,7 +50,7 @@ def test_quantize_rows_of_a_hand_computed_case():
     assert scale.dtype is torch.float32
     assert scale.tolist() == pytest.approx([1.0, 0.0, 0.02])
     assert q.tolist() == [[127, -64, 0, 2, 0], [0, 0, 0, 0, 0], [-127, 1, q[2, 2].item(), 0, 127]]  # halves go to the even integer
-    assert dequantize_rows(q, scale, dtype=torch.float32)[1].tolist() == [0.0] * 5
+    assert dequantize(q, scale[:, None], dtype=torch.float32)[1].tolist() == [0.0] * 5
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
@@ -61,7 +61,7 @@ def test_quantize_rows_is_symmetric_and_off_by_half_a_step_at_most(dtype, size):
     q, scale = quantize_rows(rows)
     assert q.abs().max() == 127
     assert q.min() >= -127
-    off = (dequantize_rows(q, scale, dtype=torch.float64) - rows.double()).abs()
+    off = (dequantize(q, scale[:, None], dtype=torch.float64) - rows.double()).abs()
     assert (off <= scale.double()[:, None] * 0.5001).all()
     minus_q, minus_scale = quantize_rows(-rows)
     assert torch.equal(minus_q, -q)
@@ -93,9 +93,12 @@ def test_quantize_site_keeps_a_row_per_neuron_under_the_weights_name_and_close_t
     assert all(not_plain_reason(module) is None for module in model.values())
     for matrix in ("up_FD", "gate_FD", "down_FD"):
         if (float_FD := getattr(before, matrix)) is not None:
-            q_FD, scale_F = getattr(weights, matrix), getattr(weights, matrix.replace("FD", "scale_F"))
+            q_FD = getattr(weights, matrix)
+            # one scale for each output of the projection, as long as its bias: neurons, but of the down projection the FFN's outputs
+            scale_1D = weights.down_scale_D[None] if matrix == "down_FD" else getattr(weights, matrix.replace("FD", "scale_F"))[:, None]
             assert (q_FD.dtype, q_FD.shape, q_FD.stride()) == (torch.int8, float_FD.shape, (float_FD.shape[1], 1))
-            assert ((q_FD * scale_F[:, None] - float_FD).abs() <= 0.501 * scale_F[:, None]).all()
+            assert ((q_FD * scale_1D - float_FD).abs() <= 0.501 * scale_1D).all()
+            assert q_FD.abs().amax(0 if matrix == "down_FD" else 1).eq(127).all(), "the largest of each output has all of the range"
     out = forward(model, site, x_TD)
     torch.testing.assert_close(out, ffn_dense(x_TD, weights.dequantized(torch.float32), activation="silu"))
     assert 0 < (out - expected).abs().max() < 0.05 * expected.abs().max()
@@ -117,14 +120,16 @@ def test_dequantize_site_gives_the_dense_layers_back(layout):
     torch.testing.assert_close(forward(model, site, x_TD), expected)
 
 
-def test_permute_neurons_takes_the_scales_along():
+def test_permute_neurons_takes_the_neurons_scales_along():
     model, site = case("gate_up")
     quantize_site(model, site)
     x_TD = torch.randn(7, 4)
     expected, order = forward(model, site, x_TD), torch.tensor([3, 1, 5, 0, 2, 4])
-    scale_F = site_weights(model, site).up_scale_F.clone()
+    up_scale_F, down_scale_D = site_weights(model, site).up_scale_F.clone(), site_weights(model, site).down_scale_D.clone()
     permute_neurons(model, site, order)
-    assert torch.equal(site_weights(model, site).up_scale_F, scale_F[order])
+    after = site_weights(model, site)
+    assert torch.equal(after.up_scale_F, up_scale_F[order])
+    assert torch.equal(after.down_scale_D, down_scale_D)
     torch.testing.assert_close(forward(model, site, x_TD), expected)
 
 
