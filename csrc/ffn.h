@@ -576,11 +576,11 @@ struct ManyTokens {
   int64_t per_thread;
   std::atomic<int64_t> next;  // first token that nobody has
 
-  static int64_t hidden_floats(const Net &net, int64_t tokens) {
-    return HIDDEN_FLOATS + tokens * min64(CHUNK_NEURONS, (net.f.num_neurons - 1) / net.f.num_experts + 1) + W;
+  static int64_t hidden_floats(int64_t tokens) {
+    return HIDDEN_FLOATS + tokens * CHUNK_NEURONS + W;
   }
   static int64_t thread_bytes(const Net &net, int64_t tokens) {
-    return Lists::bytes(tokens, net.f.num_experts) + 4 * tokens * net.out_width + 4 * round_up(hidden_floats(net, tokens), 16) +
+    return Lists::bytes(tokens, net.f.num_experts) + 4 * tokens * net.out_width + 4 * round_up(hidden_floats(tokens), 16) +
            4 * round_up(tokens * CHUNK_NEURONS + W, 16) + (Rows<X, IO>::CONVERTS ? 4 * tokens * round_up(net.f.d_in, 16) : 0) + 256;
   }
 
@@ -607,7 +607,7 @@ struct ManyTokens {
     Lists lists(own, block_tokens, experts);
     float *sums = (float *)(own + Lists::bytes(block_tokens, experts));
     float *h = sums + block_tokens * net.out_width;
-    float *gate = h + round_up(hidden_floats(net, block_tokens), 16);
+    float *gate = h + round_up(hidden_floats(block_tokens), 16);
     X *converted = (X *)(gate + round_up(block_tokens * CHUNK_NEURONS + W, 16));
     lists.build(mask + first * experts, n, experts);
     memset(sums, 0, 4 * n * net.out_width);

@@ -139,6 +139,20 @@ def test_relu_never_reads_the_second_row_of_a_silent_neuron():
 
 
 @needs_library
+@pytest.mark.parametrize("T", [66, 100, 127, 130, 340])
+def test_neighbouring_experts_that_every_token_takes_fill_the_workspace_and_no_more(T):
+    # They are computed in larger pieces than one of them: the last piece before the workspace is full is the one that must fit.
+    weights, x_TD = by_neuron(random_ffn(8, 2600, gated=True)), torch.randn(T, 8)
+    plan = build_plan(torch.ones(T, 325, dtype=torch.bool))
+    torch.testing.assert_close(
+        moe_ffn(x_TD, weights, plan, activation="silu", impl="cpu"),
+        moe_ffn(x_TD, weights, plan, activation="silu", impl="masked"),
+        rtol=1e-4,
+        atol=1e-4,
+    )
+
+
+@needs_library
 def test_values_that_are_not_finite_come_out_as_torch_has_them():
     weights, x_TD = by_neuron(random_ffn(8, 16)), torch.randn(70, 8)
     x_TD[3, 2], x_TD[5, 1] = float("nan"), float("inf")
