@@ -291,7 +291,8 @@ struct Network {
   void hidden(const X *const *x, const Piece &piece, float *h, float *gate) const {
     const int64_t n = piece.num_tokens, neurons = piece.neurons;
     // Rows of gate and up that stay in the first cache pass by each tile of x together: x, which comes from further away, is read once.
-    const int64_t steps = (f.d_in * (int64_t)std::max(sizeof(Wt), sizeof(X)) + DOT_BYTES - 1) / DOT_BYTES, step = round_up((f.d_in + steps - 1) / steps, Dot::STEP);
+    const int64_t steps = (f.d_in * (int64_t)std::max(sizeof(Wt), sizeof(X)) + DOT_BYTES - 1) / DOT_BYTES;
+    const int64_t step = round_up((f.d_in + steps - 1) / steps, Dot::STEP);
     const int64_t row_bytes = step * (int64_t)sizeof(Wt) * (f.gate ? 2 : 1);
     const int64_t rows = max64(ROWS, PANEL_BYTES / row_bytes / ROWS * ROWS);
     const Tiles tiles(n, TOKENS);
@@ -527,7 +528,7 @@ struct FewTokens {
     for (; begin < experts && before < first; begin++) before += cost(begin);
     for (end = begin; end < experts && before < last; end++) before += cost(end);
     Pieces<Net> pieces{net, lists, num_tokens, end, begin};
-    Piece piece, following;
+    Piece piece = {}, following = {};
     for (bool more = pieces.next(&piece); more; piece = following) {
       more = pieces.next(&following);
       work(piece, more ? &following : nullptr, sums, h, gate);
@@ -620,7 +621,7 @@ struct ManyTokens {
     int64_t used = 0;
     const X *in[BLOCK_TOKENS];
     Pieces<Net> pieces{net, lists, n, experts, 0};
-    Piece piece, following;
+    Piece piece = {}, following = {};
     for (bool more = pieces.next(&piece); more; piece = following) {
       more = pieces.next(&following);
       if (more) net.prefetch_first(following);

@@ -61,7 +61,7 @@ static inline void select_row(float *score, int64_t experts, int32_t rule, float
   float total = 0.0f, before = 0.0f;
   for (int64_t i = 0; i < experts; i++) total += score[order[i]];
   for (int64_t i = 0; i < experts; i++) {
-    mask[order[i]] = i == 0 || before / total < knob;
+    mask[order[i]] = i == 0 || !(before / total >= knob);  // inf / inf: selected, as in Python
     before += score[order[i]];
   }
 }
@@ -71,6 +71,7 @@ struct Layer {
   typedef Network<DotFp32, AddFp32, float, float, float> Net;
   moeify_ffn f = {};
   Net net{f};
+  Layer(const Layer &) = delete;  // net refers to f
 
   Layer(const float *weight, const float *bias, int64_t width, int64_t num_rows, int32_t activation) {
     f.up = weight, f.up_bias = bias, f.up_stride = f.d_in = width, f.num_neurons = num_rows, f.activation = activation;

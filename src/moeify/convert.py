@@ -95,7 +95,7 @@ class SiteRecord:
     always_on: tuple[int, ...] = ()
     """Experts that run for every token."""
     weights: Literal["float", "int8"] = "float"
-    """Type of the projections' weights: the model's own, or int8 with a scale for each neuron's row."""
+    """Type of the projections' weights: the model's own, or int8 with a scale for each output."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -203,7 +203,7 @@ def test_convert_with_int8_weights_measures_before_and_after_them(dense, tmp_pat
     assert after["quality"] == pytest.approx(before["quality"], rel=0.05)
     card = (tmp_path / "moe" / "README.md").read_text()
     for row in (
-        "| weights of the experts | int8, one scale a neuron |",
+        "| weights of the experts | int8, one scale an output |",
         f"| held-out perplexity | {after['quality']:.4g} (dense",
         f"| held-out perplexity with floating weights | {before['quality']:.4g} (dense",
         "| relative error of the int8 weights | 0.0",

@@ -42,7 +42,7 @@ def model_card(
         "experts per FFN": " or ".join(map(str, experts)),
         "router": ", ".join(sorted({moe.router.config.name for moe in layers.values()})),
         "selection rule": rule,
-        **({"weights of the experts": "int8, one scale a neuron"} if has_int8 else {}),
+        **({"weights of the experts": "int8, one scale an output"} if has_int8 else {}),
         **{key.replace("_", " "): _cell(value) for key, value in calibration.items() if not isinstance(value, (dict, list))},
         **(results or {}),
     }

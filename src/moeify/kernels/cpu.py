@@ -28,7 +28,7 @@ ACTIVATIONS = ("relu", "silu", "gelu", "gelu_tanh", "quick_gelu", "relu2")
 RULES = ("threshold", "dynk_max", "dynk_mass", "topk")
 """Selection rules of the library, by their names in `moeify.select.RULES`; the index is what it calls them."""
 ROUTED_TOKENS = 64
-"""Up to so many tokens router, rule and FFN run in one call: the kernels win at any fraction there, the Python between costs 50-100 us."""
+"""Up to so many tokens router, rule and FFN run in one call: the Python between costs 50-100 us, more than dense GEMMs could gain."""
 FORCE_ISA = "MOEIFY_CPU_ISA"
 """Environment variable that names the instruction set to use instead of the best one."""
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
@@ -157,10 +157,16 @@ class Routed:
         if (router.out_EW.shape[1], d_model) != (width, weights.up_FD.shape[1]):
             raise KernelError(f"impl 'cpu': a router of width {width} for {d_model} inputs does not fit {tuple(weights.up_FD.shape)}.")
         of_outputs = (weights.down_bias_D, weights.down_scale_D)
-        if any(t.shape[0] != weights.num_neurons for t in weights.per_neuron()) or any(
-            t is not None and t.shape != weights.down_FD.shape[1:] for t in of_outputs
+        if (
+            any(t.shape[0] != weights.num_neurons for t in weights.per_neuron())
+            or any(t is not None and t.shape != weights.down_FD.shape[1:] for t in of_outputs)
+            or (weights.gate_FD is not None and weights.gate_FD.shape != weights.up_FD.shape)
         ):
             raise KernelError("impl 'cpu': the weights' shapes do not fit together.")
+        if router.hidden_bias_W.shape != (width,) or router.out_bias_E.shape != (self._num_experts,):
+            raise KernelError("impl 'cpu': the router's biases do not fit its matrices.")
+        if any(t is not None and t.device.type != "cpu" for t in (*matrices, *biases, *scales, *tensors)):
+            raise KernelError("impl 'cpu': weights and router must all be on the CPU.")
         always_on = torch.zeros(self._num_experts, dtype=torch.bool, device="cpu")
         always_on[list(router.always_on)] = True
         self._keep = (weights, router, always_on)

@@ -257,6 +257,9 @@ def test_routed_call_selects_as_the_rule_does_with_ties_zeros_and_nan(rule):
     scores_TE = router.out_bias_E.abs().expand(4, -1).clone()
     scores_TE[1] = float("nan")
     assert mask_TE.equal(rule(scores_TE))
+    router.out_bias_E[4:6] = float("inf")
+    _, mask_TE = cpu.Routed(weights, router, activation="silu")(x_TD[2:])
+    assert mask_TE.equal(rule(router.out_bias_E.abs().expand(2, -1)))
     router.out_bias_E.zero_()
     _, mask_TE = cpu.Routed(weights, router, activation="silu")(x_TD[2:])
     assert mask_TE.equal(rule(torch.zeros(2, 9)))
@@ -271,6 +274,13 @@ def test_routed_call_refuses_what_it_cannot_read_in_place():
         cpu.Routed(weights, dataclasses.replace(router, out_EW=router.out_EW.double()), activation="silu")
     with pytest.raises(KernelError, match="does not fit"):
         cpu.Routed(weights, dataclasses.replace(router, hidden_WD=torch.zeros(13, 47)), activation="silu")
+    for name in ("hidden_bias_W", "out_bias_E"):
+        with pytest.raises(KernelError, match="biases do not fit"):
+            cpu.Routed(weights, dataclasses.replace(router, **{name: torch.zeros(3)}), activation="silu")
+    with pytest.raises(KernelError, match="shapes do not fit"):
+        cpu.Routed(dataclasses.replace(weights, gate_FD=torch.zeros(100, 40)), router, activation="silu")
+    with pytest.raises(KernelError, match="must all be on the CPU"):
+        cpu.Routed(weights, dataclasses.replace(router, out_EW=router.out_EW.to("meta")), activation="silu")
     routed = cpu.Routed(weights, router, activation="silu")
     for wrong in (x_TD[:, :47], x_TD.double(), x_TD[0, 0]):
         for call in (routed, routed.select):
