@@ -147,11 +147,11 @@ struct AddFp32 {
     }
   }
 
-  // y += sum over 4 rows of value * row
-  template <class Wt>
+  // y += sum over N rows of value * row
+  template <class Wt, int N>
   static inline void rows(float *y, const float *value, const Wt *const *row, int64_t c) {
     vf sum0 = load(y), sum1 = load(y + W);
-    for (int j = 0; j < 4; j++) {
+    for (int j = 0; j < N; j++) {
       const vf a = splat(value[j]);
       sum0 += a * load(row[j] + c), sum1 += a * load(row[j] + c + W);
     }
@@ -189,8 +189,9 @@ struct AddBf16 {
       }
   }
 
+  // b null: zeros
   static inline void interleave(const bf16 *a, const bf16 *b, __m512bh *low, __m512bh *high) {
-    const __m512i p = _mm512_loadu_si512(a), q = _mm512_loadu_si512(b);
+    const __m512i p = _mm512_loadu_si512(a), q = b ? _mm512_loadu_si512(b) : _mm512_setzero_si512();
     *low = (__m512bh)_mm512_unpacklo_epi16(p, q), *high = (__m512bh)_mm512_unpackhi_epi16(p, q);
   }
 
@@ -201,7 +202,7 @@ struct AddBf16 {
 #pragma GCC unroll 8
     for (int j = 0; j < N; j++) {
       const bf16 *first = w + 2 * j * w_stride;
-      interleave(first, odd && j == N - 1 ? first : first + w_stride, &low[j], &high[j]);  // the odd one's partner has h = 0
+      interleave(first, odd && j == N - 1 ? nullptr : first + w_stride, &low[j], &high[j]);
     }
     const int *pairs = (const int *)h;
     for (int64_t i = 0; i < n; i++) {
@@ -216,13 +217,14 @@ struct AddBf16 {
     }
   }
 
-  template <class Wt>
+  template <class Wt, int N>
   static inline void rows(float *y, const float *value, const Wt *const *row, int64_t c) {
     __m512 sum0 = _mm512_loadu_ps(y), sum1 = _mm512_loadu_ps(y + 16);
-    for (int j = 0; j < 4; j += 2) {
+    for (int j = 0; j < N; j += 2) {
+      const bool both = j + 1 < N;
       __m512bh low, high;
-      interleave(row[j] + c, row[j + 1] + c, &low, &high);
-      const __m512bh a = (__m512bh)_mm512_set1_epi32((int)pair(value[j], value[j + 1]));
+      interleave(row[j] + c, both ? row[j + 1] + c : nullptr, &low, &high);
+      const __m512bh a = (__m512bh)_mm512_set1_epi32((int)pair(value[j], both ? value[j + 1] : 0.0f));
       sum0 = _mm512_dpbf16_ps(sum0, a, low), sum1 = _mm512_dpbf16_ps(sum1, a, high);
     }
     _mm512_storeu_ps(y, sum0), _mm512_storeu_ps(y + 16, sum1);
@@ -393,21 +395,24 @@ struct Network {
       if (h[j] == 0.0f) continue;
       row[n] = w + j * f.down_stride;
       value[n++] = h[j];
-      if (n == 4) add_four(y, value, row), n = 0;
+      if (n == 4) add<4>(y, value, row), n = 0;
     }
-    if (!n) return;
-    for (int j = n; j < 4; j++) row[j] = row[0], value[j] = 0.0f;
-    add_four(y, value, row);
+    switch (n) {  // no filling up with zeros: zero times infinity is no zero
+      case 1: return add<1>(y, value, row);
+      case 2: return add<2>(y, value, row);
+      case 3: return add<3>(y, value, row);
+    }
   }
 
-  void add_four(float *y, const float *value, const Wt *const *row) const {
+  template <int N>
+  void add(float *y, const float *value, const Wt *const *row) const {
     int64_t c = 0;
-    for (; c + COLUMNS <= f.d_out; c += COLUMNS) Add::rows(y + c, value, row, c);
+    for (; c + COLUMNS <= f.d_out; c += COLUMNS) Add::template rows<Wt, N>(y + c, value, row, c);
     if (c == f.d_out) return;
-    Wt padded[4][COLUMNS] = {};
-    const Wt *last[4];
-    for (int j = 0; j < 4; j++) memcpy((void *)padded[j], row[j] + c, (f.d_out - c) * sizeof(Wt)), last[j] = padded[j];
-    Add::rows(y + c, value, last, 0);
+    Wt padded[N][COLUMNS] = {};
+    const Wt *last[N];
+    for (int j = 0; j < N; j++) memcpy((void *)padded[j], row[j] + c, (f.d_out - c) * sizeof(Wt)), last[j] = padded[j];
+    Add::template rows<Wt, N>(y + c, value, last, 0);
   }
 };
 
@@ -426,15 +431,40 @@ static inline void write_block(const moeify_ffn &f, IO *y, float *sum, int64_t c
     for (int64_t k = 0; k < width; k++) convert_to(y[c + k], sum[k]);
 }
 
+// Buffers cut from one piece of memory, each at 64 bytes and apart from the next. Without memory it only counts: the constructors of what
+// lies in it say in one place how large it is and where.
+struct Arena {
+  static constexpr int64_t GAP = 64;
+  char *memory;
+  int64_t used = 0;
+
+  explicit Arena(char *memory) : memory(memory) {}
+
+  template <class T>
+  T *take(int64_t number) {
+    const int64_t at = used, end = at + number * (int64_t)sizeof(T);
+    used = round_up(end, 64) + GAP;
+    if (!memory) return nullptr;
+    forbid(memory + end, used - end);
+    return (T *)(memory + at);
+  }
+};
+
+template <class Layout, class... Sizes>
+static int64_t bytes_of(const Sizes &...sizes) {
+  Arena counter(nullptr);
+  Layout layout(counter, sizes...);
+  return counter.used;
+}
+
 // Tokens of each expert, in order.
 struct Lists {
   int32_t *count;   // E
   uint16_t *token;  // expert e's from e * stride on
   int64_t stride;
 
-  static int64_t bytes(int64_t tokens, int64_t experts) { return round_up(4 * experts, 64) + round_up(2 * (tokens + 1) * experts, 64); }
-  Lists(char *memory, int64_t tokens, int64_t experts)
-      : count((int32_t *)memory), token((uint16_t *)(memory + round_up(4 * experts, 64))), stride(tokens + 1) {}
+  Lists(Arena &arena, int64_t tokens, int64_t experts)
+      : count(arena.take<int32_t>(experts)), token(arena.take<uint16_t>((tokens + 1) * experts)), stride(tokens + 1) {}
 
   const uint16_t *of(int64_t e) const { return token + e * stride; }
 
@@ -492,18 +522,35 @@ struct Rows<X, X> {
 
 template <class Net, class IO, class X>
 struct FewTokens {
+  // What all threads read.
+  struct Shared {
+    Lists lists;
+    X *converted;  // x, where it is not read as it is
+    Shared(Arena &arena, const Net &net, int64_t tokens)
+        : lists(arena, tokens, net.f.num_experts),
+          converted(arena.take<X>(Rows<X, IO>::CONVERTS ? tokens * round_up(net.f.d_in, 16) : 0)) {}
+  };
+  // What each thread has of its own.
+  struct Own {
+    float *sums, *h, *gate;
+    Own(Arena &arena, const Net &net, int64_t tokens)
+        : sums(arena.take<float>(tokens * net.out_width)),
+          h(arena.take<float>(tokens * CHUNK_NEURONS + W)),
+          gate(arena.take<float>(tokens * CHUNK_NEURONS + W)) {}
+  };
+
   const Net &net;
   int64_t num_tokens;
   IO *y;
   int64_t y_stride;
-  Lists lists;
-  char *memory;           // per_thread bytes for each thread
+  const Lists &lists;
+  const X *const *rows;  // x of each token
+  char *memory;          // per_thread bytes for each thread
   int64_t per_thread;
-  const X **rows;         // x of each token, converted
 
-  static int64_t sums_bytes(const Net &net, int64_t tokens) { return round_up(4 * tokens * net.out_width, 64); }
-  static int64_t thread_bytes(const Net &net, int64_t tokens) {
-    return sums_bytes(net, tokens) + 2 * round_up(4 * (tokens * CHUNK_NEURONS + W), 64);
+  Own own(int thread) const {
+    Arena arena(memory + thread * per_thread);
+    return Own(arena, net, num_tokens);
   }
 
   static void task(void *self, int thread, int num_threads) { static_cast<FewTokens *>(self)->run(thread, num_threads); }
@@ -515,11 +562,8 @@ struct FewTokens {
   }
 
   void run(int thread, int num_threads) {
-    char *own = memory + thread * per_thread;
-    float *sums = (float *)own;
-    memset(sums, 0, 4 * num_tokens * net.out_width);
-    float *h = (float *)(own + sums_bytes(net, num_tokens));
-    float *gate = h + round_up(num_tokens * CHUNK_NEURONS + W, 16);
+    const Own own = this->own(thread);
+    memset(own.sums, 0, 4 * num_tokens * net.out_width);
     const int64_t experts = net.f.num_experts;
     int64_t total = 0, before = 0;
     for (int64_t e = 0; e < experts; e++) total += cost(e);
@@ -531,30 +575,30 @@ struct FewTokens {
     Piece piece = {}, following = {};
     for (bool more = pieces.next(&piece); more; piece = following) {
       more = pieces.next(&following);
-      work(piece, more ? &following : nullptr, sums, h, gate);
+      work(piece, more ? &following : nullptr, own);
     }
   }
 
   // The next piece's rows come from memory while this one is computed.
-  void work(const Piece &piece, const Piece *following, float *sums, float *h, float *gate) {
+  void work(const Piece &piece, const Piece *following, const Own &own) {
     typedef typename Net::Add Add;
     const X *in[FEW_TOKENS];
     for (int64_t i = 0; i < piece.num_tokens; i++) in[i] = rows[piece.token[i]];
     if (following) net.prefetch_first(*following);
-    net.hidden(in, piece, h, gate);
+    net.hidden(in, piece, own.h, own.gate);
     if (following) net.prefetch_second(*following, 0, net.f.d_out);
-    if (piece.num_tokens == 1) return net.add_nonzero(sums + piece.token[0] * net.out_width, h, piece);
-    Add::convert(h, piece.num_tokens, piece.neurons);
-    for (int64_t c = 0; c < net.f.d_out; c += COLUMNS) net.add_columns(sums + c, net.out_width, piece, h, c);
+    if (piece.num_tokens == 1) return net.add_nonzero(own.sums + piece.token[0] * net.out_width, own.h, piece);
+    Add::convert(own.h, piece.num_tokens, piece.neurons);
+    for (int64_t c = 0; c < net.f.d_out; c += COLUMNS) net.add_columns(own.sums + c, net.out_width, piece, own.h, c);
   }
 
   // In the order of the threads.
   void finish(int num_threads) {
     typedef typename Net::Add Add;
     for (int64_t t = 0; t < num_tokens; t++) {
-      float *sum = (float *)memory + t * net.out_width;
+      float *sum = own(0).sums + t * net.out_width;
       for (int k = 1; k < num_threads; k++) {
-        const float *other = (const float *)(memory + k * per_thread) + t * net.out_width;
+        const float *other = own(k).sums + t * net.out_width;
         for (int64_t c = 0; c < net.out_width; c++) sum[c] += other[c];
       }
       for (int64_t c = 0; c < net.f.d_out; c += COLUMNS) write_block<Add, IO>(net.f, y + t * y_stride, sum + c, c);
@@ -566,6 +610,19 @@ struct FewTokens {
 
 template <class Net, class IO, class X>
 struct ManyTokens {
+  // What each thread has of its own, for one block.
+  struct Own {
+    Lists lists;
+    float *sums, *h, *gate;
+    X *converted;
+    Own(Arena &arena, const Net &net, int64_t tokens)
+        : lists(arena, tokens, net.f.num_experts),
+          sums(arena.take<float>(tokens * net.out_width)),
+          h(arena.take<float>(HIDDEN_FLOATS + tokens * CHUNK_NEURONS + W)),  // full once HIDDEN_FLOATS are used: then one piece more is in
+          gate(arena.take<float>(tokens * CHUNK_NEURONS + W)),
+          converted(arena.take<X>(Rows<X, IO>::CONVERTS ? tokens * round_up(net.f.d_in, 16) : 0)) {}
+  };
+
   const Net &net;
   const IO *x;
   int64_t x_stride;
@@ -577,22 +634,13 @@ struct ManyTokens {
   int64_t per_thread;
   std::atomic<int64_t> next;  // first token that nobody has
 
-  static int64_t hidden_floats(int64_t tokens) {
-    return HIDDEN_FLOATS + tokens * CHUNK_NEURONS + W;
-  }
-  static int64_t thread_bytes(const Net &net, int64_t tokens) {
-    return Lists::bytes(tokens, net.f.num_experts) + 4 * tokens * net.out_width + 4 * round_up(hidden_floats(tokens), 16) +
-           4 * round_up(tokens * CHUNK_NEURONS + W, 16) + (Rows<X, IO>::CONVERTS ? 4 * tokens * round_up(net.f.d_in, 16) : 0) + 256;
-  }
-
   static void task(void *self, int thread, int) { static_cast<ManyTokens *>(self)->run(thread); }
 
   void run(int thread) {
-    for (;;) {
-      const int64_t first = next.fetch_add(block_tokens, std::memory_order_relaxed);
-      if (first >= num_tokens) return;
-      block(memory + thread * per_thread, first, min64(block_tokens, num_tokens - first));
-    }
+    Arena arena(memory + thread * per_thread);
+    Own own(arena, net, block_tokens);
+    for (int64_t first; (first = next.fetch_add(block_tokens, std::memory_order_relaxed)) < num_tokens;)
+      block(own, first, min64(block_tokens, num_tokens - first));
   }
 
   struct Ready {  // a piece whose h is at a place
@@ -602,50 +650,46 @@ struct ManyTokens {
 
   // y of a block stands in columns of COLUMNS floats, all tokens of a column together: it stays in the first cache, and rows of a power
   // of two do not share its sets.
-  void block(char *own, int64_t first, int64_t n) {
+  void block(Own &own, int64_t first, int64_t n) {
     typedef typename Net::Add Add;
     const int64_t experts = net.f.num_experts;
-    Lists lists(own, block_tokens, experts);
-    float *sums = (float *)(own + Lists::bytes(block_tokens, experts));
-    float *h = sums + block_tokens * net.out_width;
-    float *gate = h + round_up(hidden_floats(block_tokens), 16);
-    X *converted = (X *)(gate + round_up(block_tokens * CHUNK_NEURONS + W, 16));
-    lists.build(mask + first * experts, n, experts);
-    memset(sums, 0, 4 * n * net.out_width);
+    own.lists.build(mask + first * experts, n, experts);
+    memset(own.sums, 0, 4 * n * net.out_width);
     const X *rows[BLOCK_TOKENS];
     for (int64_t t = 0; t < n; t++)
-      rows[t] = Rows<X, IO>::get(x + (first + t) * x_stride, converted + t * round_up(net.f.d_in, 16), net.f.d_in);
+      rows[t] = Rows<X, IO>::get(x + (first + t) * x_stride, own.converted + t * round_up(net.f.d_in, 16), net.f.d_in);
 
     Ready ready[MAX_PIECES];
     int number = 0;
     int64_t used = 0;
     const X *in[BLOCK_TOKENS];
-    Pieces<Net> pieces{net, lists, n, experts, 0};
+    Pieces<Net> pieces{net, own.lists, n, experts, 0};
     Piece piece = {}, following = {};
     for (bool more = pieces.next(&piece); more; piece = following) {
       more = pieces.next(&following);
       if (more) net.prefetch_first(following);
       for (int64_t i = 0; i < piece.num_tokens; i++) in[i] = rows[piece.token[i]];
-      net.hidden(in, piece, h + used, gate);
-      Add::convert(h + used, piece.num_tokens, piece.neurons);
+      net.hidden(in, piece, own.h + used, own.gate);
+      Add::convert(own.h + used, piece.num_tokens, piece.neurons);
       ready[number++] = {piece, used};
       used += round_up(piece.num_tokens * piece.neurons, W);
       if (used >= HIDDEN_FLOATS || number == MAX_PIECES) {
-        second(sums, h, ready, number, n);
+        second(own, ready, number, n);
         used = number = 0;
       }
     }
-    second(sums, h, ready, number, n);
+    second(own, ready, number, n);
 
     for (int64_t t = 0; t < n; t++)
-      for (int64_t c = 0; c < net.f.d_out; c += COLUMNS) write_block<Add, IO>(net.f, y + (first + t) * y_stride, sums + c * n + t * COLUMNS, c);
+      for (int64_t c = 0; c < net.f.d_out; c += COLUMNS)
+        write_block<Add, IO>(net.f, y + (first + t) * y_stride, own.sums + c * n + t * COLUMNS, c);
   }
 
-  void second(float *sums, const float *h, const Ready *ready, int number, int64_t n) {
+  void second(const Own &own, const Ready *ready, int number, int64_t n) {
     for (int64_t c = 0; c < net.f.d_out; c += COLUMNS)
       for (int p = 0; p < number; p++) {
         if (p + 1 < number) net.prefetch_second(ready[p + 1].piece, c, COLUMNS);
-        net.add_columns(sums + c * n, COLUMNS, ready[p].piece, h + ready[p].at, c);
+        net.add_columns(own.sums + c * n, COLUMNS, ready[p].piece, own.h + ready[p].at, c);
       }
   }
 };
@@ -659,18 +703,16 @@ static int run(const moeify_ffn &f, const void *x, int64_t x_stride, const uint8
   const Net net(f);
   if (num_tokens <= FEW_TOKENS) {
     typedef FewTokens<Net, IO, X> Job;
-    const int64_t per_thread = Job::thread_bytes(net, num_tokens), list_bytes = Lists::bytes(num_tokens, f.num_experts);
-    const int64_t row_bytes = round_up(f.d_in, 16) * (int64_t)sizeof(X) * (Rows<X, IO>::CONVERTS ? num_tokens : 0);
-    char *memory = scratch(per_thread * num_threads + list_bytes + row_bytes);
+    const int64_t per_thread = bytes_of<typename Job::Own>(net, num_tokens);
+    char *memory = scratch(per_thread * num_threads + bytes_of<typename Job::Shared>(net, num_tokens));
     if (!memory) return MOEIFY_NO_MEMORY;
-    char *after = memory + per_thread * num_threads;
+    Arena arena(memory + per_thread * num_threads);
+    typename Job::Shared shared(arena, net, num_tokens);
     const X *rows[FEW_TOKENS];
-    X *converted = (X *)(after + list_bytes);
     for (int64_t t = 0; t < num_tokens; t++)
-      rows[t] = Rows<X, IO>::get((const IO *)x + t * x_stride, converted + t * round_up(f.d_in, 16), f.d_in);
-    Lists lists(after, num_tokens, f.num_experts);
-    lists.build(mask, num_tokens, f.num_experts);
-    Job job{net, num_tokens, (IO *)y, y_stride, lists, memory, per_thread, rows};
+      rows[t] = Rows<X, IO>::get((const IO *)x + t * x_stride, shared.converted + t * round_up(f.d_in, 16), f.d_in);
+    shared.lists.build(mask, num_tokens, f.num_experts);
+    Job job{net, num_tokens, (IO *)y, y_stride, shared.lists, rows, memory, per_thread};
     job.finish(parallel(num_threads, &Job::task, &job));
     return MOEIFY_OK;
   }
@@ -682,7 +724,7 @@ static int run(const moeify_ffn &f, const void *x, int64_t x_stride, const uint8
   const int64_t fitting = max64(128, BLOCK_BYTES / (f.d_in * (int64_t)sizeof(X)));
   const int64_t wanted = min64(min64(BLOCK_TOKENS, fitting), max64(128, EXPERT_TOKENS * num_tokens * f.num_experts / max64(pairs, 1)));
   const int64_t blocks = (share + wanted - 1) / wanted, block = (share + blocks - 1) / blocks;
-  const int64_t per_thread = round_up(Job::thread_bytes(net, block), 64);
+  const int64_t per_thread = bytes_of<typename Job::Own>(net, block);
   char *memory = scratch(per_thread * num_threads);
   if (!memory) return MOEIFY_NO_MEMORY;
   Job job{net, (const IO *)x, x_stride, mask, num_tokens, block, (IO *)y, y_stride, memory, per_thread, {0}};

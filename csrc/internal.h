@@ -29,6 +29,9 @@ static inline void convert_to(bf16 &y, float x) { y = to_bf16(x); }
 // Memory of the calling thread, at 64 bytes, kept until it ends; null if there is none left. The next call may return the same.
 char *scratch(int64_t bytes);
 
+// What lies between buffers that were cut from it: nobody may touch it, and AddressSanitizer, where it is there, sees who does.
+void forbid(void *memory, int64_t bytes);
+
 // task(argument, thread, threads) on at most num_threads threads; returns when all have finished, with how many they were.
 int parallel(int num_threads, void (*task)(void *, int, int), void *argument);
 

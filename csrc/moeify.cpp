@@ -11,6 +11,15 @@
 #include <cpuid.h>
 #endif
 
+#if defined(__has_feature)
+#if __has_feature(address_sanitizer)
+#define __SANITIZE_ADDRESS__ 1  // as GCC says it
+#endif
+#endif
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#endif
+
 #include "internal.h"
 
 #define DECLARE(name)                                                                                                      \
@@ -73,13 +82,27 @@ uint32_t instruction_sets() {  // one bit each
 char *scratch(int64_t bytes) {
   static thread_local Scratch own;
   if (own.bytes < bytes) {
+#if defined(__SANITIZE_ADDRESS__)
+    __asan_unpoison_memory_region(own.memory, (size_t)own.bytes);
+#endif
     free(own.memory);
     void *memory = nullptr;
     const int failed = posix_memalign(&memory, 64, (size_t)bytes);
     own.memory = failed ? nullptr : static_cast<char *>(memory);
     own.bytes = failed ? 0 : bytes;
   }
+#if defined(__SANITIZE_ADDRESS__)
+  __asan_unpoison_memory_region(own.memory, (size_t)own.bytes);
+#endif
   return own.memory;
+}
+
+void forbid(void *memory, int64_t bytes) {
+#if defined(__SANITIZE_ADDRESS__)
+  __asan_poison_memory_region(memory, (size_t)bytes);
+#else
+  (void)memory, (void)bytes;
+#endif
 }
 
 int parallel(int num_threads, void (*task)(void *, int, int), void *argument) {

@@ -57,7 +57,8 @@ static inline void select_row(float *score, int64_t experts, int32_t rule, float
     score[e] = most <= 0.0f ? 1.0f : score[e] > 0.0f ? score[e] : 0.0f;
     order[e] = (int32_t)e;
   }
-  std::stable_sort(order, order + experts, [score](int32_t a, int32_t b) { return score[a] > score[b]; });
+  // Not stable_sort: it needs functions of the C++ library's own, of which the linker keeps any instruction set's copy.
+  std::sort(order, order + experts, [score](int32_t a, int32_t b) { return score[a] != score[b] ? score[a] > score[b] : a < b; });
   float total = 0.0f, before = 0.0f;
   for (int64_t i = 0; i < experts; i++) total += score[order[i]];
   for (int64_t i = 0; i < experts; i++) {
@@ -97,32 +98,40 @@ struct Router {
   const IO *x;
   int64_t x_stride, num_tokens;
   uint8_t *mask;
-  char *memory;  // thread_bytes() for each thread
+  char *memory = nullptr;  // per_thread bytes for each thread
+  int64_t per_thread = bytes_of<Own>(*this);
   const Layer hidden_layer{r.hidden, r.hidden_bias, f.d_in, r.width, MOEIFY_RELU};
   const Layer out_layer{r.out, r.out_bias, r.width, f.num_experts, IDENTITY};
   std::atomic<int64_t> next{0};
   const float *rows[FEW_TOKENS] = {};  // of the few tokens, for all threads
   const float *hidden_rows[FEW_TOKENS] = {};
 
-  int64_t row_floats() const { return Rows<float, IO>::CONVERTS ? round_up(f.d_in, 16) : 0; }
-  int64_t thread_bytes() const {
-    return 4 * round_up(FEW_TOKENS * (row_floats() + r.width + f.num_experts) + Layer::scratch_floats(FEW_TOKENS) + 2 * W + f.num_experts, 16);
+  // What each thread has of its own.
+  struct Own {
+    float *x, *hidden, *scores, *scratch;
+    int32_t *order;
+    Own(Arena &arena, const Router &router)
+        : x(arena.take<float>(FEW_TOKENS * router.row_floats())),
+          hidden(arena.take<float>(FEW_TOKENS * router.r.width)),
+          scores(arena.take<float>(FEW_TOKENS * router.f.num_experts + W)),
+          scratch(arena.take<float>(Layer::scratch_floats(FEW_TOKENS))),
+          order(arena.take<int32_t>(router.f.num_experts)) {}
+  };
+  Own own(int thread) const {
+    Arena arena(memory + thread * per_thread);
+    return Own(arena, *this);
   }
-  // What a thread's memory is for.
-  float *x_of(int thread) const { return (float *)(memory + thread * thread_bytes()); }
-  float *hidden_of(int thread) const { return x_of(thread) + FEW_TOKENS * row_floats(); }
-  float *scores_of(int thread) const { return hidden_of(thread) + FEW_TOKENS * r.width; }
-  float *scratch_of(int thread) const { return scores_of(thread) + FEW_TOKENS * f.num_experts + W; }
-  int32_t *order_of(int thread) const { return (int32_t *)(scratch_of(thread) + Layer::scratch_floats(FEW_TOKENS) + W); }
+  int64_t row_floats() const { return Rows<float, IO>::CONVERTS ? round_up(f.d_in, 16) : 0; }
 
-  void read(int thread, int64_t first, int64_t n, const float **in, const float **hidden) const {
+  void read(const Own &own, int64_t first, int64_t n, const float **in, const float **hidden) const {
     for (int64_t t = 0; t < n; t++) {
-      in[t] = Rows<float, IO>::get(x + (first + t) * x_stride, x_of(thread) + t * row_floats(), f.d_in);
-      hidden[t] = hidden_of(thread) + t * r.width;
+      in[t] = Rows<float, IO>::get(x + (first + t) * x_stride, own.x + t * row_floats(), f.d_in);
+      hidden[t] = own.hidden + t * r.width;
     }
   }
 
-  void choose(float *scores, int32_t *order, int64_t first, int64_t n) const {
+  void choose(const Own &own, int64_t first, int64_t n) const {
+    float *scores = own.scores;
     const int64_t experts = f.num_experts;
     for (int64_t k = 0; k < n * experts; k += W) {
       const vf z = load(scores + k);
@@ -134,7 +143,7 @@ struct Router {
     }
     for (int64_t t = 0; t < n; t++) {
       uint8_t *row = mask + (first + t) * experts;
-      select_row(scores + t * experts, experts, r.rule, r.knob, order, row);
+      select_row(scores + t * experts, experts, r.rule, r.knob, own.order, row);
       if (r.always_on)
         for (int64_t e = 0; e < experts; e++) row[e] |= r.always_on[e];
     }
@@ -148,17 +157,18 @@ struct Router {
     const Layer &l = layer ? out_layer : hidden_layer;
     const int64_t groups = (l.f.num_neurons + ROWS - 1) / ROWS;
     const int64_t first = groups * thread / threads * ROWS, last = min64(groups * (thread + 1) / threads * ROWS, l.f.num_neurons);
-    l.run(layer ? hidden_rows : rows, num_tokens, first, last, layer ? scores_of(0) : hidden_of(0), scratch_of(thread));
+    l.run(layer ? hidden_rows : rows, num_tokens, first, last, layer ? own(0).scores : own(0).hidden, own(thread).scratch);
   }
 
   void blocks(int thread) {
+    const Own own = this->own(thread);
     const float *in[FEW_TOKENS], *hidden[FEW_TOKENS];
     for (int64_t first; (first = next.fetch_add(FEW_TOKENS, std::memory_order_relaxed)) < num_tokens;) {
       const int64_t n = min64(FEW_TOKENS, num_tokens - first);
-      read(thread, first, n, in, hidden);
-      hidden_layer.run(in, n, 0, r.width, hidden_of(thread), scratch_of(thread));
-      out_layer.run(hidden, n, 0, f.num_experts, scores_of(thread), scratch_of(thread));
-      choose(scores_of(thread), order_of(thread), first, n);
+      read(own, first, n, in, hidden);
+      hidden_layer.run(in, n, 0, r.width, own.hidden, own.scratch);
+      out_layer.run(hidden, n, 0, f.num_experts, own.scores, own.scratch);
+      choose(own, first, n);
     }
   }
 
@@ -167,18 +177,18 @@ struct Router {
       parallel(num_threads, tokens_task, this);
       return;
     }
-    read(0, 0, num_tokens, rows, hidden_rows);
+    read(own(0), 0, num_tokens, rows, hidden_rows);
     parallel(num_threads, hidden_task, this);
     parallel(num_threads, out_task, this);
-    choose(scores_of(0), order_of(0), 0, num_tokens);
+    choose(own(0), 0, num_tokens);
   }
 };
 
 template <class IO>
 static int route(const moeify_ffn &f, const moeify_router &r, const void *x, int64_t x_stride, int64_t num_tokens, uint8_t *mask,
                  int num_threads) {
-  Router<IO> router{f, r, (const IO *)x, x_stride, num_tokens, mask, nullptr};
-  router.memory = scratch(router.thread_bytes() * num_threads);
+  Router<IO> router{f, r, (const IO *)x, x_stride, num_tokens, mask};
+  router.memory = scratch(router.per_thread * num_threads);
   if (!router.memory) return MOEIFY_NO_MEMORY;
   router.run(num_threads);
   return MOEIFY_OK;

@@ -1,11 +1,28 @@
 """Random FFNs and the loop that every kernel is compared with."""
 
+import pytest
 import torch
 from torch import Tensor
 
-from moeify.kernels import DispatchPlan, build_plan
+from moeify.kernels import DispatchPlan, build_plan, cpu
 from moeify.sites.formula import ACTIVATIONS
 from moeify.sites.site import FFNWeights, expert_bounds
+
+needs_library = pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
+CPU_REGIMES = pytest.mark.parametrize(
+    ("T", "E", "F", "D", "keep"),
+    [
+        pytest.param(1, 6, 50, 40, 0.5, id="decode: one token, odd expert size"),
+        pytest.param(4, 3, 200, 64, 0.7, id="decode: four tokens, experts of more than one chunk"),
+        pytest.param(23, 16, 128, 96, 0.3, id="small batch: tails of tiles"),
+        pytest.param(64, 5, 5, 33, 0.5, id="small batch: experts of one neuron, unaligned width"),
+        pytest.param(65, 9, 100, 70, 0.25, id="prefill: just above the small batch"),
+        pytest.param(333, 24, 192, 160, 0.15, id="prefill: blocks of unequal size, some experts without tokens"),
+        pytest.param(70, 4, 64, 1600, 0.5, id="prefill: rows longer than a panel"),
+        pytest.param(70, 2, 12, 4096, 0.9, id="prefill: rows that share the sets of the first cache, copied"),
+    ],
+)
+"""Each code path of the compiled kernels, by the regime that it is."""
 
 
 def random_ffn(D, F, *, gated=False, biased=False, dtype=torch.float32, conv1d=False):

@@ -10,10 +10,11 @@ import multiprocessing
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
-from ffn_cases import loop_over_tokens, map_weights, random_ffn, random_plan, tensors_of
+from ffn_cases import CPU_REGIMES, loop_over_tokens, map_weights, needs_library, random_ffn, random_plan, tensors_of
 from numerics import assert_as_accurate_as_torch
 
 from moeify.errors import KernelError
@@ -22,18 +23,7 @@ from moeify.kernels.plan import DispatchPlan
 from moeify.select import DynKMass, DynKMax, Threshold, TopK
 from moeify.sites.formula import ACTIVATIONS
 
-needs_library = pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
-
-REGIMES = [
-    pytest.param(1, 6, 50, 40, 0.5, id="decode: one token, odd expert size"),
-    pytest.param(4, 3, 200, 64, 0.7, id="decode: four tokens, experts of more than one chunk"),
-    pytest.param(23, 16, 128, 96, 0.3, id="small batch: tails of tiles"),
-    pytest.param(64, 5, 5, 33, 0.5, id="small batch: experts of one neuron, unaligned width"),
-    pytest.param(65, 9, 100, 70, 0.25, id="prefill: just above the small batch"),
-    pytest.param(333, 24, 192, 160, 0.15, id="prefill: blocks of unequal size, some experts without tokens"),
-    pytest.param(70, 4, 64, 1600, 0.5, id="prefill: rows longer than a panel"),
-]
 
 
 def by_neuron(weights):
@@ -48,10 +38,36 @@ def test_library_is_there_where_there_is_a_compiler():
 
 
 @needs_library
+@pytest.mark.skipif(shutil.which("nm") is None, reason="needs nm (binutils)")
+def test_library_shares_no_function_between_instruction_sets():
+    # A weak function is there once, compiled for whichever instruction set the linker saw first; an older processor would die of it.
+    library = next(Path(cpu.__file__).parent.glob("libmoeify_cpu.*"))
+    symbols = subprocess.run(["nm", "-C", library], capture_output=True, text=True, check=True).stdout.splitlines()
+    assert any("moeify_ffn_run" in line for line in symbols)
+    assert not [line for line in symbols if " W " in line and "(" in line]
+
+
+@needs_library
+@pytest.mark.parametrize("isa", cpu.ISAS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("neurons", range(1, 8))
+def test_infinity_in_a_row_of_down_stays_infinity(monkeypatch, isa, dtype, neurons):
+    if isa not in cpu.isas():
+        pytest.skip(f"this processor has no {isa}")
+    monkeypatch.setenv(cpu.FORCE_ISA, isa)
+    for T in (1, 3, 70):
+        weights, x_TD = by_neuron(random_ffn(40, neurons, dtype=dtype)), torch.rand(T, 40).add(0.1).to(dtype)
+        weights.up_FD.abs_()  # so that no neuron is zero
+        weights.down_FD[0, ::3] = float("inf")
+        out = moe_ffn(x_TD, weights, build_plan(torch.ones(T, 1, dtype=torch.bool)), activation="relu", impl="cpu")
+        assert out[:, ::3].eq(float("inf")).all() and out[:, 1::3].isfinite().all()
+
+
+@needs_library
 @pytest.mark.parametrize("isa", cpu.ISAS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize(("gated", "biased"), [(False, True), (True, False)], ids=["plain, biased", "gated"])
-@pytest.mark.parametrize(("T", "E", "F", "D", "keep"), REGIMES)
+@CPU_REGIMES
 def test_every_instruction_set_is_as_accurate_as_torch(monkeypatch, isa, dtype, gated, biased, T, E, F, D, keep):
     if isa not in cpu.isas():
         pytest.skip(f"this processor has no {isa}")

@@ -7,7 +7,7 @@ import dataclasses
 
 import pytest
 import torch
-from ffn_cases import loop_over_tokens, map_weights, random_ffn, random_plan
+from ffn_cases import CPU_REGIMES, loop_over_tokens, map_weights, needs_library, random_ffn, random_plan
 from numerics import assert_as_accurate_as_torch
 
 from moeify.errors import KernelError
@@ -18,7 +18,6 @@ from moeify.sites import FFNWeights
 from moeify.sites.int8 import quantize_rows
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
-needs_library = pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
 HERE = [impl for impl in IMPLS if impl != "cpu" or cpu.unavailable() is None]
 HALF_AND_FULL = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 KINDS = pytest.mark.parametrize(
@@ -26,15 +25,6 @@ KINDS = pytest.mark.parametrize(
     [(False, False), (False, True), (True, False), (True, True)],
     ids=["plain", "plain, biased", "gated", "gated, biased"],
 )
-REGIMES = [
-    pytest.param(1, 6, 50, 40, 0.5, id="decode: one token, odd expert size"),
-    pytest.param(4, 3, 200, 64, 0.7, id="decode: four tokens, experts of more than one chunk"),
-    pytest.param(23, 16, 128, 96, 0.3, id="small batch: tails of tiles"),
-    pytest.param(64, 5, 5, 33, 0.5, id="small batch: experts of one neuron, unaligned width"),
-    pytest.param(65, 9, 100, 70, 0.25, id="prefill: just above the small batch"),
-    pytest.param(150, 24, 192, 160, 0.15, id="prefill: blocks of unequal size, some experts without tokens"),
-    pytest.param(70, 4, 64, 1600, 0.5, id="prefill: rows longer than a panel"),
-]
 
 
 def int8_ffn(D, F, **options) -> FFNWeights:
@@ -59,7 +49,7 @@ def oracle_of(x_TD, weights, plan, *, activation="silu"):
 @pytest.mark.parametrize("isa", cpu.ISAS)
 @HALF_AND_FULL
 @KINDS
-@pytest.mark.parametrize(("T", "E", "F", "D", "keep"), REGIMES)
+@CPU_REGIMES
 def test_every_instruction_set_is_as_accurate_as_torch_on_dequantised_weights(monkeypatch, isa, dtype, gated, biased, T, E, F, D, keep):
     if isa not in cpu.isas():
         pytest.skip(f"this processor has no {isa}")
