@@ -580,7 +580,7 @@ struct FewTokens {
   }
 
   // The next piece's rows come from memory while this one is computed.
-  void work(const Piece &piece, const Piece *following, const Own &own) {
+  void work(const Piece &piece, const Piece *following, const Own own) {
     typedef typename Net::Add Add;
     const X *in[FEW_TOKENS];
     for (int64_t i = 0; i < piece.num_tokens; i++) in[i] = rows[piece.token[i]];
