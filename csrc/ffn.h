@@ -27,6 +27,41 @@ static inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 static inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
+// Rows that will be needed soon, asked for line by line between the arithmetic: experts lie anywhere in memory, the processor only follows
+// what is contiguous, and asked for all at once they would fill its buffers and hold up the loads of what is computed now.
+struct Ahead {
+  const char *row[2 * CHUNK_NEURONS];
+  int number = 0, next = 0;
+  int64_t bytes = 0;               // of a row
+  uint32_t pace = 0, credit = 0;   // lines at each step, and what is left of them, in 1 / 65536
+  const char *at = nullptr, *end = nullptr;
+
+  void clear(int64_t row_bytes) { number = next = 0, credit = 0, bytes = row_bytes, at = end = nullptr; }
+  void add(const void *start) { row[number++] = (const char *)start; }
+  // All of it in so many steps.
+  void spread(int64_t steps) { pace = (uint32_t)((number * ((bytes + 63) / 64) << 16) / max64(steps, 1)) + 1; }
+  inline void lines(int64_t n) {
+    for (; n > 0; n--) {
+      if (at >= end) {
+        if (next == number) return;
+        at = (const char *)((uintptr_t)row[next] & ~(uintptr_t)63), end = row[next++] + bytes;
+      }
+      __builtin_prefetch(at);
+      at += 64;
+    }
+  }
+  inline void step() {
+    credit += pace;
+    lines(credit >> 16);
+    credit &= 0xFFFF;
+  }
+  void rest() { lines(INT64_MAX); }
+};
+
+struct Nothing {  // in the place of Ahead: x of many tokens passes by rows that are there already
+  static inline void step() {}
+};
+
 // -- first product -------------------------------------------------------------------------------------------------------------------
 
 #if MOEIFY_BF16_DOT
@@ -61,8 +96,9 @@ static __attribute__((noinline)) void dot_last(const X *const *x, const Wt *w, i
 }
 
 // out[i * out_stride + j] (+)= x[i] . (w + j * w_stride) over the elements from first to end, i < M, j < N; adds unless first is 0.
-template <class Dot, class X, class Wt, int M, int N>
-static void dot_tile(const X *const *x, const Wt *w, int64_t w_stride, int64_t first, int64_t end, float *out, int64_t out_stride) {
+template <class Dot, class X, class Wt, int M, int N, class Asks>
+static void dot_tile(const X *const *x, const Wt *w, int64_t w_stride, int64_t first, int64_t end, float *out, int64_t out_stride,
+                     Asks &ahead) {
   vf sum[M][ROWS];
 #pragma GCC unroll 8
   for (int i = 0; i < M; i++)
@@ -79,6 +115,7 @@ static void dot_tile(const X *const *x, const Wt *w, int64_t w_stride, int64_t f
 #pragma GCC unroll 8
       for (int i = 0; i < M; i++) sum[i][j] = Dot::add(sum[i][j], a[i], b);
     }
+    ahead.step();
   }
 #pragma GCC unroll 8
   for (int i = 0; i < M; i++) {
@@ -89,30 +126,30 @@ static void dot_tile(const X *const *x, const Wt *w, int64_t w_stride, int64_t f
   if (k < end) dot_last<Dot, X, Wt, M, N>(x, w, w_stride, k, end, out, out_stride);
 }
 
-template <class Dot, class X, class Wt, int M>
+template <class Dot, class X, class Wt, int M, class Asks>
 static inline void dot_rows(const X *const *x, const Wt *w, int64_t w_stride, int64_t first, int64_t end, float *out,
-                            int64_t out_stride, int64_t n) {
+                            int64_t out_stride, int64_t n, Asks &ahead) {
   switch (n) {
-    case 1: return dot_tile<Dot, X, Wt, M, 1>(x, w, w_stride, first, end, out, out_stride);
-    case 2: return dot_tile<Dot, X, Wt, M, 2>(x, w, w_stride, first, end, out, out_stride);
-    case 3: return dot_tile<Dot, X, Wt, M, 3>(x, w, w_stride, first, end, out, out_stride);
-    default: return dot_tile<Dot, X, Wt, M, 4>(x, w, w_stride, first, end, out, out_stride);
+    case 1: return dot_tile<Dot, X, Wt, M, 1>(x, w, w_stride, first, end, out, out_stride, ahead);
+    case 2: return dot_tile<Dot, X, Wt, M, 2>(x, w, w_stride, first, end, out, out_stride, ahead);
+    case 3: return dot_tile<Dot, X, Wt, M, 3>(x, w, w_stride, first, end, out, out_stride, ahead);
+    default: return dot_tile<Dot, X, Wt, M, 4>(x, w, w_stride, first, end, out, out_stride, ahead);
   }
 }
 
 // The same for i < m <= TOKENS, j < n <= ROWS.
-template <class Dot, class X, class Wt>
+template <class Dot, class X, class Wt, class Asks>
 static inline void dot_any(const X *const *x, int64_t m, const Wt *w, int64_t w_stride, int64_t first, int64_t end, float *out,
-                           int64_t out_stride, int64_t n) {
+                           int64_t out_stride, int64_t n, Asks &ahead) {
   switch (m) {
-    case 1: return dot_rows<Dot, X, Wt, 1>(x, w, w_stride, first, end, out, out_stride, n);
-    case 2: return dot_rows<Dot, X, Wt, 2>(x, w, w_stride, first, end, out, out_stride, n);
+    case 1: return dot_rows<Dot, X, Wt, 1>(x, w, w_stride, first, end, out, out_stride, n, ahead);
+    case 2: return dot_rows<Dot, X, Wt, 2>(x, w, w_stride, first, end, out, out_stride, n, ahead);
 #if MOEIFY_TOKENS > 3
-    case 3: return dot_rows<Dot, X, Wt, 3>(x, w, w_stride, first, end, out, out_stride, n);
-    case 4: return dot_rows<Dot, X, Wt, 4>(x, w, w_stride, first, end, out, out_stride, n);
-    case 5: return dot_rows<Dot, X, Wt, 5>(x, w, w_stride, first, end, out, out_stride, n);
+    case 3: return dot_rows<Dot, X, Wt, 3>(x, w, w_stride, first, end, out, out_stride, n, ahead);
+    case 4: return dot_rows<Dot, X, Wt, 4>(x, w, w_stride, first, end, out, out_stride, n, ahead);
+    case 5: return dot_rows<Dot, X, Wt, 5>(x, w, w_stride, first, end, out, out_stride, n, ahead);
 #endif
-    default: return dot_rows<Dot, X, Wt, TOKENS>(x, w, w_stride, first, end, out, out_stride, n);
+    default: return dot_rows<Dot, X, Wt, TOKENS>(x, w, w_stride, first, end, out, out_stride, n, ahead);
   }
 }
 
@@ -291,6 +328,13 @@ struct Network {
   // h of a piece, row i of which is x[i], as the second product wants it; gate: as much scratch again. Both are written to the end of a
   // vector.
   void hidden(const X *const *x, const Piece &piece, float *h, float *gate) const {
+    Nothing nothing;
+    hidden(x, piece, h, gate, nothing);
+  }
+
+  // Meanwhile asks for what lies ahead.
+  template <class Asks>
+  void hidden(const X *const *x, const Piece &piece, float *h, float *gate, Asks &ahead) const {
     const int64_t n = piece.num_tokens, neurons = piece.neurons;
     // Rows of gate and up that stay in the first cache pass by each tile of x together: x, which comes from further away, is read once.
     const int64_t steps = (f.d_in * (int64_t)std::max(sizeof(Wt), sizeof(X)) + DOT_BYTES - 1) / DOT_BYTES;
@@ -306,8 +350,8 @@ struct Network {
         const Panel gated = f.gate ? Panel(f.gate, f.gate_stride, piece.start + first, number, k, end, n, gate_copy) : up;
         for (int64_t tile = 0; tile < tiles.number; tile++) {
           const int64_t i = tiles.start(tile), m = tiles.start(tile + 1) - i;
-          up.product(x + i, m, h + i * neurons + first, neurons);
-          if (f.gate) gated.product(x + i, m, gate + i * neurons + first, neurons);
+          up.product(x + i, m, h + i * neurons + first, neurons, ahead);
+          if (f.gate) gated.product(x + i, m, gate + i * neurons + first, neurons, ahead);
         }
       }
     scale_and_shift(h, n, piece.start, neurons, f.up_scale, f.up_bias);
@@ -334,9 +378,10 @@ struct Network {
       this->stride = width;
     }
 
-    void product(const X *const *x, int64_t m, float *out, int64_t out_stride) const {
+    template <class Asks>
+    void product(const X *const *x, int64_t m, float *out, int64_t out_stride, Asks &ahead) const {
       for (int64_t j = 0; j < rows; j += ROWS)
-        dot_any<Dot, X, Wt>(x, m, w + j * stride, stride, k, end, out + j, out_stride, min64(ROWS, rows - j));
+        dot_any<Dot, X, Wt>(x, m, w + j * stride, stride, k, end, out + j, out_stride, min64(ROWS, rows - j), ahead);
     }
   };
 
@@ -367,6 +412,24 @@ struct Network {
     prefetch(f.down, f.down_stride, piece.start, piece.neurons, c, min64(width, f.d_out - c));
   }
 
+  // The rows that the first product of a piece reads; to be asked for during the second product of another.
+  void ask_first(const Piece &piece, const Piece *meanwhile, Ahead &ahead) const {
+    ahead.clear(f.d_in * (int64_t)sizeof(Wt));
+    for (int64_t j = piece.start; j < piece.start + piece.neurons; j++) {
+      ahead.add((const Wt *)f.up + j * f.up_stride);
+      if (f.gate) ahead.add((const Wt *)f.gate + j * f.gate_stride);
+    }
+    if (meanwhile) ahead.spread(out_width / COLUMNS * (meanwhile->num_tokens == 1 ? (meanwhile->neurons + 3) / 4 : 1));
+  }
+
+  // The rows that its second product reads, whose h is there (of one token: not those of zeros); during the first product of another.
+  void ask_second(const Piece &piece, const float *h, const Piece *meanwhile, Ahead &ahead) const {
+    ahead.clear(f.d_out * (int64_t)sizeof(Wt));
+    for (int64_t j = 0; j < piece.neurons; j++)
+      if (piece.num_tokens > 1 || h[j] != 0.0f) ahead.add((const Wt *)f.down + (piece.start + j) * f.down_stride);
+    if (meanwhile) ahead.spread(Tiles(meanwhile->num_tokens, TOKENS).number * ((meanwhile->neurons + ROWS - 1) / ROWS) * (f.d_in / Dot::STEP) * (f.gate ? 2 : 1));
+  }
+
   // Rows token[i] of base (+ token * stride) += h[i] . down, columns c to c + COLUMNS.
   void add_columns(float *base, int64_t stride, const Piece &piece, const float *h, int64_t c) const {
     const Wt *w = static_cast<const Wt *>(f.down) + piece.start * f.down_stride + c;
@@ -386,7 +449,7 @@ struct Network {
   }
 
   // One token: y += h . down, without reading the rows of neurons whose h is zero (ReLU). h in fp32.
-  void add_nonzero(float *y, const float *h, const Piece &piece) const {
+  void add_nonzero(float *y, const float *h, const Piece &piece, Ahead &ahead) const {
     const Wt *w = static_cast<const Wt *>(f.down) + piece.start * f.down_stride;
     const Wt *row[4];
     float value[4];
@@ -395,19 +458,19 @@ struct Network {
       if (h[j] == 0.0f) continue;
       row[n] = w + j * f.down_stride;
       value[n++] = h[j];
-      if (n == 4) add<4>(y, value, row), n = 0;
+      if (n == 4) add<4>(y, value, row, ahead), n = 0;
     }
     switch (n) {  // no filling up with zeros: zero times infinity is no zero
-      case 1: return add<1>(y, value, row);
-      case 2: return add<2>(y, value, row);
-      case 3: return add<3>(y, value, row);
+      case 1: return add<1>(y, value, row, ahead);
+      case 2: return add<2>(y, value, row, ahead);
+      case 3: return add<3>(y, value, row, ahead);
     }
   }
 
   template <int N>
-  void add(float *y, const float *value, const Wt *const *row) const {
+  void add(float *y, const float *value, const Wt *const *row, Ahead &ahead) const {
     int64_t c = 0;
-    for (; c + COLUMNS <= f.d_out; c += COLUMNS) Add::template rows<Wt, N>(y + c, value, row, c);
+    for (; c + COLUMNS <= f.d_out; c += COLUMNS) Add::template rows<Wt, N>(y + c, value, row, c), ahead.step();
     if (c == f.d_out) return;
     Wt padded[N][COLUMNS] = {};
     const Wt *last[N];
@@ -532,10 +595,10 @@ struct FewTokens {
   };
   // What each thread has of its own.
   struct Own {
-    float *sums, *h, *gate;
+    float *sums, *h[2], *gate;
     Own(Arena &arena, const Net &net, int64_t tokens)
         : sums(arena.take<float>(tokens * net.out_width)),
-          h(arena.take<float>(tokens * CHUNK_NEURONS + W)),
+          h{arena.take<float>(tokens * CHUNK_NEURONS + W), arena.take<float>(tokens * CHUNK_NEURONS + W)},
           gate(arena.take<float>(tokens * CHUNK_NEURONS + W)) {}
   };
 
@@ -572,24 +635,38 @@ struct FewTokens {
     for (; begin < experts && before < first; begin++) before += cost(begin);
     for (end = begin; end < experts && before < last; end++) before += cost(end);
     Pieces<Net> pieces{net, lists, num_tokens, end, begin};
-    Piece piece = {}, following = {};
-    for (bool more = pieces.next(&piece); more; piece = following) {
-      more = pieces.next(&following);
-      work(piece, more ? &following : nullptr, own);
+    // Three pieces are under way: while the first product of one runs, the down rows of the one before are asked for; while the second
+    // product of that one runs, the first rows of the one after.
+    Piece piece = {}, done = {}, following = {};
+    bool has = pieces.next(&piece), had = false;
+    float *h = own.h[0], *h_done = own.h[1];
+    Ahead ahead;
+    if (has) net.ask_first(piece, nullptr, ahead), ahead.rest();
+    while (has || had) {
+      if (has) first_product(piece, h, own.gate, ahead);
+      ahead.rest();
+      const bool more = has && pieces.next(&following);
+      ahead.clear(0);
+      if (more) net.ask_first(following, had ? &done : nullptr, ahead);
+      if (had) second_product(done, h_done, own.sums, ahead);
+      ahead.rest();
+      ahead.clear(0);
+      if (has) net.ask_second(piece, h, more ? &following : nullptr, ahead);
+      std::swap(h, h_done);
+      done = piece, piece = following, had = has, has = more;
     }
   }
 
-  // The next piece's rows come from memory while this one is computed.
-  void work(const Piece &piece, const Piece *following, const Own own) {
-    typedef typename Net::Add Add;
+  void first_product(const Piece &piece, float *h, float *gate, Ahead &ahead) {
     const X *in[FEW_TOKENS];
     for (int64_t i = 0; i < piece.num_tokens; i++) in[i] = rows[piece.token[i]];
-    if (following) net.prefetch_first(*following);
-    net.hidden(in, piece, own.h, own.gate);
-    if (following) net.prefetch_second(*following, 0, net.f.d_out);
-    if (piece.num_tokens == 1) return net.add_nonzero(own.sums + piece.token[0] * net.out_width, own.h, piece);
-    Add::convert(own.h, piece.num_tokens, piece.neurons);
-    for (int64_t c = 0; c < net.f.d_out; c += COLUMNS) net.add_columns(own.sums + c, net.out_width, piece, own.h, c);
+    net.hidden(in, piece, h, gate, ahead);
+    if (piece.num_tokens > 1) Net::Add::convert(h, piece.num_tokens, piece.neurons);
+  }
+
+  void second_product(const Piece &piece, const float *h, float *sums, Ahead &ahead) {
+    if (piece.num_tokens == 1) return net.add_nonzero(sums + piece.token[0] * net.out_width, h, piece, ahead);
+    for (int64_t c = 0; c < net.f.d_out; c += COLUMNS) net.add_columns(sums + c, net.out_width, piece, h, c), ahead.step();
   }
 
   // In the order of the threads.
