@@ -62,6 +62,75 @@ struct Nothing {  // in the place of Ahead: x of many tokens passes by rows that
   static inline void step() {}
 };
 
+// -- x as the first product reads it ---------------------------------------------------------------------------------------------------
+
+template <class X, class IO>
+struct Rows {  // another type
+  static int64_t elements(int64_t width) { return round_up(width, 16); }
+  static const X *get(const IO *x, X *converted, int64_t width) {
+    for (int64_t k = 0; k < width; k++) converted[k] = to_float(x[k]);
+    return converted;
+  }
+};
+template <class X>
+struct Rows<X, X> {
+  static int64_t elements(int64_t) { return 0; }
+  static const X *get(const X *x, X *, int64_t) { return x; }
+};
+
+// What the elements of a row are multiples of.
+template <class X>
+static inline float unit_of(const X *) {
+  return 1.0f;
+}
+
+#if MOEIFY_INT16_DOT
+// value[k] = q[k] * unit with |q| at most 32767: the error is at most 2^-16 of the largest value. With infinities among them, the unit is
+// infinite and q their signs; with a NaN it is NaN. Values within one vector may be overwritten by their q.
+template <class T>
+static inline float to_int16(const T *value, int64_t n, int16_t *q) {
+  const auto part = [value, n](int64_t k) { return (__m512)(k + W <= n ? load(value + k) : load_first(value + k, n - k)); };
+  const auto mask = [n](int64_t k) { return (__mmask16)(k + W <= n ? 0xFFFF : (1 << (n - k)) - 1); };
+  __m512 largest = _mm512_set1_ps(1e-30f);  // at least: the reciprocal must be a number
+  __mmask16 nan = 0;
+  for (int64_t k = 0; k < n; k += W) {
+    const __m512 a = _mm512_abs_ps(part(k));
+    nan |= _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q);
+    largest = _mm512_max_ps(a, largest);  // of a NaN and a number the second
+  }
+  const float most = _mm512_reduce_max_ps(largest);
+  if (!nan && most <= FLT_MAX) {
+    const __m512 inverse = _mm512_set1_ps(32767.0f / most);
+    for (int64_t k = 0; k < n; k += W)
+      _mm512_mask_cvtsepi32_storeu_epi16(q + k, mask(k), _mm512_cvtps_epi32(_mm512_mul_ps(part(k), inverse)));
+    return most / 32767.0f;
+  }
+  for (int64_t k = 0; k < n; k += W) {
+    const __m512 v = part(k), infinity = _mm512_set1_ps(INFINITY);
+    const __m512i above = _mm512_maskz_set1_epi32(_mm512_cmp_ps_mask(v, infinity, _CMP_EQ_OQ), 1);
+    const __m512i below = _mm512_maskz_set1_epi32(_mm512_cmp_ps_mask(v, -infinity, _CMP_EQ_OQ), 1);
+    _mm512_mask_cvtsepi32_storeu_epi16(q + k, mask(k), _mm512_sub_epi32(above, below));
+  }
+  return nan ? NAN : INFINITY;
+}
+
+template <class IO>
+struct Rows<int16_t, IO> {  // the unit stands before the first element
+  static constexpr int64_t HEAD = 32;
+  static int64_t elements(int64_t width) { return HEAD + round_up(width, 32); }
+  static const int16_t *get(const IO *x, int16_t *converted, int64_t width) {
+    const float unit = to_int16(x, width, converted + HEAD);
+    memcpy(converted + HEAD - 2, &unit, 4);
+    return converted + HEAD;
+  }
+};
+static inline float unit_of(const int16_t *row) {
+  float unit;
+  memcpy(&unit, row - 2, 4);
+  return unit;
+}
+#endif
+
 // -- first product -------------------------------------------------------------------------------------------------------------------
 
 #if MOEIFY_BF16_DOT
@@ -69,15 +138,35 @@ struct Nothing {  // in the place of Ahead: x of many tokens passes by rows that
 struct DotBf16 {
   static constexpr int64_t STEP = 32;
   typedef __m512bh part;
+  typedef vf total;
+  static inline vf floats(total sum) { return sum; }
   static inline part get(const bf16 *p) { return (part)_mm512_loadu_si512(p); }
   static inline part get_first(const bf16 *p, int64_t n) { return (part)_mm512_maskz_loadu_epi16((1u << n) - 1u, p); }
   static inline vf add(vf sum, part a, part b) { return (vf)_mm512_dpbf16_ps((__m512)sum, a, b); }
 };
 #endif
 
+#if MOEIFY_INT16_DOT
+// Pairs of products of 16-bit integers, summed in 32 bits without error: int8 weights against x as Rows<int16_t> makes it. Few enough for
+// 32 bits: a tile has at most DOT_BYTES / 2 elements, so a lane at most 48 steps of less than 2^23.
+struct DotInt16 {
+  static constexpr int64_t STEP = 32;
+  typedef __m512i part;
+  typedef vi total;
+  static inline vf floats(total sum) { return (vf)_mm512_cvtepi32_ps((__m512i)sum); }
+  static inline part get(const int16_t *p) { return _mm512_loadu_si512(p); }
+  static inline part get(const int8_t *p) { return _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i *)p)); }
+  static inline part get_first(const int16_t *p, int64_t n) { return _mm512_maskz_loadu_epi16((1u << n) - 1u, p); }
+  static inline part get_first(const int8_t *p, int64_t n) { return _mm512_cvtepi8_epi16(_mm256_maskz_loadu_epi8((1u << n) - 1u, p)); }
+  static inline total add(total sum, part a, part b) { return (total)_mm512_dpwssd_epi32((__m512i)sum, a, b); }
+};
+#endif
+
 struct DotFp32 {
   static constexpr int64_t STEP = W;
   typedef vf part;
+  typedef vf total;
+  static inline vf floats(total sum) { return sum; }
   template <class T>
   static inline part get(const T *p) { return load(p); }
   template <class T>
@@ -92,18 +181,18 @@ static __attribute__((noinline)) void dot_last(const X *const *x, const Wt *w, i
   for (int i = 0; i < M; i++)
     for (int j = 0; j < N; j++)
       out[i * out_stride + j] +=
-          hsum(Dot::add(vf{}, Dot::get_first(x[i] + first, end - first), Dot::get_first(w + j * w_stride + first, end - first)));
+          hsum(Dot::floats(Dot::add(typename Dot::total{}, Dot::get_first(x[i] + first, end - first), Dot::get_first(w + j * w_stride + first, end - first))));
 }
 
 // out[i * out_stride + j] (+)= x[i] . (w + j * w_stride) over the elements from first to end, i < M, j < N; adds unless first is 0.
 template <class Dot, class X, class Wt, int M, int N, class Asks>
 static void dot_tile(const X *const *x, const Wt *w, int64_t w_stride, int64_t first, int64_t end, float *out, int64_t out_stride,
                      Asks &ahead) {
-  vf sum[M][ROWS];
+  typename Dot::total sum[M][ROWS];
 #pragma GCC unroll 8
   for (int i = 0; i < M; i++)
 #pragma GCC unroll 8
-    for (int j = 0; j < ROWS; j++) sum[i][j] = vf{};
+    for (int j = 0; j < ROWS; j++) sum[i][j] = typename Dot::total{};
   int64_t k = first;
   for (; k + Dot::STEP <= end; k += Dot::STEP) {
     typename Dot::part a[M];
@@ -120,7 +209,7 @@ static void dot_tile(const X *const *x, const Wt *w, int64_t w_stride, int64_t f
 #pragma GCC unroll 8
   for (int i = 0; i < M; i++) {
     float s[ROWS];
-    hsum4(sum[i][0], sum[i][1], sum[i][2], sum[i][3], s);
+    hsum4(Dot::floats(sum[i][0]), Dot::floats(sum[i][1]), Dot::floats(sum[i][2]), Dot::floats(sum[i][3]), s);
     for (int j = 0; j < N; j++) out[i * out_stride + j] = first ? out[i * out_stride + j] + s[j] : s[j];
   }
   if (k < end) dot_last<Dot, X, Wt, M, N>(x, w, w_stride, k, end, out, out_stride);
@@ -163,12 +252,14 @@ constexpr int COLUMNS = 2 * W;
 struct AddFp32 {
   static constexpr int NEURONS = 1;                 // of a unit
   static constexpr int UNITS = TOKENS > 3 ? 8 : 4;  // whose rows stay in registers
+  static constexpr int GROUP = 4;                   // rows of one token at once
   static void convert(float *, int64_t, int64_t) {}
   static int64_t units(int64_t neurons) { return neurons; }
+  static int64_t floats(int64_t n, int64_t neurons) { return n * neurons; }  // that h takes, converted
 
   template <class Wt, int N>
-  static void pass(float *base, const uint16_t *token, int64_t n, int64_t stride, const float *h, int64_t h_stride, const Wt *w,
-                   int64_t w_stride, bool) {
+  static void pass(float *base, const uint16_t *token, int64_t n, int64_t stride, const float *h, int64_t h_stride, const float *,
+                   const Wt *w, int64_t w_stride, bool) {
     vf row[N][2];
 #pragma GCC unroll 8
     for (int j = 0; j < N; j++) row[j][0] = load(w + j * w_stride), row[j][1] = load(w + j * w_stride + W);
@@ -184,28 +275,47 @@ struct AddFp32 {
     }
   }
 
-  // y += sum over N rows of value * row
   template <class Wt, int N>
-  static inline void rows(float *y, const float *value, const Wt *const *row, int64_t c) {
-    vf sum0 = load(y), sum1 = load(y + W);
-    for (int j = 0; j < N; j++) {
-      const vf a = splat(value[j]);
-      sum0 += a * load(row[j] + c), sum1 += a * load(row[j] + c + W);
+  struct Rows {  // of one token, with what they are multiplied by
+    const float *value;
+    explicit Rows(const float *value) : value(value) {}
+    // y += sum over N rows of value * row, over COLUMNS columns from c on
+    inline void add(float *y, const Wt *const *row, int64_t c) const {
+      vf sum0 = load(y), sum1 = load(y + W);
+      for (int j = 0; j < N; j++) {
+        const vf a = splat(value[j]);
+        sum0 += a * load(row[j] + c), sum1 += a * load(row[j] + c + W);
+      }
+      store(y, sum0), store(y + W, sum1);
     }
-    store(y, sum0), store(y + W, sum1);
-  }
+  };
 
   static inline void natural(float *) {}
 };
 
-#if MOEIFY_BF16_DOT
-// Two neurons at once: h rounded to bf16, as dense bf16 layers round it, and products summed in fp32. Interleaving two rows of 32 columns
-// leaves columns 0-3, 8-11, 16-19, 24-27 in the first vector and the others in the second; sums stay in that order to the end.
-struct AddBf16 {
+#if MOEIFY_BF16_DOT || MOEIFY_INT16_DOT
+// Two neurons at once. Interleaving two rows of 32 columns leaves columns 0-3, 8-11, 16-19, 24-27 in the first vector and the others in
+// the second; sums stay in that order to the end.
+struct AddPairs {
   static constexpr int NEURONS = 2;
   static constexpr int UNITS = 8;
-  static inline uint32_t pair(float low, float high) { return to_bf16(low).bits | (uint32_t)to_bf16(high).bits << 16; }
   static int64_t units(int64_t neurons) { return (neurons + 1) / 2; }
+  static inline void natural(float *y) {
+    const __m512 low = _mm512_loadu_ps(y), high = _mm512_loadu_ps(y + 16);
+    const __m512i first = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+    const __m512i second = _mm512_setr_epi32(8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
+    _mm512_storeu_ps(y, _mm512_permutex2var_ps(low, first, high));
+    _mm512_storeu_ps(y + 16, _mm512_permutex2var_ps(low, second, high));
+  }
+};
+#endif
+
+#if MOEIFY_BF16_DOT
+// h rounded to bf16, as dense bf16 layers round it, and products summed in fp32.
+struct AddBf16 : AddPairs {
+  static constexpr int GROUP = 4;
+  static inline uint32_t pair(float low, float high) { return to_bf16(low).bits | (uint32_t)to_bf16(high).bits << 16; }
+  static int64_t floats(int64_t n, int64_t neurons) { return n * units(neurons); }
 
   // h in place: row i of n becomes units(neurons) pairs.
   static void convert(float *h, int64_t n, int64_t neurons) {
@@ -233,8 +343,8 @@ struct AddBf16 {
   }
 
   template <class Wt, int N>
-  static void pass(float *base, const uint16_t *token, int64_t n, int64_t stride, const float *h, int64_t h_stride, const Wt *w,
-                   int64_t w_stride, bool odd) {
+  static void pass(float *base, const uint16_t *token, int64_t n, int64_t stride, const float *h, int64_t h_stride, const float *,
+                   const Wt *w, int64_t w_stride, bool odd) {
     __m512bh low[N], high[N];
 #pragma GCC unroll 8
     for (int j = 0; j < N; j++) {
@@ -255,24 +365,97 @@ struct AddBf16 {
   }
 
   template <class Wt, int N>
-  static inline void rows(float *y, const float *value, const Wt *const *row, int64_t c) {
-    __m512 sum0 = _mm512_loadu_ps(y), sum1 = _mm512_loadu_ps(y + 16);
-    for (int j = 0; j < N; j += 2) {
-      const bool both = j + 1 < N;
-      __m512bh low, high;
-      interleave(row[j] + c, both ? row[j + 1] + c : nullptr, &low, &high);
-      const __m512bh a = (__m512bh)_mm512_set1_epi32((int)pair(value[j], both ? value[j + 1] : 0.0f));
-      sum0 = _mm512_dpbf16_ps(sum0, a, low), sum1 = _mm512_dpbf16_ps(sum1, a, high);
+  struct Rows {  // of one token, with what they are multiplied by
+    uint32_t pairs[(N + 1) / 2];
+    explicit Rows(const float *value) {
+      for (int j = 0; j < N; j += 2) pairs[j / 2] = pair(value[j], j + 1 < N ? value[j + 1] : 0.0f);
     }
-    _mm512_storeu_ps(y, sum0), _mm512_storeu_ps(y + 16, sum1);
+    inline void add(float *y, const Wt *const *row, int64_t c) const {
+      __m512 sum0 = _mm512_loadu_ps(y), sum1 = _mm512_loadu_ps(y + 16);
+      for (int j = 0; j < N; j += 2) {
+        __m512bh low, high;
+        interleave(row[j] + c, j + 1 < N ? row[j + 1] + c : nullptr, &low, &high);
+        const __m512bh a = (__m512bh)_mm512_set1_epi32((int)pairs[j / 2]);
+        sum0 = _mm512_dpbf16_ps(sum0, a, low), sum1 = _mm512_dpbf16_ps(sum1, a, high);
+      }
+      _mm512_storeu_ps(y, sum0), _mm512_storeu_ps(y + 16, sum1);
+    }
+  };
+};
+#endif
+
+#if MOEIFY_INT16_DOT
+// h in 16 bits: of each token and piece, 1 / 32767 of the largest |h| is the unit, and products are summed in 32 bits without error.
+struct AddInt16 : AddPairs {
+  static constexpr int GROUP = 8;
+  static int64_t floats(int64_t n, int64_t neurons) { return n * (units(neurons) + 1); }
+
+  // h in place: row i of n becomes units(neurons) pairs; behind all of them stand the rows' units.
+  static void convert(float *h, int64_t n, int64_t neurons) {
+    static_assert(CHUNK_NEURONS <= W, "a row is overwritten by what becomes of it");
+    float unit[BLOCK_TOKENS];
+    for (int64_t i = 0; i < n; i++) unit[i] = quantize(h + i * neurons, neurons, (int16_t *)(h + i * units(neurons)));
+    memcpy(h + n * units(neurons), unit, 4 * n);
   }
 
-  static inline void natural(float *y) {
-    const __m512 low = _mm512_loadu_ps(y), high = _mm512_loadu_ps(y + 16);
-    const __m512i first = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
-    const __m512i second = _mm512_setr_epi32(8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
-    _mm512_storeu_ps(y, _mm512_permutex2var_ps(low, first, high));
-    _mm512_storeu_ps(y + 16, _mm512_permutex2var_ps(low, second, high));
+  // Of an odd number the last pair is filled up with zero.
+  static inline float quantize(const float *value, int64_t neurons, int16_t *pairs) {
+    const float unit = to_int16(value, neurons, pairs);
+    const int16_t zero = 0;
+    if (neurons % 2) memcpy(pairs + neurons, &zero, 2);
+    return unit;
+  }
+
+  // b null: zeros
+  static inline void interleave(const int8_t *a, const int8_t *b, __m512i *low, __m512i *high) {
+    const __m512i p = DotInt16::get(a), q = b ? DotInt16::get(b) : _mm512_setzero_si512();
+    *low = _mm512_unpacklo_epi16(p, q), *high = _mm512_unpackhi_epi16(p, q);
+  }
+
+  template <class Wt, int N>
+  static void pass(float *base, const uint16_t *token, int64_t n, int64_t stride, const float *h, int64_t h_stride, const float *unit,
+                   const Wt *w, int64_t w_stride, bool odd) {
+    __m512i low[N], high[N];
+#pragma GCC unroll 8
+    for (int j = 0; j < N; j++) {
+      const int8_t *first = w + 2 * j * w_stride;
+      interleave(first, odd && j == N - 1 ? nullptr : first + w_stride, &low[j], &high[j]);
+    }
+    const int *pairs = (const int *)h;
+    for (int64_t i = 0; i < n; i++) {
+      float *y = base + token[i] * stride;
+      __m512i sum0 = _mm512_setzero_si512(), sum1 = sum0;
+#pragma GCC unroll 8
+      for (int j = 0; j < N; j++) {
+        const __m512i a = _mm512_set1_epi32(pairs[i * h_stride + j]);
+        sum0 = _mm512_dpwssd_epi32(sum0, a, low[j]), sum1 = _mm512_dpwssd_epi32(sum1, a, high[j]);
+      }
+      add_scaled(y, sum0, sum1, unit[i]);
+    }
+  }
+
+  template <class Wt, int N>
+  struct Rows {  // of one token, with what they are multiplied by
+    int32_t pairs[(N + 1) / 2];
+    float unit;
+    explicit Rows(const float *value) : unit(quantize(value, N, (int16_t *)pairs)) {}
+    inline void add(float *y, const Wt *const *row, int64_t c) const {
+      __m512i sum0 = _mm512_setzero_si512(), sum1 = sum0;
+#pragma GCC unroll 4
+      for (int j = 0; j < N; j += 2) {
+        __m512i low, high;
+        interleave(row[j] + c, j + 1 < N ? row[j + 1] + c : nullptr, &low, &high);
+        const __m512i a = _mm512_set1_epi32(pairs[j / 2]);
+        sum0 = _mm512_dpwssd_epi32(sum0, a, low), sum1 = _mm512_dpwssd_epi32(sum1, a, high);
+      }
+      add_scaled(y, sum0, sum1, unit);
+    }
+  };
+
+  static inline void add_scaled(float *y, __m512i sum0, __m512i sum1, float unit) {
+    const __m512 u = _mm512_set1_ps(unit);
+    _mm512_storeu_ps(y, _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum0), u, _mm512_loadu_ps(y)));
+    _mm512_storeu_ps(y + 16, _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum1), u, _mm512_loadu_ps(y + 16)));
   }
 };
 #endif
@@ -281,7 +464,7 @@ struct AddBf16 {
 template <class Add, class Wt>
 static inline void add_rows(float *base, const uint16_t *token, int64_t n, int64_t stride, const float *h, int64_t neurons, const Wt *w,
                             int64_t w_stride) {
-  typedef void (*Pass)(float *, const uint16_t *, int64_t, int64_t, const float *, int64_t, const Wt *, int64_t, bool);
+  typedef void (*Pass)(float *, const uint16_t *, int64_t, int64_t, const float *, int64_t, const float *, const Wt *, int64_t, bool);
   static constexpr Pass passes[] = {
       Add::template pass<Wt, 1>, Add::template pass<Wt, 2>, Add::template pass<Wt, 3>, Add::template pass<Wt, 4>,
 #if MOEIFY_TOKENS > 3
@@ -291,7 +474,7 @@ static inline void add_rows(float *base, const uint16_t *token, int64_t n, int64
   const int64_t units = Add::units(neurons), per_unit = Add::NEURONS;
   for (int64_t u = 0; u < units; u += Add::UNITS) {
     const int64_t number = min64(Add::UNITS, units - u);
-    passes[number - 1](base, token, n, stride, h + u, units, w + u * per_unit * w_stride, w_stride, (u + number) * per_unit > neurons);
+    passes[number - 1](base, token, n, stride, h + u, units, h + n * units, w + u * per_unit * w_stride, w_stride, (u + number) * per_unit > neurons);
   }
 }
 
@@ -354,8 +537,8 @@ struct Network {
           if (f.gate) gated.product(x + i, m, gate + i * neurons + first, neurons, ahead);
         }
       }
-    scale_and_shift(h, n, piece.start, neurons, f.up_scale, f.up_bias);
-    if (f.gate) scale_and_shift(gate, n, piece.start, neurons, f.gate_scale, f.gate_bias);
+    scale_and_shift(x, h, n, piece.start, neurons, f.up_scale, f.up_bias);
+    if (f.gate) scale_and_shift(x, gate, n, piece.start, neurons, f.gate_scale, f.gate_bias);
     const int64_t size = n * neurons;
     for (int64_t k = 0; k < size; k += W)
       store(h + k, f.gate ? activate(load(gate + k), f.activation) * load(h + k) : activate(load(h + k), f.activation));
@@ -385,12 +568,12 @@ struct Network {
     }
   };
 
-  void scale_and_shift(float *out, int64_t n, int64_t start, int64_t neurons, const float *scale, const void *bias) const {
+  void scale_and_shift(const X *const *x, float *out, int64_t n, int64_t start, int64_t neurons, const float *scale, const void *bias) const {
     if (!scale && !bias) return;
     for (int64_t i = 0; i < n; i++)
       for (int64_t j = 0; j < neurons; j++) {
         float value = out[i * neurons + j];
-        if (scale) value *= scale[start + j];
+        if (scale) value *= scale[start + j] * unit_of(x[i]);
         if (bias) value += to_float(static_cast<const IO *>(bias)[start + j]);
         out[i * neurons + j] = value;
       }
@@ -419,7 +602,7 @@ struct Network {
       ahead.add((const Wt *)f.up + j * f.up_stride);
       if (f.gate) ahead.add((const Wt *)f.gate + j * f.gate_stride);
     }
-    if (meanwhile) ahead.spread(out_width / COLUMNS * (meanwhile->num_tokens == 1 ? (meanwhile->neurons + 3) / 4 : 1));
+    if (meanwhile) ahead.spread(out_width / COLUMNS * (meanwhile->num_tokens == 1 ? (meanwhile->neurons + Add::GROUP - 1) / Add::GROUP : 1));
   }
 
   // The rows that its second product reads, whose h is there (of one token: not those of zeros); during the first product of another.
@@ -451,31 +634,38 @@ struct Network {
   // One token: y += h . down, without reading the rows of neurons whose h is zero (ReLU). h in fp32.
   void add_nonzero(float *y, const float *h, const Piece &piece, Ahead &ahead) const {
     const Wt *w = static_cast<const Wt *>(f.down) + piece.start * f.down_stride;
-    const Wt *row[4];
-    float value[4];
+    const Wt *row[Add::GROUP];
+    float value[Add::GROUP];
     int n = 0;
     for (int64_t j = 0; j < piece.neurons; j++) {
       if (h[j] == 0.0f) continue;
       row[n] = w + j * f.down_stride;
       value[n++] = h[j];
-      if (n == 4) add<4>(y, value, row, ahead), n = 0;
+      if (n == Add::GROUP) add<Add::GROUP>(y, value, row, ahead), n = 0;
     }
     switch (n) {  // no filling up with zeros: zero times infinity is no zero
       case 1: return add<1>(y, value, row, ahead);
       case 2: return add<2>(y, value, row, ahead);
       case 3: return add<3>(y, value, row, ahead);
     }
+    if constexpr (Add::GROUP == 8) switch (n) {
+        case 4: return add<4>(y, value, row, ahead);
+        case 5: return add<5>(y, value, row, ahead);
+        case 6: return add<6>(y, value, row, ahead);
+        case 7: return add<7>(y, value, row, ahead);
+      }
   }
 
   template <int N>
   void add(float *y, const float *value, const Wt *const *row, Ahead &ahead) const {
+    const typename Add::template Rows<Wt, N> rows(value);
     int64_t c = 0;
-    for (; c + COLUMNS <= f.d_out; c += COLUMNS) Add::template rows<Wt, N>(y + c, value, row, c), ahead.step();
+    for (; c + COLUMNS <= f.d_out; c += COLUMNS) rows.add(y + c, row, c), ahead.step();
     if (c == f.d_out) return;
     Wt padded[N][COLUMNS] = {};
     const Wt *last[N];
     for (int j = 0; j < N; j++) memcpy((void *)padded[j], row[j] + c, (f.d_out - c) * sizeof(Wt)), last[j] = padded[j];
-    Add::template rows<Wt, N>(y + c, value, last, 0);
+    rows.add(y + c, last, 0);
   }
 };
 
@@ -567,20 +757,6 @@ struct Pieces {
   }
 };
 
-template <class X, class IO>
-struct Rows {  // x as the first product reads it
-  static const X *get(const IO *x, X *converted, int64_t width) {
-    for (int64_t k = 0; k < width; k++) converted[k] = to_float(x[k]);
-    return converted;
-  }
-  static constexpr bool CONVERTS = true;
-};
-template <class X>
-struct Rows<X, X> {
-  static const X *get(const X *x, X *, int64_t) { return x; }
-  static constexpr bool CONVERTS = false;
-};
-
 // -- few tokens: threads share the experts -------------------------------------------------------------------------------------------
 
 template <class Net, class IO, class X>
@@ -591,7 +767,7 @@ struct FewTokens {
     X *converted;  // x, where it is not read as it is
     Shared(Arena &arena, const Net &net, int64_t tokens)
         : lists(arena, tokens, net.f.num_experts),
-          converted(arena.take<X>(Rows<X, IO>::CONVERTS ? tokens * round_up(net.f.d_in, 16) : 0)) {}
+          converted(arena.take<X>(tokens * Rows<X, IO>::elements(net.f.d_in))) {}
   };
   // What each thread has of its own.
   struct Own {
@@ -697,7 +873,7 @@ struct ManyTokens {
           sums(arena.take<float>(tokens * net.out_width)),
           h(arena.take<float>(HIDDEN_FLOATS + tokens * CHUNK_NEURONS + W)),  // full once HIDDEN_FLOATS are used: then one piece more is in
           gate(arena.take<float>(tokens * CHUNK_NEURONS + W)),
-          converted(arena.take<X>(Rows<X, IO>::CONVERTS ? tokens * round_up(net.f.d_in, 16) : 0)) {}
+          converted(arena.take<X>(tokens * Rows<X, IO>::elements(net.f.d_in))) {}
   };
 
   const Net &net;
@@ -734,7 +910,7 @@ struct ManyTokens {
     memset(own.sums, 0, 4 * n * net.out_width);
     const X *rows[BLOCK_TOKENS];
     for (int64_t t = 0; t < n; t++)
-      rows[t] = Rows<X, IO>::get(x + (first + t) * x_stride, own.converted + t * round_up(net.f.d_in, 16), net.f.d_in);
+      rows[t] = Rows<X, IO>::get(x + (first + t) * x_stride, own.converted + t * Rows<X, IO>::elements(net.f.d_in), net.f.d_in);
 
     Ready ready[MAX_PIECES];
     int number = 0;
@@ -749,7 +925,7 @@ struct ManyTokens {
       net.hidden(in, piece, own.h + used, own.gate);
       Add::convert(own.h + used, piece.num_tokens, piece.neurons);
       ready[number++] = {piece, used};
-      used += round_up(piece.num_tokens * piece.neurons, W);
+      used += round_up(max64(piece.num_tokens * piece.neurons, Add::floats(piece.num_tokens, piece.neurons)), W);
       if (used >= HIDDEN_FLOATS || number == MAX_PIECES) {
         second(own, ready, number, n);
         used = number = 0;
@@ -787,7 +963,7 @@ static int run(const moeify_ffn &f, const void *x, int64_t x_stride, const uint8
     typename Job::Shared shared(arena, net, num_tokens);
     const X *rows[FEW_TOKENS];
     for (int64_t t = 0; t < num_tokens; t++)
-      rows[t] = Rows<X, IO>::get((const IO *)x + t * x_stride, shared.converted + t * round_up(f.d_in, 16), f.d_in);
+      rows[t] = Rows<X, IO>::get((const IO *)x + t * x_stride, shared.converted + t * Rows<X, IO>::elements(f.d_in), f.d_in);
     shared.lists.build(mask, num_tokens, f.num_experts);
     Job job{net, num_tokens, (IO *)y, y_stride, shared.lists, rows, memory, per_thread};
     job.finish(parallel(num_threads, &Job::task, &job));

@@ -1,8 +1,11 @@
-// One instruction set: define MOEIFY_NAMESPACE, MOEIFY_W (floats of a vector), MOEIFY_TOKENS (tokens of a tile) and MOEIFY_BF16_DOT, then
+// One instruction set: define MOEIFY_NAMESPACE, MOEIFY_W (floats of a vector), MOEIFY_TOKENS (tokens of a tile), MOEIFY_BF16_DOT and
+// MOEIFY_INT16_DOT, then
 // include this. What a file compiled for a newer processor defines must not be shared with the others (the linker would keep either
 // copy), so everything is static or inside the namespace.
 #include <algorithm>
 #include <atomic>
+#include <cfloat>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 
@@ -24,7 +27,11 @@ int run_ffn(const moeify_ffn &f, const void *x, int64_t x_stride, const uint8_t 
     if (f.weight_dtype == MOEIFY_INT8) return run<DotFp32, AddFp32, float, float, int8_t>(f, x, x_stride, mask, num_tokens, y, y_stride, num_threads);
     return run<DotFp32, AddFp32, float, float, float>(f, x, x_stride, mask, num_tokens, y, y_stride, num_threads);
   }
+#if MOEIFY_INT16_DOT
+  if (f.weight_dtype == MOEIFY_INT8) return run<DotInt16, AddInt16, bf16, int16_t, int8_t>(f, x, x_stride, mask, num_tokens, y, y_stride, num_threads);
+#else
   if (f.weight_dtype == MOEIFY_INT8) return run<DotFp32, AddFp32, bf16, float, int8_t>(f, x, x_stride, mask, num_tokens, y, y_stride, num_threads);
+#endif
 #if MOEIFY_BF16_DOT
   return run<DotBf16, AddBf16, bf16, bf16, bf16>(f, x, x_stride, mask, num_tokens, y, y_stride, num_threads);
 #else

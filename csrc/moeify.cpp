@@ -72,7 +72,8 @@ uint32_t instruction_sets() {  // one bit each
     return found;
   found |= 1u << MOEIFY_AVX512;
   unsigned a = 0, b = 0, c = 0, d = 0;
-  if (__get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 5 & 1)) found |= 1u << MOEIFY_AVX512_BF16;
+  // With bf16 come products of 16-bit integers (VNNI), which int8 weights use.
+  if (__builtin_cpu_supports("avx512vnni") && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 5 & 1)) found |= 1u << MOEIFY_AVX512_BF16;
 #endif
   return found;
 }

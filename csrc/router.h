@@ -121,7 +121,7 @@ struct Router {
     Arena arena(memory + thread * per_thread);
     return Own(arena, *this);
   }
-  int64_t row_floats() const { return Rows<float, IO>::CONVERTS ? round_up(f.d_in, 16) : 0; }
+  int64_t row_floats() const { return Rows<float, IO>::elements(f.d_in); }
 
   void read(const Own &own, int64_t first, int64_t n, const float **in, const float **hidden) const {
     for (int64_t t = 0; t < n; t++) {

@@ -261,3 +261,38 @@ def test_routed_call_refuses_what_native_code_would_misread(change, message):
         cpu.Routed(change(weights), router, activation="silu", dtype=torch.float32)
     with pytest.raises(KernelError, match="takes float32 and bfloat16"):
         cpu.Routed(weights, router, activation="silu")
+
+
+@needs_library
+@pytest.mark.parametrize("isa", cpu.ISAS)
+@HALF_AND_FULL
+@pytest.mark.parametrize("T", [1, 3, 70])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite_in_a_token_stays_in_that_token(monkeypatch, isa, dtype, T, value):
+    if isa not in cpu.isas():
+        pytest.skip(f"this processor has no {isa}")
+    monkeypatch.setenv(cpu.FORCE_ISA, isa)
+    weights, x_TD, plan = int8_ffn(40, 48, dtype=dtype), torch.randn(T, 40).to(dtype), build_plan(torch.ones(T, 6, dtype=torch.bool))
+    clean = moe_ffn(x_TD, weights, plan, activation="silu", impl="cpu")
+    x_TD[T // 2, 33] = value
+    out = moe_ffn(x_TD, weights, plan, activation="silu", impl="cpu")
+    assert not out[T // 2].isfinite().any()
+    others = torch.arange(T) != T // 2
+    assert out[others].equal(clean[others]) and clean.isfinite().all()
+
+
+@needs_library
+@pytest.mark.parametrize("isa", cpu.ISAS)
+@HALF_AND_FULL
+@pytest.mark.parametrize("T", [1, 9, 70])
+@pytest.mark.parametrize("size", [1e-20, 1e-3, 1e4], ids=str)
+def test_tokens_of_any_size_are_as_accurate_as_torch(monkeypatch, isa, dtype, T, size):
+    # One input is thirty times the others, about as much as a normalised token of this width can have.
+    if isa not in cpu.isas():
+        pytest.skip(f"this processor has no {isa}")
+    monkeypatch.setenv(cpu.FORCE_ISA, isa)
+    weights, plan = int8_ffn(1030, 24, dtype=dtype), random_plan(T, 3, 0.7)
+    x_TD = torch.randn(T, 1030).mul_(size).index_fill(1, torch.tensor([7]), 30 * size).to(dtype)
+    out = moe_ffn(x_TD, weights, plan, activation="relu", impl="cpu")
+    baseline = masked.moe_ffn(x_TD, weights.dequantized(dtype), plan, activation="relu")
+    assert_as_accurate_as_torch(out, oracle=oracle_of(x_TD, weights, plan, activation="relu"), baseline=baseline)
