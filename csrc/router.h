@@ -4,13 +4,19 @@
 // Letters: T tokens, D input width, R router width, E experts.
 
 static inline float largest(const float *score, int64_t experts, bool *has_nan) {
-  float most = score[0];
-  *has_nan = false;
-  for (int64_t e = 0; e < experts; e++) {
-    *has_nan |= score[e] != score[e];
-    most = score[e] > most ? score[e] : most;
+  vf most = splat(score[0]);
+  vi nan = {};
+  int64_t e = 0;
+  for (; e + W <= experts; e += W) {
+    const vf s = load(score + e);
+    nan |= s != s;
+    most = s > most ? s : most;
   }
-  return most;
+  float lane[W], result = score[0];
+  store(lane, most);
+  for (int i = 0; i < W; i++) *has_nan |= nan[i] != 0, result = lane[i] > result ? lane[i] : result;
+  for (; e < experts; e++) *has_nan |= score[e] != score[e], result = score[e] > result ? score[e] : result;
+  return result;
 }
 
 // Experts whose score is at least a level; no expert is below its own score, so one runs at least.
@@ -20,7 +26,7 @@ static inline void at_least(const float *score, int64_t experts, float level, ui
 
 static inline void select_row(float *score, int64_t experts, int32_t rule, float knob, int32_t *order, uint8_t *mask) {
   if (experts < 1) __builtin_unreachable();  // checked at the entry; GCC warns of memset's size otherwise
-  bool has_nan;
+  bool has_nan = false;
   const float most = largest(score, experts, &has_nan);
   if (rule == MOEIFY_TOPK) {
     const int64_t k = knob < (float)experts ? (int64_t)knob : experts;
@@ -85,7 +91,14 @@ struct Layer {
     for (int64_t j = first; j < last; j += CHUNK_NEURONS) {
       const Piece piece{nullptr, num_tokens, j, min64(CHUNK_NEURONS, last - j)};
       net.hidden(x, piece, scratch, nullptr);
-      for (int64_t t = 0; t < num_tokens; t++) memcpy(out + t * f.num_neurons + j, scratch + t * piece.neurons, 4 * piece.neurons);
+      for (int64_t t = 0; t < num_tokens; t++) {
+        float *to = out + t * f.num_neurons + j;
+        const float *from = scratch + t * piece.neurons;
+        if (piece.neurons == CHUNK_NEURONS)  // a fixed number: no call, no `rep movs`
+          memcpy(to, from, 4 * CHUNK_NEURONS);
+        else
+          memcpy(to, from, 4 * piece.neurons);
+      }
     }
   }
 };
