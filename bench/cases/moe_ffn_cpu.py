@@ -8,7 +8,7 @@ kernel; its own router selects the same fraction.
 The sides take turns call by call, each on another of many layers, so that weights come from memory and not from the cache, and every call
 has a new selection. Weights and inputs are random; so are the masks (every token draws its own, the worst case) unless ``--converted``
 names a model whose own routers select on text. Random inputs leave half of a ReLU's neurons on; trained ones have fewer. With int8 weights
-the dense side has the floating ones that they stand for.
+the dense side has the floating ones that they stand for; ``over_float`` is ours on those floating weights over ours on int8 ones.
 
 Letters: T tokens, D model width, F FFN width, E experts, L layers.
 """
@@ -169,6 +169,8 @@ class _Layer:
     ours: FFNWeights
     dense: tuple[Tensor | None, ...]
     """up_FD, gate_FD, down_DF, up_bias_F, down_bias_D."""
+    floating: FFNWeights | None
+    """What int8 weights stand for, stored by neuron as ours are."""
 
 
 @dataclass(frozen=True)
@@ -216,6 +218,8 @@ def _measure(sides: _Sides, masks: Masks, T: int, fraction: float, *, rounds: in
         "chosen": chosen.most_common(1)[0][0],
         "spread": max(p80_over_p20(us[name]) for name in ("dense", "ours")),
     }
+    if "float" in medians:
+        row["over_float"] = medians["float"] / medians["ours"]
     if "compiled" in medians:
         row["compiled_over_ours"] = medians["compiled"] / medians["ours"]
     return row
@@ -236,8 +240,8 @@ def _sides(shape: Shape, layers: Sequence[_Layer], inputs_NTD: Tensor, *, compil
     def dense_by(function: Callable[..., Tensor]) -> Callable[[int, Tensor], Tensor]:
         return lambda i, _: function(*layers[i].dense)
 
-    def ours(i: int, mask_TE: Tensor) -> Tensor:
-        return moe_ffn(x_TD, layers[i].ours, build_plan(mask_TE), activation=shape.activation)
+    def ours_on(weights: Sequence[FFNWeights]) -> Callable[[int, Tensor], Tensor]:
+        return lambda i, mask_TE: moe_ffn(x_TD, weights[i], build_plan(mask_TE), activation=shape.activation)
 
     def chosen(mask_TE: Tensor) -> str:
         candidates = explain(x_TD, layers[0].ours, build_plan(mask_TE), activation=shape.activation)
@@ -251,10 +255,12 @@ def _sides(shape: Shape, layers: Sequence[_Layer], inputs_NTD: Tensor, *, compil
 
     calls: dict[str, Callable[[int, Tensor], object]] = {
         "dense": dense_by(linears),
-        "ours": ours,
+        "ours": ours_on([layer.ours for layer in layers]),
         "router": lambda i, _: _select(layers[i].moe, next(turn)),
         "layer": lambda i, _: layers[i].ffn(next(turn)),
     }
+    if floating := [layer.floating for layer in layers if layer.floating is not None]:
+        calls["float"] = ours_on(floating)
     if compiled:
         torch.compiler.reset()  # each shape is a compilation of its own, of which there is a limit
         calls["compiled"] = dense_by(torch.compile(linears, dynamic=False))
@@ -283,7 +289,8 @@ def _layers(shape: Shape, dtype: torch.dtype, change: Callable[[nn.Module], obje
     assert num_experts is not None
     up_FD, gate_FD, down_FD = (torch.randn(neurons, D).mul_(n**-0.5).to(dtype) for n in (D, D, neurons))
     matrices, size = (3 if shape.gated else 2), up_FD.nbytes
-    fit = MAX_BYTES // (2 * matrices * size)  # twice there: at most all of them
+    copies = 2 if change is WEIGHTS["float"] else 3  # dense, ours, and what ours stands for
+    fit = MAX_BYTES // (copies * matrices * size)
     count = max(1, min(max(MIN_LAYERS, -(-COLD_BYTES // (matrices * size))), fit))
     site = FFNSite(
         name="",
@@ -305,7 +312,8 @@ def _layers(shape: Shape, dtype: torch.dtype, change: Callable[[nn.Module], obje
         change(ffn)
         ours = moe.weights()
         d = ours.dequantized(dtype)
-        layers.append(_Layer(ffn, moe, ours, (d.up_FD, d.gate_FD, d.down_FD.t().contiguous(), d.up_bias_F, d.down_bias_D)))
+        dense = (d.up_FD, d.gate_FD, d.down_FD.t().contiguous(), d.up_bias_F, d.down_bias_D)
+        layers.append(_Layer(ffn, moe, ours, dense, None if d is ours else replace(d, down_FD=d.down_FD.contiguous())))
     return layers
 
 

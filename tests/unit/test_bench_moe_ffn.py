@@ -104,6 +104,10 @@ def test_expert_sizes_and_int8_weights_are_rows_of_their_own(small, tmp_path):
     assert [(r["expert_size"], r["weights"], r["tokens"]) for r in rows] == [
         (size, weights, tokens) for size in (1, 11) for weights in ("float32", "int8") for tokens in (2, 6)
     ]
+    for row in rows:
+        assert ("over_float" in row) == (row["weights"] == "int8")
+        if row["weights"] == "int8":
+            assert_allclose(row["over_float"], row["float_us"] / row["ours_us"])
 
 
 @pytest.mark.slow
