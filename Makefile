@@ -41,7 +41,7 @@ sanitize: $(VENV)/.dev
 	trap : INT; \
 	MOEIFY_CXXFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g" $(BIN)/python setup.py -q build_ext --inplace \
 	&& ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
-		$(BIN)/python -m pytest -q tests/unit/kernels/test_cpu.py tests/unit/kernels/test_cpu_op.py tests/unit/kernels/test_int8.py; \
+		$(BIN)/python -m pytest -q --capture=sys tests/unit/kernels/test_cpu.py tests/unit/kernels/test_cpu_op.py tests/unit/kernels/test_int8.py; \
 	status=$$?; $(BIN)/python setup.py -q build_ext --inplace && exit $$status
 
 # csrc is compiled by the installation.

@@ -579,38 +579,38 @@ struct Network {
       }
   }
 
-  // Ask for rows that will be needed soon: experts lie anywhere in memory, and the processor only follows what is contiguous.
+  // Ask for columns c to c + width of the rows that the second product of a piece reads, of which there are few lines.
   // Always inlined: GCC takes a function that only prefetches for one without effect, and drops calls to it.
-  static inline __attribute__((always_inline)) void prefetch(const void *weight, int64_t stride, int64_t start, int64_t rows, int64_t first, int64_t width) {
-    for (int64_t j = 0; j < rows; j++) {
-      const char *row = (const char *)((const Wt *)weight + (start + j) * stride + first);
-      for (int64_t k = 0; k < width * (int64_t)sizeof(Wt); k += 64) __builtin_prefetch(row + k);
+  inline __attribute__((always_inline)) void prefetch_second(const Piece &piece, int64_t c, int64_t width) const {
+    for (int64_t j = piece.start; j < piece.start + piece.neurons; j++) {
+      const char *row = (const char *)((const Wt *)f.down + j * f.down_stride + c);
+      for (int64_t k = 0; k < min64(width, f.d_out - c) * (int64_t)sizeof(Wt); k += 64) __builtin_prefetch(row + k);
     }
   }
-  inline __attribute__((always_inline)) void prefetch_first(const Piece &piece) const {
-    prefetch(f.up, f.up_stride, piece.start, piece.neurons, 0, f.d_in);
-    if (f.gate) prefetch(f.gate, f.gate_stride, piece.start, piece.neurons, 0, f.d_in);
-  }
-  inline __attribute__((always_inline)) void prefetch_second(const Piece &piece, int64_t c, int64_t width) const {
-    prefetch(f.down, f.down_stride, piece.start, piece.neurons, c, min64(width, f.d_out - c));
-  }
 
-  // The rows that the first product of a piece reads; to be asked for during the second product of another.
-  void ask_first(const Piece &piece, const Piece *meanwhile, Ahead &ahead) const {
+  // The rows that the first product of a piece reads.
+  void ask_first(const Piece &piece, Ahead &ahead) const {
     ahead.clear(f.d_in * (int64_t)sizeof(Wt));
     for (int64_t j = piece.start; j < piece.start + piece.neurons; j++) {
       ahead.add((const Wt *)f.up + j * f.up_stride);
       if (f.gate) ahead.add((const Wt *)f.gate + j * f.gate_stride);
     }
-    if (meanwhile) ahead.spread(out_width / COLUMNS * (meanwhile->num_tokens == 1 ? (meanwhile->neurons + Add::GROUP - 1) / Add::GROUP : 1));
   }
 
-  // The rows that its second product reads, whose h is there (of one token: not those of zeros); during the first product of another.
-  void ask_second(const Piece &piece, const float *h, const Piece *meanwhile, Ahead &ahead) const {
+  // The rows that its second product reads, whose h is there; of one token: not those of zeros.
+  void ask_second(const Piece &piece, const float *h, Ahead &ahead) const {
     ahead.clear(f.d_out * (int64_t)sizeof(Wt));
     for (int64_t j = 0; j < piece.neurons; j++)
       if (piece.num_tokens > 1 || h[j] != 0.0f) ahead.add((const Wt *)f.down + (piece.start + j) * f.down_stride);
-    if (meanwhile) ahead.spread(Tiles(meanwhile->num_tokens, TOKENS).number * ((meanwhile->neurons + ROWS - 1) / ROWS) * (f.d_in / Dot::STEP) * (f.gate ? 2 : 1));
+  }
+
+  // Steps that Ahead takes while a product of a piece runs.
+  int64_t first_steps(const Piece &piece) const {
+    const int64_t panels = (piece.neurons + ROWS - 1) / ROWS * (f.gate ? 2 : 1);
+    return Tiles(piece.num_tokens, TOKENS).number * panels * (f.d_in / Dot::STEP);
+  }
+  int64_t second_steps(const Piece &piece) const {
+    return out_width / COLUMNS * (piece.num_tokens == 1 ? (piece.neurons + Add::GROUP - 1) / Add::GROUP : 1);
   }
 
   // Rows token[i] of base (+ token * stride) += h[i] . down, columns c to c + COLUMNS.
@@ -817,17 +817,21 @@ struct FewTokens {
     bool has = pieces.next(&piece), had = false;
     float *h = own.h[0], *h_done = own.h[1];
     Ahead ahead;
-    if (has) net.ask_first(piece, nullptr, ahead), ahead.rest();
+    if (has) net.ask_first(piece, ahead), ahead.rest();
     while (has || had) {
-      if (has) first_product(piece, h, own.gate, ahead);
+      if (has) {
+        ahead.spread(net.first_steps(piece));
+        first_product(piece, h, own.gate, ahead);
+      }
       ahead.rest();
       const bool more = has && pieces.next(&following);
-      ahead.clear(0);
-      if (more) net.ask_first(following, had ? &done : nullptr, ahead);
-      if (had) second_product(done, h_done, own.sums, ahead);
+      if (more) net.ask_first(following, ahead);
+      if (had) {
+        ahead.spread(net.second_steps(done));
+        second_product(done, h_done, own.sums, ahead);
+      }
       ahead.rest();
-      ahead.clear(0);
-      if (has) net.ask_second(piece, h, more ? &following : nullptr, ahead);
+      if (has) net.ask_second(piece, h, ahead);
       std::swap(h, h_done);
       done = piece, piece = following, had = has, has = more;
     }
@@ -918,11 +922,13 @@ struct ManyTokens {
     const X *in[BLOCK_TOKENS];
     Pieces<Net> pieces{net, own.lists, n, experts, 0};
     Piece piece = {}, following = {};
+    Ahead ahead;
     for (bool more = pieces.next(&piece); more; piece = following) {
       more = pieces.next(&following);
-      if (more) net.prefetch_first(following);
+      if (more) net.ask_first(following, ahead), ahead.spread(net.first_steps(piece));
       for (int64_t i = 0; i < piece.num_tokens; i++) in[i] = rows[piece.token[i]];
-      net.hidden(in, piece, own.h + used, own.gate);
+      net.hidden(in, piece, own.h + used, own.gate, ahead);
+      ahead.rest();
       Add::convert(own.h + used, piece.num_tokens, piece.neurons);
       ready[number++] = {piece, used};
       used += round_up(max64(piece.num_tokens * piece.neurons, Add::floats(piece.num_tokens, piece.neurons)), W);
