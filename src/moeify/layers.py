@@ -32,13 +32,13 @@ from torch.utils.hooks import RemovableHandle
 
 from . import _config
 from .errors import ConfigError, KernelError, UnsupportedModelError
-from .kernels import build_plan, moe_ffn, reads_rows
-from .kernels.cpu import ROUTED_TOKENS, Routed, RouterWeights
+from .kernels import build_plan, cpu_always, moe_ffn, reads_rows
 from .kernels.cpu import RULES as ROUTED_RULES
+from .kernels.cpu import Routed, RouterWeights
 from .kernels.plan import neuron_mask
 from .routers import NormRouter, Router
 from .select import RULES, Rule
-from .sites import FFNSite, FFNWeights, expert_bounds, in_decoder, not_plain_reason, site_weights, store_by_neuron, token_mask_of
+from .sites import FFNSite, FFNWeights, expert_bounds, has_int8, in_decoder, not_plain_reason, site_weights, store_by_neuron, token_mask_of
 
 Mode = Literal["dense", "moe"]
 
@@ -53,7 +53,9 @@ class _Call(NamedTuple):
     stand_in: Tensor | None
     """What the first projections return where a kernel computes the FFN; None where the projections run as they are, masked."""
     routed: Routed | None
-    """Router, rule and, for few tokens, FFN as one native call, where it does what the pieces do."""
+    """Router and rule as one native call, where it does what the pieces do."""
+    is_whole: bool
+    """Whether that call computes the FFN, too."""
 
 
 class _Native(NamedTuple):
@@ -61,6 +63,8 @@ class _Native(NamedTuple):
 
     routed: Routed | None
     """None where the library cannot do it; then the pieces do, and `explain` says why."""
+    always_numel: float
+    """Elements of x up to which the compiled kernels run whatever is selected, so that router, rule and FFN are one call."""
     rule: Rule
     always_on: tuple[int, ...]
     dtype: torch.dtype
@@ -243,7 +247,7 @@ class MoEFFN(nn.Module):
         if call.stand_in is None:
             return cast(Tensor, type(leaf).forward(leaf, self._masked(h, call.x)))
         x, routed = call.x, call.routed
-        if routed is not None and self._is_few(x):
+        if routed is not None and call.is_whole:
             y, mask_TE = routed(x)
             self._record(mask_TE, x)
         else:
@@ -258,18 +262,16 @@ class MoEFFN(nn.Module):
         native = self._native if is_native else None
         if native is None or not native.holds(self, x.dtype):
             if self.masked_reason() is not None:
-                return _Call(x, first, None, None)
+                return _Call(x, first, None, None, False)
             if is_native:
                 native = self._native = self._make_native(x.dtype)
         # Any tensor does, for the down projection never looks at what becomes of it: of width 1 (2 where it will be cut in two halves), but
         # where the code between works with explicit sizes.
         width = self.site.d_ff if self.site.explicit_width else 1
         stand_in = x.new_zeros((*x.shape[:-1], 2 * width if self.site.fused else width))
-        return _Call(x, first, stand_in, None if native is None else native.routed)
-
-    def _is_few(self, x: Tensor) -> bool:
-        """Whether router, rule and FFN are faster as one call than the FFN with a plan."""
-        return x.numel() <= ROUTED_TOKENS * self.site.d_model
+        if native is None:
+            return _Call(x, first, stand_in, None, False)
+        return _Call(x, first, stand_in, native.routed, x.numel() <= native.always_numel or self.impl == "cpu")
 
     def _is_native(self, x: Tensor) -> bool:
         """Whether a native call would do what the pieces do for such an input, and faster."""
@@ -294,8 +296,10 @@ class MoEFFN(nn.Module):
         if not self._in_place():  # something around a projection passes its name on, and cannot be watched
             return None
         modules = (*self._leaves.values(), router, router.hidden, router.out)
+        routed = self._make_routed(dtype)
         return _Native(
-            self._make_routed(dtype),
+            routed,
+            0 if routed is None else cpu_always(dtype, is_int8=has_int8(self.host, self._local)) * self.site.d_model,
             *(rule, self.always_on, dtype),
             places=(*self._places, (self, "router", router), (router, "hidden", router.hidden), (router, "out", router.out)),
             modules=tuple((module, type(module)) for module in modules),

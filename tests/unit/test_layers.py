@@ -17,8 +17,9 @@ from transformers import BertConfig, BertModel, OPTConfig, OPTModel
 
 from moeify.convert import ConvertConfig, convert, to_dense
 from moeify.errors import ConfigError, UnsupportedModelError
-from moeify.kernels import IMPLS, cpu
+from moeify.kernels import CPU_UNTIL, CPU_UNTIL_INT8, IMPLS, build_plan, cpu, cpu_always, explain
 from moeify.layers import MoEFFN, _drops_activations, attach, detach, moe_layers, record_active, set_impl, set_mode, set_rule, token_mask
+from moeify.quantize import quantize
 from moeify.routers import NormRouter, NormRouterConfig, OracleRouterConfig, build_router
 from moeify.select import DynKMass, DynKMax, Threshold, TopK
 from moeify.sites import FFNSite, find_ffn_sites, site_weights
@@ -1061,8 +1062,8 @@ def test_forward_selects_as_the_pieces_do_for_any_number_of_tokens(monkeypatch, 
         monkeypatch.setattr("moeify.layers.ActiveRecorder.add", lambda _, layer, mask_TE, *, shape: masks.append((mask_TE, shape)))
         calls = Calls(monkeypatch)
         with record_active(net):
-            few = x.numel() <= 64 * D
-            assert calls.of(lambda: masks.append(net(x))) == (["ffn"] if few else ["selection"])
+            is_whole = x.numel() <= cpu_always(dtype, is_int8=False) * D
+            assert calls.of(lambda: masks.append(net(x))) == (["ffn"] if is_whole else ["selection"])
             set_impl(net, "reference")
             assert calls.of(lambda: masks.append(net(x))) == ["router"]
     (mask_TE, of), found, (expected_TE, _), expected = masks
@@ -1072,6 +1073,36 @@ def test_forward_selects_as_the_pieces_do_for_any_number_of_tokens(monkeypatch, 
     torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
     if rule.name != "topk":
         assert 0 < mask_TE.sum() < mask_TE.numel()
+
+
+def borders():
+    """Numbers of tokens on both sides of every crossover."""
+    for is_int8, table in ((False, CPU_UNTIL), (True, CPU_UNTIL_INT8)):
+        for dtype, rows in table.items():
+            at_most = [int(tokens) for tokens, _ in rows if tokens != float("inf")]
+            for num_tokens in (1, *at_most, *(n + 1 for n in at_most), 1000):
+                yield pytest.param(num_tokens, dtype, is_int8, id=f"{num_tokens}-{str(dtype)[6:]}-{'int8' if is_int8 else 'float'}")
+
+
+@needs_library
+@pytest.mark.parametrize(("num_tokens", "dtype", "is_int8"), [*borders()])
+def test_a_layer_computes_everything_in_one_call_exactly_where_auto_takes_the_compiled_kernels_anyway(
+    monkeypatch, num_tokens, dtype, is_int8
+):
+    net, x_TD = routed_net(num_tokens=num_tokens, rule=DynKMax(tau=0.0))  # every expert runs
+    moe, x_TD = net.mlp.moe, x_TD.to(dtype)
+    net.to(dtype)
+    if is_int8:
+        quantize(net)
+    moe.lay_out()
+    calls = Calls(monkeypatch)
+    with torch.no_grad():
+        chosen = next(c.name for c in explain(x_TD, moe.weights(), build_plan(moe.select(x_TD)), activation="silu") if c.chosen)
+        assert calls.of(lambda: net(x_TD)) == (["ffn"] if chosen == "cpu" else ["selection"])
+        set_impl(net, "cpu")
+        assert calls.of(lambda: net(x_TD)) == ["ffn"], "asked for by name"
+        set_impl(net, "auto")
+        assert calls.of(lambda: net(x_TD)) == (["ffn"] if chosen == "cpu" else ["selection"])
 
 
 @needs_library

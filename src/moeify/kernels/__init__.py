@@ -143,29 +143,50 @@ MASKED_FROM = (
 """(neurons of an expert at most, ((tokens at most, active fraction from which dense GEMMs win), ...))."""
 
 
+# When the compiled kernels run: any number of tokens has an active fraction up to which they do, 1.0 where they do whatever the fraction.
 # time(dense) / time(cpu), AVX-512-BF16, two cores, experts of 8, random masks; gpt2, smollm2. Dense is F.linear on weights as Linear keeps
-# them; on weights kept by neuron, which `masked` multiplies, it reaches 0.95-0.97 from 256 tokens on, and loses 3-10 % with a mask.
+# them. What would run instead is `masked`, on weights kept by neuron: that is 0.95-0.97 of dense from 256 tokens on, less for fewer, and
+# the mask costs another 3-10 %. So the compiled kernels may run down to about 0.9 here.
 #   bf16  T=8:    0.9: 1.06, 1.34  1: 1.3, 1.5     T=32:  0.9: 0.88, 1.1  1: 1.1, 1.3     T=64:  0.9: 0.89, 0.96  1: 0.95, 1.1
 #         T=128:  0.9: 0.96, 1.02  1: 0.96, 0.98   T=256: 0.75: 1.1, 1.05  0.9: 0.93, 0.92  1: 0.89, 0.85
 #         T=1024: 0.75: 1.1, 1.2   0.9: 0.86, 0.85   1: 0.86, 0.85
 #   fp32  the compiled kernels win at any fraction: 1.6 and more with every expert on. torch's fp32 GEMMs are AVX2 on this processor, so
 #         that need not hold on one where they are not: above 0.9 of many tokens dense is left to torch.
-CPU_UNTIL = {
+CPU_UNTIL: dict[torch.dtype, tuple[tuple[float, float], ...]] = {
     torch.float32: ((64, 1.0), (math.inf, 0.9)),
     torch.bfloat16: ((128, 1.0), (math.inf, 0.85)),
 }
-"""By dtype: (tokens at most, active fraction up to which the compiled kernels beat dense GEMMs)."""
+"""By dtype: (tokens at most, active fraction up to which the compiled kernels run), by rising number of tokens."""
 
 
 # The same with int8 weights, against dense GEMMs on weights dequantised at every call; time(masked) / time(cpu):
 #   fp32  1.3 and more with every expert on, at any number of tokens.
 #   bf16  T=8:  1: 4.0, 2.0     T=64:  0.5: 2.1, 1.6   1: 1.07, 0.83     T=256:  0.5: 1.1, 1.04   0.75: 0.8, 0.7
 #         T=1024:  0.5: 0.85, 0.8
-CPU_UNTIL_INT8 = {
+CPU_UNTIL_INT8: dict[torch.dtype, tuple[tuple[float, float], ...]] = {
     torch.float32: ((math.inf, 1.0),),
     torch.bfloat16: ((16, 1.0), (64, 0.8), (256, 0.5), (math.inf, 0.4)),
 }
 """`CPU_UNTIL` for int8 weights; the dtype is x's."""
+
+
+def cpu_always(dtype: torch.dtype, *, is_int8: bool) -> float:
+    """Number of tokens up to which "auto" runs the compiled kernels whatever the active fraction, which then need not be known; may be inf.
+
+    Args:
+        dtype: of x, one of `cpu.DTYPES`.
+        is_int8: whether the weights are int8.
+    """
+    always = 0.0
+    for tokens, fraction in _cpu_until(is_int8)[dtype]:
+        if fraction < 1:
+            break
+        always = tokens
+    return always
+
+
+def _cpu_until(is_int8: bool) -> dict[torch.dtype, tuple[tuple[float, float], ...]]:
+    return CPU_UNTIL_INT8 if is_int8 else CPU_UNTIL
 
 
 def _objection(name: str, x_TD: Tensor, weights: FFNWeights, plan: DispatchPlan, *, activation: str, training: bool) -> str | None:
@@ -183,8 +204,8 @@ def _objection(name: str, x_TD: Tensor, weights: FFNWeights, plan: DispatchPlan,
             return "the backward pass is that of 'grouped'"
         if torch.compiler.is_compiling():
             return None
-        table = CPU_UNTIL if weights.up_scale_F is None else CPU_UNTIL_INT8
-        until = next(fraction for tokens, fraction in table[x_TD.dtype] if plan.num_tokens <= tokens)
+        table = _cpu_until(weights.up_scale_F is not None)[x_TD.dtype]
+        until = next(fraction for tokens, fraction in table if plan.num_tokens <= tokens)
         if until < 1 and plan.active_fraction > until:  # counting the pairs of one token costs a tenth of its FFN
             return f"active fraction {plan.active_fraction:.2f} is above the crossover {until} for {plan.num_tokens} tokens in {x_TD.dtype}"
         return None

@@ -27,8 +27,6 @@ ACTIVATIONS = ("relu", "silu", "gelu", "gelu_tanh", "quick_gelu", "relu2")
 """Activations of the library; the index is what it calls them."""
 RULES = ("threshold", "dynk_max", "dynk_mass", "topk")
 """Selection rules of the library, by their names in `moeify.select.RULES`; the index is what it calls them."""
-ROUTED_TOKENS = 64
-"""Up to so many tokens router, rule and FFN run in one call: the Python between costs 50-100 us, more than dense GEMMs could gain."""
 FORCE_ISA = "MOEIFY_CPU_ISA"
 """Environment variable that names the instruction set to use instead of the best one."""
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
