@@ -24,18 +24,19 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from types import MethodType
-from typing import Any, Literal, NamedTuple, NoReturn, cast
+from typing import Any, Literal, NamedTuple, NoReturn, TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from . import _config
-from .errors import ConfigError, KernelError, UnsupportedModelError
+from .errors import ConfigError, UnsupportedModelError
 from .kernels import build_plan, cpu_always, moe_ffn, reads_rows
 from .kernels.cpu import RULES as ROUTED_RULES
-from .kernels.cpu import Routed, RouterWeights
+from .kernels.cpu import Routed, RouterWeights, is_recorded, routed_refusal
 from .kernels.plan import neuron_mask
+from .kernels.routed_op import routed_ffn
 from .routers import NormRouter, Router
 from .select import RULES, Rule
 from .sites import FFNSite, FFNWeights, expert_bounds, has_int8, in_decoder, not_plain_reason, site_weights, store_by_neuron, token_mask_of
@@ -52,10 +53,10 @@ class _Call(NamedTuple):
     """The projection that began it."""
     stand_in: Tensor | None
     """What the first projections return where a kernel computes the FFN; None where the projections run as they are, masked."""
-    routed: Routed | None
-    """Router and rule as one native call, where it does what the pieces do."""
-    is_whole: bool
-    """Whether that call computes the FFN, too."""
+    whole: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
+    """y and mask_TE of x: router, rule and FFN as one native call, where it does what the pieces do."""
+    select: Callable[[Tensor], Tensor] | None = None
+    """mask_TE of x: router and rule as one native call, where they do what the pieces do and `whole` would not be faster."""
 
 
 class _Native(NamedTuple):
@@ -246,32 +247,40 @@ class MoEFFN(nn.Module):
         call = self._end()
         if call.stand_in is None:
             return cast(Tensor, type(leaf).forward(leaf, self._masked(h, call.x)))
-        x, routed = call.x, call.routed
-        if routed is not None and call.is_whole:
-            y, mask_TE = routed(x)
+        x = call.x
+        if call.whole is not None:
+            y, mask_TE = call.whole(x)
             self._record(mask_TE, x)
         else:
-            mask_TE = self.select(x) if routed is None else self._record(routed.select(x), x)
+            mask_TE = self.select(x) if call.select is None else self._record(call.select(x), x)
             x_TD, plan, training = x.reshape(-1, x.shape[-1]), build_plan(mask_TE), self.host.training
             y = moe_ffn(x_TD, self.weights(), plan, activation=self.site.activation, impl=self.impl, training=training)
         return y.reshape(*h.shape[:-1], self.site.d_out)
 
     def _decide(self, first: nn.Module, x: Tensor) -> _Call:
         """What computes the forward that begins with ``x``."""
-        is_native = not torch.compiler.is_compiling() and self._is_native(x)
+        is_native = self._is_native(x)
+        if is_recorded(x):
+            if self.masked_reason() is not None:
+                return _Call(x, first, None)
+            return _Call(x, first, self._stand_in(x), self._operator(x.dtype) if is_native else None)
         native = self._native if is_native else None
         if native is None or not native.holds(self, x.dtype):
             if self.masked_reason() is not None:
-                return _Call(x, first, None, None, False)
+                return _Call(x, first, None)
             if is_native:
                 native = self._native = self._make_native(x.dtype)
+        if native is None or native.routed is None:
+            return _Call(x, first, self._stand_in(x))
+        if x.numel() <= native.always_numel or self.impl == "cpu":
+            return _Call(x, first, self._stand_in(x), native.routed)
+        return _Call(x, first, self._stand_in(x), None, native.routed.select)
+
+    def _stand_in(self, x: Tensor) -> Tensor:
         # Any tensor does, for the down projection never looks at what becomes of it: of width 1 (2 where it will be cut in two halves), but
         # where the code between works with explicit sizes.
         width = self.site.d_ff if self.site.explicit_width else 1
-        stand_in = x.new_zeros((*x.shape[:-1], 2 * width if self.site.fused else width))
-        if native is None:
-            return _Call(x, first, stand_in, None, False)
-        return _Call(x, first, stand_in, native.routed, x.numel() <= native.always_numel or self.impl == "cpu")
+        return x.new_zeros((*x.shape[:-1], 2 * width if self.site.fused else width))
 
     def _is_native(self, x: Tensor) -> bool:
         """Whether a native call would do what the pieces do for such an input, and faster."""
@@ -287,13 +296,7 @@ class MoEFFN(nn.Module):
     def _make_native(self, dtype: torch.dtype) -> _Native | None:
         """The native call for the modules and tensors that are there now; None where the router or the rule is not one that it knows."""
         router, rule = self.router, self.rule
-        if type(router) is not NormRouter or rule.name not in ROUTED_RULES or type(rule) is not RULES[rule.name]:
-            return None
-        if router._forward_hooks or router._forward_pre_hooks or hasattr(router, "_hf_hook"):
-            return None
-        if not_plain_reason(router.hidden) or not_plain_reason(router.out):
-            return None
-        if not self._in_place():  # something around a projection passes its name on, and cannot be watched
+        if not self._is_known(router, rule):
             return None
         modules = (*self._leaves.values(), router, router.hidden, router.out)
         routed = self._make_routed(dtype)
@@ -306,9 +309,34 @@ class MoEFFN(nn.Module):
             tensors=tuple((m, name, p, 0 if p is None else p.data_ptr()) for m in modules for name, p in m._parameters.items()),
         )
 
+    def _is_known(self, router: nn.Module, rule: Rule) -> TypeGuard[NormRouter]:
+        """Whether a native call may take the place of router and rule, and read what is in the projections' places."""
+        if type(router) is not NormRouter or rule.name not in ROUTED_RULES or type(rule) is not RULES[rule.name]:
+            return False
+        if router._forward_hooks or router._forward_pre_hooks or hasattr(router, "_hf_hook"):
+            return False
+        if not_plain_reason(router.hidden) or not_plain_reason(router.out):
+            return False
+        return self._in_place()  # else something around a projection passes its name on, and cannot be watched
+
     def _make_routed(self, dtype: torch.dtype) -> Routed | None:
+        weights, router = self.weights(), self._router_weights()
+        if routed_refusal(weights, router, activation=self.site.activation, dtype=dtype) is not None:
+            return None  # the pieces do it, and `explain` says why
+        return Routed(weights, router, activation=self.site.activation, dtype=dtype)
+
+    def _operator(self, dtype: torch.dtype) -> Callable[[Tensor], tuple[Tensor, Tensor]] | None:
+        """The native call as an operator; None where there is none."""
+        if not self._is_known(self.router, self.rule):
+            return None
+        weights, router, activation = self.weights(), self._router_weights(), self.site.activation
+        if routed_refusal(weights, router, activation=activation, dtype=dtype) is not None:
+            return None
+        return partial(routed_ffn, weights=weights, router=router, activation=activation, impl=self.impl)
+
+    def _router_weights(self) -> RouterWeights:
         router = cast(NormRouter, self.router)
-        weights = RouterWeights(
+        return RouterWeights(
             hidden_WD=router.hidden.weight.detach(),
             hidden_bias_W=router.hidden.bias.detach(),
             out_EW=router.out.weight.detach(),
@@ -318,10 +346,6 @@ class MoEFFN(nn.Module):
             knob=self.rule.value,
             always_on=self.always_on,
         )
-        try:
-            return Routed(self.weights(), weights, activation=self.site.activation, dtype=dtype)
-        except KernelError:  # the pieces do it, and `explain` says why
-            return None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "MoEFFN":
         self._native = None  # it would keep the weights from before the move or cast in memory

@@ -7,6 +7,7 @@ the table `ROUTERS` under the name that manifests store. A new router is a confi
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeAlias, cast
 
@@ -67,6 +68,10 @@ class OracleRouterConfig:
 RouterConfig: TypeAlias = NormRouterConfig | MLPRouterConfig | CentreRouterConfig | RandomRouterConfig | OracleRouterConfig
 
 
+def _without_autocast(x_TD: Tensor) -> AbstractContextManager[Any]:
+    return nullcontext() if x_TD.is_meta else torch.autocast(x_TD.device.type, enabled=False)  # the meta device has none
+
+
 class Router(nn.Module):
     """Base: keeps the config, tells what a token costs, and stays fp32 when the model around it is cast."""
 
@@ -118,7 +123,7 @@ class NormRouter(Router):
 
     def raw_scores(self, x_TD: Tensor) -> Tensor:
         """z_TE in fp32, any sign: scores before the last step. Of "exp" the log of the predicted squared norm; what the loss is made on."""
-        with torch.autocast(x_TD.device.type, enabled=False):
+        with _without_autocast(x_TD):
             return cast(Tensor, self.out(F.relu(self.hidden(x_TD.float()))))
 
 
@@ -139,7 +144,7 @@ class MLPRouter(Router):
 
     def raw_scores(self, x_TD: Tensor) -> Tensor:
         """z_TE in fp32, any sign: scores before the sigmoid; what the binary cross-entropy is made on."""
-        with torch.autocast(x_TD.device.type, enabled=False):
+        with _without_autocast(x_TD):
             return cast(Tensor, self.out(torch.tanh(self.hidden(F.normalize(x_TD.float(), dim=1)))))
 
     @torch.no_grad()
@@ -160,7 +165,7 @@ class CentreRouter(Router):
         self.centres = nn.Linear(d_model, num_experts, bias=False, dtype=torch.float32)
 
     def forward(self, x_TD: Tensor, weights: FFNWeights | None = None) -> Tensor:
-        with torch.autocast(x_TD.device.type, enabled=False):
+        with _without_autocast(x_TD):
             return 1 + cast(Tensor, self.centres(F.normalize(x_TD.float(), dim=1)))
 
     @torch.no_grad()
@@ -178,7 +183,7 @@ class RandomRouter(Router):
         nn.init.normal_(self.projection.weight, std=d_model**-0.5)
 
     def forward(self, x_TD: Tensor, weights: FFNWeights | None = None) -> Tensor:
-        with torch.autocast(x_TD.device.type, enabled=False):
+        with _without_autocast(x_TD):
             return cast(Tensor, self.projection(x_TD.float())).abs()
 
 

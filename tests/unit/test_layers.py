@@ -9,11 +9,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from ffn_cases import loop_over_tokens, map_weights
-from tiny import tiny_inputs, tiny_llama
+from tiny import convert_tiny, tiny_inputs, tiny_llama
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
-from transformers import BertConfig, BertModel, OPTConfig, OPTModel
+from transformers import BertConfig, BertModel, CompileConfig, OPTConfig, OPTModel
 
 from moeify.convert import ConvertConfig, convert, to_dense
 from moeify.errors import ConfigError, UnsupportedModelError
@@ -897,7 +899,8 @@ def routed_net(kind="gated", *, num_tokens=2, **kwargs):
 
 
 def runs_natively(net, x_TD):
-    return net.mlp.moe._decide(net.mlp.up, x_TD).routed is not None
+    call = net.mlp.moe._decide(net.mlp.up, x_TD)
+    return call.whole is not None or call.select is not None
 
 
 class Doubled(nn.Linear):
@@ -1231,17 +1234,212 @@ def test_compile_in_moe_mode_gives_one_graph_with_the_eager_result(family, impl)
         torch.testing.assert_close(model(**inputs)[0], expected, rtol=0, atol=0)
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+class Graphs:
+    """A backend of torch.compile that keeps what it was given."""
+
+    def __init__(self):
+        self.seen = []
+
+    def __call__(self, graph, _inputs):
+        self.seen.append(graph)
+        return graph
+
+    @property
+    def operators(self):
+        """Operators of this package in each graph."""
+        return [operators_of(graph) for graph in self.seen]
+
+
+def operators_of(graph):
+    return [name for node in graph.graph.nodes if (name := str(node.target)).startswith("moeify.")]
+
+
+ROUTED, PIECES = ["moeify.routed_ffn_cpu.default"], ["moeify.ffn_cpu.default"]
+traces = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+
+@traces
 @needs_library
 @NUM_TOKENS
-def test_compile_after_native_calls_gives_one_graph_that_traces_the_pieces(num_tokens):
+def test_compile_after_native_calls_gives_one_graph_with_their_operator_and_their_bits(num_tokens):
     net, x_TD = routed_net(num_tokens=num_tokens)
     torch._dynamo.reset()
     with torch.no_grad():
         expected = net(x_TD)  # by the native call
-        compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
-        torch.testing.assert_close(compiled(x_TD), expected)
+        graphs = Graphs()
+        compiled = torch.compile(net, backend=graphs, fullgraph=True)
+        assert compiled(x_TD).equal(expected)
+        assert graphs.operators == [ROUTED]
         assert net.mlp.moe._native.routed is not None
+
+
+@traces
+@needs_library
+@pytest.mark.parametrize("kind", HOSTS)
+@pytest.mark.parametrize("weights", ["float", "int8"])
+def test_compile_for_any_number_of_tokens_is_one_graph_with_the_bits_of_eager(kind, weights):
+    net, _ = routed_net(kind, rule=DynKMax(tau=0.0), always_on=(2,))  # every expert runs: many tokens go beyond the crossover
+    net.to(torch.bfloat16)
+    if weights == "int8":
+        quantize(net)
+    net.mlp.moe.lay_out()
+    graphs = Graphs()
+    torch._dynamo.reset()
+    compiled = torch.compile(net, backend=graphs, fullgraph=True, dynamic=True)
+    with torch.no_grad():
+        for num_tokens in (3, 17, 70, 129, 300):
+            x_TD = torch.randn(num_tokens, D).bfloat16()
+            assert compiled(x_TD).equal(net(x_TD)), num_tokens
+        assert graphs.operators == [ROUTED]
+        compiled(torch.randn(1, D).bfloat16()), compiled(torch.randn(2, 5, D).bfloat16())
+        assert set(map(tuple, graphs.operators)) == {tuple(ROUTED)}
+
+
+@traces
+@needs_library
+@NUM_TOKENS
+def test_compile_while_recording_counts_what_eager_counts(num_tokens):
+    net, x_TD = routed_net(num_tokens=num_tokens, rule=DynKMass(mass=0.5))
+    graphs = Graphs()
+    torch._dynamo.reset()
+    compiled = torch.compile(net, backend=graphs, fullgraph=True)
+    with torch.no_grad():
+        with record_active(net) as eager:
+            expected = net(x_TD), net(x_TD)
+        with record_active(net) as stats:
+            assert (compiled(x_TD).equal(expected[0]), compiled(x_TD).equal(expected[1])) == (True, True)
+    assert stats.per_layer() == eager.per_layer()
+    assert 0 < stats.active_fraction() < 1
+    assert set(map(tuple, graphs.operators)) == {tuple(ROUTED)}
+
+
+def router_hook(net):
+    net.mlp.moe.router.register_forward_hook(lambda *_: None)
+
+
+def projection_hook(net):
+    net.mlp.up.register_forward_hook(lambda *_: None)
+
+
+@traces
+@needs_library
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        pytest.param(lambda net: set_rule(net, TopK(k=3)), ROUTED, id="rule"),
+        pytest.param(lambda net: setattr(net.mlp.moe, "always_on", (0, 3)), ROUTED, id="always on"),
+        pytest.param(lambda net: set_impl(net, "cpu"), ROUTED, id="asked for by name"),
+        pytest.param(lambda net: set_impl(net, "masked"), [], id="another asked for by name"),
+        pytest.param(lambda net: setattr(net.mlp.moe, "router", OneAfterTheOther()), PIECES, id="another router"),
+        pytest.param(lambda net: scale_data(net.mlp.down.weight), ROUTED, id="other values"),
+        pytest.param(lambda net: net.train(), [], id="training"),
+        pytest.param(router_hook, None, id="hook on the router"),
+        pytest.param(projection_hook, None, id="hook on a projection"),
+    ],
+)
+def test_compile_calls_the_operator_where_eager_makes_the_native_call_and_follows_changes(change, expected):
+    graphs = Graphs()
+    net, x_TD = routed_net()
+    torch._dynamo.reset()
+    compiled = torch.compile(net, backend=graphs, fullgraph=True)
+    with torch.no_grad():
+        if expected is None:  # torch.compile does not look whether hooks come later
+            change(net)
+            torch.testing.assert_close(compiled(x_TD), net(x_TD))
+            assert ROUTED not in graphs.operators
+            return
+        compiled(x_TD)
+        change(net)
+        torch.testing.assert_close(compiled(x_TD), net(x_TD))
+    assert (graphs.operators[0], graphs.operators[-1]) == (ROUTED, expected)
+
+
+@traces
+@needs_library
+def test_compile_where_a_gradient_is_wanted_gives_the_pieces_and_the_gradient():
+    net, x_TD = routed_net()
+    graphs = Graphs()
+    torch._dynamo.reset()
+    torch.compile(net, backend=graphs, fullgraph=True)(x_TD).sum().backward()
+    found = [leaf.weight.grad for leaf in (net.mlp.gate, net.mlp.up, net.mlp.down)]
+    net.zero_grad()
+    net(x_TD).sum().backward()
+    assert graphs.operators == [PIECES]
+    for grad, leaf in zip(found, (net.mlp.gate, net.mlp.up, net.mlp.down), strict=True):
+        torch.testing.assert_close(grad, leaf.weight.grad)
+
+
+@traces
+@pytest.mark.filterwarnings("ignore:While compiling, we found certain side effects")  # the call in flight, gone when the forward ends
+@pytest.mark.filterwarnings("ignore:No complete tensor found")  # a down projection kept by neuron
+@needs_library
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("weights", ["float", "int8"])
+def test_export_calls_the_operator_for_any_number_of_tokens_also_from_a_file(tmp_path, strict, weights):
+    net, x_TD = routed_net(num_tokens=5, rule=DynKMax(tau=0.5), always_on=(1,))
+    if weights == "int8":
+        quantize(net)
+    with torch.no_grad():
+        program = torch.export.export(net, (x_TD,), dynamic_shapes=({0: torch.export.Dim("T", min=2, max=400)},), strict=strict)
+        assert operators_of(program.graph_module) == ROUTED
+        torch.export.save(program, tmp_path / "net.pt2")
+        again = torch.export.load(tmp_path / "net.pt2")
+        for num_tokens in (2, 70):
+            x_TD = torch.randn(num_tokens, D)
+            assert program.module()(x_TD).equal(net(x_TD))
+            assert again.module()(x_TD).equal(net(x_TD))
+
+
+@traces
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@needs_library
+def test_other_tracers_see_the_operator():
+    net, x_TD = routed_net()
+    net.requires_grad_(False)
+    other_TD = torch.randn(2, D)
+    with torch.no_grad():
+        graph = make_fx(net)(x_TD)
+        assert operators_of(graph) == ROUTED
+        assert graph(other_TD).equal(net(other_TD))
+        traced = torch.jit.trace(net, (x_TD,), check_trace=False)
+        assert "moeify::routed_ffn_cpu" in str(traced.inlined_graph)
+        assert traced(other_TD).equal(net(other_TD))
+
+
+@needs_library
+@pytest.mark.parametrize("impl", ["auto", "cpu", "masked"])
+@NUM_TOKENS
+def test_tensors_without_memory_give_tensors_without_memory(impl, num_tokens):
+    net, x_TD = routed_net(num_tokens=num_tokens)
+    set_impl(net, impl)
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with torch.no_grad():
+        net(x_TD)  # a native call is there
+        fake = net(mode.from_tensor(x_TD))
+        with mode:
+            inside = net(x_TD)
+        for found in (fake, inside):
+            assert isinstance(found, FakeTensor)
+            assert (found.shape, found.dtype, found.device.type) == (x_TD.shape, x_TD.dtype, "cpu")
+        moved = copy.deepcopy(net).to("meta")(x_TD.to("meta"))
+        assert (moved.shape, moved.device.type) == (x_TD.shape, "meta")
+
+
+@traces
+@needs_library
+def test_generate_with_a_compiled_static_cache_says_what_eager_says():
+    model = convert_tiny(tiny_llama(), rule=Threshold(theta=0.5))
+    ids = tiny_inputs()["input_ids"][:1]
+    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "attention_mask": torch.ones_like(ids)}
+    eager = model.generate(ids, **options)
+    graphs = Graphs()
+    config = CompileConfig(dynamic=False, mode=None, backend=lambda graph, inputs: graphs(graph, inputs), fullgraph=True)
+    config._compile_all_devices = True  # transformers compiles on GPUs alone unless told so
+    torch._dynamo.reset()
+    static = model.generate(ids, **options, cache_implementation="static", compile_config=config)
+    assert static.equal(eager)
+    assert graphs.operators
+    assert all(names == 2 * ROUTED for names in graphs.operators)
 
 
 def test_an_ffn_inside_the_layer_itself_is_hosted_by_the_layer():

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from ..errors import KernelError
 from ..sites.site import FFNWeights
@@ -27,6 +28,8 @@ ACTIVATIONS = ("relu", "silu", "gelu", "gelu_tanh", "quick_gelu", "relu2")
 """Activations of the library; the index is what it calls them."""
 RULES = ("threshold", "dynk_max", "dynk_mass", "topk")
 """Selection rules of the library, by their names in `moeify.select.RULES`; the index is what it calls them."""
+OUTPUTS = ("exp", "abs")
+"""Last steps of a router; the index is the library's ``is_abs``."""
 FORCE_ISA = "MOEIFY_CPU_ISA"
 """Environment variable that names the instruction set to use instead of the best one."""
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
@@ -65,12 +68,16 @@ class _Router(ctypes.Structure):
 
 def refusal(x_TD: Tensor, *, activation: str) -> str | None:
     """Why the compiled kernels cannot compute this; None if they can. No host sync."""
+    return _refusal(x_TD.device, x_TD.dtype, activation)
+
+
+def _refusal(device: torch.device, dtype: torch.dtype, activation: str) -> str | None:
     if (missing := unavailable()) is not None:
         return missing
-    if x_TD.device.type != "cpu":
-        return f"it runs on the CPU, x_TD is on {x_TD.device}"
-    if x_TD.dtype not in DTYPES:
-        return f"it takes float32 and bfloat16, x_TD is {x_TD.dtype}"
+    if device.type != "cpu":
+        return f"it runs on the CPU, x_TD is on {device}"
+    if dtype not in DTYPES:
+        return f"it takes float32 and bfloat16, x_TD is {dtype}"
     if activation not in ACTIVATIONS:
         return f"it does not know the activation {activation!r}; known: {', '.join(ACTIVATIONS)}"
     return None
@@ -79,6 +86,20 @@ def refusal(x_TD: Tensor, *, activation: str) -> str | None:
 def has_rows(weights: FFNWeights) -> bool:
     """Whether each neuron's row is contiguous in every matrix, so that nothing is copied."""
     return all(t is None or _is_rows(t) for t in (weights.up_FD, weights.gate_FD, weights.down_FD))
+
+
+def is_recorded(x: Tensor) -> bool:
+    """Whether somebody must see operators on ``x``, past whom the library may not be called.
+
+    That is torch.compile, torch.export or torch.jit.trace; a mode of torch's dispatcher; or a subclass of Tensor, which may have no memory
+    (FakeTensor).
+    """
+    return (
+        torch.compiler.is_compiling()
+        or type(x) not in (Tensor, Parameter)
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._is_tracing()
+    )
 
 
 def unavailable() -> str | None:
@@ -113,13 +134,57 @@ class RouterWeights:
     out_EW: Tensor
     out_bias_E: Tensor
     output: str
-    """"exp" or "abs"."""
+    """One of `OUTPUTS`."""
     rule: str
     """One of `RULES`."""
     knob: float
     """Of the rule."""
     always_on: tuple[int, ...] = ()
     """Experts that run for every token."""
+
+
+def routed_refusal(weights: FFNWeights, router: RouterWeights, *, activation: str, dtype: torch.dtype) -> str | None:
+    """Why `Routed` cannot be made of these for x of this dtype; None if it can. Looks at no value: it may be asked while tracing."""
+    if why_not := _refusal(weights.up_FD.device, dtype, activation):
+        return why_not
+    tensors = (router.hidden_WD, router.hidden_bias_W, router.out_EW, router.out_bias_E)
+    biases = (weights.up_bias_F, weights.gate_bias_F, weights.down_bias_D)
+    scales = (weights.up_scale_F, weights.gate_scale_F, weights.down_scale_D)
+    matrices = (weights.up_FD, weights.gate_FD, weights.down_FD)
+    if any(t is not None and t.device.type != "cpu" for t in (*matrices, *biases, *scales, *tensors)):
+        return "weights and router must all be on the CPU"
+    if any(t is not None and t.dim() != 2 for t in (*matrices, router.hidden_WD, router.out_EW)) or not weights.up_FD.shape[1]:
+        return "the matrices of weights and router must be 2-D, with at least one input"
+    if not has_rows(weights):
+        return "the weights' rows are not contiguous (moeify.sites.store_by_neuron)"
+    allowed = (torch.int8, True) if weights.up_FD.dtype is torch.int8 else (dtype, False)
+    if any(m is not None and (m.dtype, s is not None) != allowed for m, s in zip(matrices, scales, strict=True)):
+        return f"the weights must be {dtype}, or int8 with scales"
+    if any(t.dtype is not torch.float32 or not t.is_contiguous() for t in tensors):
+        return "the router's tensors must be contiguous float32"
+    if any(t is not None and (t.dtype is not dtype or not t.is_contiguous()) for t in biases):
+        return f"the biases must be contiguous {dtype}"
+    if any(t is not None and (t.dtype is not torch.float32 or not t.is_contiguous()) for t in scales):
+        return "the scales must be contiguous float32"
+    num_experts, (width, d_model) = router.out_EW.shape[0], router.hidden_WD.shape
+    if (router.out_EW.shape[1], d_model) != (width, weights.up_FD.shape[1]):
+        return f"a router of width {width} for {d_model} inputs does not fit {tuple(weights.up_FD.shape)}"
+    of_outputs = (weights.down_bias_D, weights.down_scale_D)
+    if (
+        any(t.shape[0] != weights.num_neurons for t in weights.per_neuron())
+        or any(t is not None and t.shape != weights.down_FD.shape[1:] for t in of_outputs)
+        or (weights.gate_FD is not None and weights.gate_FD.shape != weights.up_FD.shape)
+    ):
+        return "the weights' shapes do not fit together"
+    if router.hidden_bias_W.shape != (width,) or router.out_bias_E.shape != (num_experts,):
+        return "the router's biases do not fit its matrices"
+    if not 1 <= num_experts <= weights.num_neurons:
+        return f"a router of {num_experts} experts does not fit {weights.num_neurons} neurons"
+    if router.rule not in RULES or router.output not in OUTPUTS:
+        return f"it does not know the rule {router.rule!r} with the output {router.output!r}; known: {', '.join((*RULES, *OUTPUTS))}"
+    if any(not 0 <= e < num_experts for e in router.always_on):
+        return f"always_on must name experts in [0, {num_experts}), got {router.always_on}"
+    return None
 
 
 class Routed:
@@ -134,37 +199,10 @@ class Routed:
 
     def __init__(self, weights: FFNWeights, router: RouterWeights, *, activation: str, dtype: torch.dtype | None = None) -> None:
         dtype = dtype or weights.up_FD.dtype
-        if why_not := refusal(weights.up_FD.new_empty(0, dtype=dtype), activation=activation):
+        if why_not := routed_refusal(weights, router, activation=activation, dtype=dtype):
             raise KernelError(f"impl 'cpu': {why_not}.")
-        if not has_rows(weights):
-            raise KernelError("impl 'cpu': the weights' rows are not contiguous (moeify.sites.store_by_neuron).")
         tensors = (router.hidden_WD, router.hidden_bias_W, router.out_EW, router.out_bias_E)
-        biases = (weights.up_bias_F, weights.gate_bias_F, weights.down_bias_D)
-        scales = (weights.up_scale_F, weights.gate_scale_F, weights.down_scale_D)
-        matrices = (weights.up_FD, weights.gate_FD, weights.down_FD)
-        allowed = (torch.int8, True) if weights.up_FD.dtype is torch.int8 else (dtype, False)
-        if any(m is not None and (m.dtype, s is not None) != allowed for m, s in zip(matrices, scales, strict=True)):
-            raise KernelError(f"impl 'cpu': the weights must be {dtype}, or int8 with scales.")
-        if any(t.dtype is not torch.float32 or not t.is_contiguous() for t in tensors):
-            raise KernelError("impl 'cpu': the router's tensors must be contiguous float32.")
-        if any(t is not None and (t.dtype is not dtype or not t.is_contiguous()) for t in biases):
-            raise KernelError(f"impl 'cpu': the biases must be contiguous {dtype}.")
-        if any(t is not None and (t.dtype is not torch.float32 or not t.is_contiguous()) for t in scales):
-            raise KernelError("impl 'cpu': the scales must be contiguous float32.")
-        self._num_experts, (width, d_model) = router.out_EW.shape[0], router.hidden_WD.shape
-        if (router.out_EW.shape[1], d_model) != (width, weights.up_FD.shape[1]):
-            raise KernelError(f"impl 'cpu': a router of width {width} for {d_model} inputs does not fit {tuple(weights.up_FD.shape)}.")
-        of_outputs = (weights.down_bias_D, weights.down_scale_D)
-        if (
-            any(t.shape[0] != weights.num_neurons for t in weights.per_neuron())
-            or any(t is not None and t.shape != weights.down_FD.shape[1:] for t in of_outputs)
-            or (weights.gate_FD is not None and weights.gate_FD.shape != weights.up_FD.shape)
-        ):
-            raise KernelError("impl 'cpu': the weights' shapes do not fit together.")
-        if router.hidden_bias_W.shape != (width,) or router.out_bias_E.shape != (self._num_experts,):
-            raise KernelError("impl 'cpu': the router's biases do not fit its matrices.")
-        if any(t is not None and t.device.type != "cpu" for t in (*matrices, *biases, *scales, *tensors)):
-            raise KernelError("impl 'cpu': weights and router must all be on the CPU.")
+        self._num_experts, width = router.out_EW.shape
         always_on = torch.zeros(self._num_experts, dtype=torch.bool, device="cpu")
         always_on[list(router.always_on)] = True
         self._keep = (weights, router, always_on)
@@ -174,7 +212,7 @@ class Routed:
             *(t.data_ptr() for t in tensors),
             always_on.data_ptr() if router.always_on else None,
             width,
-            router.output == "abs",
+            OUTPUTS.index(router.output),
             RULES.index(router.rule),
             router.knob,
         )
@@ -207,7 +245,7 @@ class Routed:
             *(_pointer(y), self._d_out, self._isa, torch.get_num_threads()),
         )
         if status:
-            raise KernelError(f"impl 'cpu': {_STATUS.get(status, f'status {status}')}.")
+            raise _failed(status)
         return mask_TE
 
 
@@ -226,8 +264,12 @@ def run(x_TD: Tensor, weights: FFNWeights, mask_TE: Tensor, *, activation: str) 
         *(y_TD.data_ptr(), y_TD.stride(0), _isa(), torch.get_num_threads()),
     )
     if status:
-        raise KernelError(f"impl 'cpu': {_STATUS.get(status, f'status {status}')}.")
+        raise _failed(status)
     return y_TD
+
+
+def _failed(status: int) -> KernelError:
+    return KernelError(f"impl 'cpu': {_STATUS.get(status, f'status {status}')}.")
 
 
 def _describe(weights: FFNWeights, *, num_experts: int, activation: str, dtype: torch.dtype) -> _FFN:

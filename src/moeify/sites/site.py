@@ -12,6 +12,7 @@ from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from ..errors import ConfigError, UnsupportedModelError
 from .int8 import Int8DownLinear, Int8Linear, dequantize, to_float, to_int8
@@ -150,7 +151,7 @@ def not_plain_reason(module: nn.Module, *, allow_meta: bool = False) -> str | No
         return "has no plain weight parameter (parametrised)"
     weight = module._parameters["weight"]
     assert weight is not None
-    if type(weight) not in (nn.Parameter, Tensor):
+    if type(weight) not in (nn.Parameter, Tensor) and not (torch.compiler.is_compiling() and isinstance(weight, FakeTensor)):
         return f"has a {type(weight).__name__} as its weight"
     if not weight.is_floating_point() and not is_int8:
         return f"has {weight.dtype} weights"
