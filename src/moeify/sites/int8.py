@@ -41,8 +41,8 @@ class Int8Linear(nn.Module):
         return dequantize(self.weight[0], self.weight_scale[:, None], dtype=dtype)
 
     def extra_repr(self) -> str:
-        _, neurons, width = self.weight.shape
-        return f"{neurons=}, {width=}, bias={self.bias is not None}, was={self.dense_class.__name__}"
+        _, rows, width = self.weight.shape
+        return f"{rows=}, {width=}, bias={self.bias is not None}, was={self.dense_class.__name__}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Int8Linear":
         # A change of dtype is for floating tensors only. Seen as integers, the scales are moved with the model and never rounded.

@@ -219,7 +219,7 @@ def test_the_change_is_in_place_so_that_hooks_and_references_stay():
     to_int8(linear, linear.weight, cls=Int8Linear)
     linear(torch.randn(2, 4))
     assert (type(linear), seen) == (Int8Linear, [1])
-    assert "neurons=6, width=4, bias=True, was=Linear" in repr(linear)
+    assert "rows=6, width=4, bias=True, was=Linear" in repr(linear)
 
 
 def test_other_integer_weights_are_still_not_plain():
