@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import BertConfig, BertModel, CompileConfig, OPTConfig, OPTModel
 
 from moeify.convert import ConvertConfig, convert, to_dense
-from moeify.errors import ConfigError, UnsupportedModelError
+from moeify.errors import ConfigError, KernelError, UnsupportedModelError
 from moeify.kernels import CPU_UNTIL, CPU_UNTIL_INT8, IMPLS, build_plan, cpu, cpu_always, explain
 from moeify.layers import MoEFFN, _drops_activations, attach, detach, moe_layers, record_active, set_impl, set_mode, set_rule, token_mask
 from moeify.quantize import quantize
@@ -1106,6 +1106,16 @@ def test_a_layer_computes_everything_in_one_call_exactly_where_auto_takes_the_co
         assert calls.of(lambda: net(x_TD)) == ["ffn"], "asked for by name"
         set_impl(net, "auto")
         assert calls.of(lambda: net(x_TD)) == (["ffn"] if chosen == "cpu" else ["selection"])
+
+
+@needs_library
+@NUM_TOKENS
+def test_an_unknown_instruction_set_is_said_at_the_first_forward(monkeypatch, num_tokens):
+    net, x_TD = routed_net(num_tokens=num_tokens)
+    monkeypatch.setenv(cpu.FORCE_ISA, "avx1024")
+    with torch.no_grad(), pytest.raises(KernelError, match=r"MOEIFY_CPU_ISA='avx1024' is no instruction set"):
+        net(x_TD)
+    assert net.mlp.moe._native is None
 
 
 @needs_library

@@ -6,6 +6,7 @@ Letters: T tokens, D model width, F FFN width, E experts, G expert size, N route
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -70,10 +71,27 @@ def moe_ffn(
     Cost: `explain` tells which one runs; see its module for FLOPs, memory and host syncs.
     """
     lookup(ACTIVATIONS, activation, where="activation")
+    if not (training or torch.is_grad_enabled()) and (ffn := _settled(x_TD, weights, plan, activation=activation, impl=impl)) is not None:
+        return cpu.call(ffn, x_TD, plan.mask_TE)
     x_TD, weights = _autocast(x_TD, weights)
     _check(x_TD, weights, plan)
     name = _auto(x_TD, weights, plan, activation=activation, training=training) if impl == "auto" else impl
     return lookup(IMPLS, name, where="impl")(x_TD, weights, plan, activation=activation)
+
+
+def _settled(x_TD: Tensor, weights: FFNWeights, plan: DispatchPlan, *, activation: str, impl: str) -> Any:
+    """What `cpu.call` needs where nothing is left to check or to decide: the compiled kernels run whatever is selected, and have run with
+    these weights before. Else None. One token of a small model takes 20 us; to ask everything again takes as long.
+    """
+    mask_TE = plan.mask_TE
+    num_tokens, num_experts = mask_TE.shape
+    if impl not in ("auto", "cpu") or not (x_TD.is_cpu and mask_TE.is_cpu) or cpu.is_recorded(x_TD) or torch.is_autocast_enabled("cpu"):
+        return None
+    ffn = cpu.described(weights, num_experts=num_experts, activation=activation, dtype=x_TD.dtype)
+    if ffn is None or x_TD.shape != (num_tokens, ffn.d_in):
+        return None
+    always = impl == "cpu" or num_tokens <= cpu_always(x_TD.dtype, is_int8=weights.up_scale_F is not None)
+    return ffn if always else None
 
 
 def explain(
@@ -202,15 +220,15 @@ def _objection(name: str, x_TD: Tensor, weights: FFNWeights, plan: DispatchPlan,
             )
         if torch.is_grad_enabled() and x_TD.requires_grad:
             return "the backward pass is that of 'grouped'"
-        if torch.compiler.is_compiling():
+        if not plan.is_countable:
             return None
         table = _cpu_until(weights.up_scale_F is not None)[x_TD.dtype]
         until = next(fraction for tokens, fraction in table if plan.num_tokens <= tokens)
         if until < 1 and plan.active_fraction > until:  # counting the pairs of one token costs a tenth of its FFN
             return f"active fraction {plan.active_fraction:.2f} is above the crossover {until} for {plan.num_tokens} tokens in {x_TD.dtype}"
         return None
-    if torch.compiler.is_compiling():  # N is unknown while tracing
-        return None if name == "masked" else "the host reads the plan, which breaks a compiled graph"
+    if not plan.is_countable:
+        return None if name == "masked" else "the host reads the plan, which has no values while a graph is traced"
     num_tokens, active = plan.num_tokens, plan.active_fraction
     expert_size = weights.num_neurons // plan.num_experts
     if name == "gather":

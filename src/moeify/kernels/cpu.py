@@ -10,16 +10,20 @@ import ctypes
 import functools
 import os
 import sys
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import Parameter
 
 from ..errors import KernelError
 from ..sites.site import FFNWeights
+
+T = TypeVar("T")
 
 _ABI = 3
 ISAS = ("portable", "avx2", "avx512", "avx512_bf16")
@@ -36,6 +40,7 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 """Types of activations, and what the library calls them. Weights are of the same type, or `_INT8`."""
 _INT8 = 2
 _STATUS = {1: "an argument is out of range", 2: "there is no memory for its workspace", 3: "this processor lacks the instruction set"}
+_PLAIN = (Tensor, Parameter)
 MATRICES = ("up_FD", "down_FD", "gate_FD")
 BIASES = ("up_bias_F", "gate_bias_F", "down_bias_D")
 SCALES = ("up_scale_F", "gate_scale_F", "down_scale_D")
@@ -94,12 +99,7 @@ def is_recorded(x: Tensor) -> bool:
     That is torch.compile, torch.export or torch.jit.trace; a mode of torch's dispatcher; or a subclass of Tensor, which may have no memory
     (FakeTensor).
     """
-    return (
-        torch.compiler.is_compiling()
-        or type(x) not in (Tensor, Parameter)
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._is_tracing()
-    )
+    return torch.compiler.is_compiling() or type(x) not in _PLAIN or torch._C._len_torch_dispatch_stack() > 0 or torch._C._is_tracing()
 
 
 def unavailable() -> str | None:
@@ -142,48 +142,65 @@ class RouterWeights:
     always_on: tuple[int, ...] = ()
     """Experts that run for every token."""
 
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """In the library's order."""
+        return self.hidden_WD, self.hidden_bias_W, self.out_EW, self.out_bias_E
+
 
 def routed_refusal(weights: FFNWeights, router: RouterWeights, *, activation: str, dtype: torch.dtype) -> str | None:
     """Why `Routed` cannot be made of these for x of this dtype; None if it can. Looks at no value: it may be asked while tracing."""
+    tensors = router.tensors
+    if any(t.device.type != "cpu" for t in tensors):
+        return "weights and router must all be on the CPU"
+    if router.hidden_WD.dim() != 2 or router.out_EW.dim() != 2:
+        return "the router's matrices must be 2-D"
+    num_experts, (width, d_model) = router.out_EW.shape[0], router.hidden_WD.shape
+    if why_not := _ffn_refusal(weights, num_experts=num_experts, activation=activation, dtype=dtype):
+        return why_not
+    if any(t.dtype is not torch.float32 or not t.is_contiguous() for t in tensors):
+        return "the router's tensors must be contiguous float32"
+    if (router.out_EW.shape[1], d_model) != (width, weights.up_FD.shape[1]):
+        return f"a router of width {width} for {d_model} inputs does not fit {tuple(weights.up_FD.shape)}"
+    if router.hidden_bias_W.shape != (width,) or router.out_bias_E.shape != (num_experts,):
+        return "the router's biases do not fit its matrices"
+    if router.rule not in RULES or router.output not in OUTPUTS:
+        return f"it does not know the rule {router.rule!r} with the output {router.output!r}; known: {', '.join((*RULES, *OUTPUTS))}"
+    if any(not 0 <= e < num_experts for e in router.always_on):
+        return f"always_on must name experts in [0, {num_experts}), got {router.always_on}"
+    return None
+
+
+def _ffn_refusal(weights: FFNWeights, *, num_experts: int, activation: str, dtype: torch.dtype) -> str | None:
+    """Why the library cannot read this FFN in place for x of this dtype; None if it can. Looks at no value."""
     if why_not := _refusal(weights.up_FD.device, dtype, activation):
         return why_not
-    tensors = (router.hidden_WD, router.hidden_bias_W, router.out_EW, router.out_bias_E)
     biases = (weights.up_bias_F, weights.gate_bias_F, weights.down_bias_D)
     scales = (weights.up_scale_F, weights.gate_scale_F, weights.down_scale_D)
     matrices = (weights.up_FD, weights.gate_FD, weights.down_FD)
-    if any(t is not None and t.device.type != "cpu" for t in (*matrices, *biases, *scales, *tensors)):
+    if any(t is not None and t.device.type != "cpu" for t in (*matrices, *biases, *scales)):
         return "weights and router must all be on the CPU"
-    if any(t is not None and t.dim() != 2 for t in (*matrices, router.hidden_WD, router.out_EW)) or not weights.up_FD.shape[1]:
-        return "the matrices of weights and router must be 2-D, with at least one input"
+    if any(t is not None and t.dim() != 2 for t in matrices) or weights.up_FD.shape[1] < 1:
+        return "the weights' matrices must be 2-D, with at least one input"
     if not has_rows(weights):
         return "the weights' rows are not contiguous (moeify.sites.store_by_neuron)"
     allowed = (torch.int8, True) if weights.up_FD.dtype is torch.int8 else (dtype, False)
     if any(m is not None and (m.dtype, s is not None) != allowed for m, s in zip(matrices, scales, strict=True)):
         return f"the weights must be {dtype}, or int8 with scales"
-    if any(t.dtype is not torch.float32 or not t.is_contiguous() for t in tensors):
-        return "the router's tensors must be contiguous float32"
     if any(t is not None and (t.dtype is not dtype or not t.is_contiguous()) for t in biases):
         return f"the biases must be contiguous {dtype}"
     if any(t is not None and (t.dtype is not torch.float32 or not t.is_contiguous()) for t in scales):
         return "the scales must be contiguous float32"
-    num_experts, (width, d_model) = router.out_EW.shape[0], router.hidden_WD.shape
-    if (router.out_EW.shape[1], d_model) != (width, weights.up_FD.shape[1]):
-        return f"a router of width {width} for {d_model} inputs does not fit {tuple(weights.up_FD.shape)}"
-    of_outputs = (weights.down_bias_D, weights.down_scale_D)
+    of_neurons = (weights.up_bias_F, weights.gate_bias_F, weights.up_scale_F, weights.gate_scale_F)
     if (
-        any(t.shape[0] != weights.num_neurons for t in weights.per_neuron())
-        or any(t is not None and t.shape != weights.down_FD.shape[1:] for t in of_outputs)
+        weights.down_FD.shape[0] != weights.num_neurons
         or (weights.gate_FD is not None and weights.gate_FD.shape != weights.up_FD.shape)
+        or any(t is not None and t.shape != weights.up_FD.shape[:1] for t in of_neurons)
+        or any(t is not None and t.shape != weights.down_FD.shape[1:] for t in (weights.down_bias_D, weights.down_scale_D))
     ):
         return "the weights' shapes do not fit together"
-    if router.hidden_bias_W.shape != (width,) or router.out_bias_E.shape != (num_experts,):
-        return "the router's biases do not fit its matrices"
     if not 1 <= num_experts <= weights.num_neurons:
-        return f"a router of {num_experts} experts does not fit {weights.num_neurons} neurons"
-    if router.rule not in RULES or router.output not in OUTPUTS:
-        return f"it does not know the rule {router.rule!r} with the output {router.output!r}; known: {', '.join((*RULES, *OUTPUTS))}"
-    if any(not 0 <= e < num_experts for e in router.always_on):
-        return f"always_on must name experts in [0, {num_experts}), got {router.always_on}"
+        return f"{num_experts} experts do not fit {weights.num_neurons} neurons"
     return None
 
 
@@ -201,16 +218,15 @@ class Routed:
         dtype = dtype or weights.up_FD.dtype
         if why_not := routed_refusal(weights, router, activation=activation, dtype=dtype):
             raise KernelError(f"impl 'cpu': {why_not}.")
-        tensors = (router.hidden_WD, router.hidden_bias_W, router.out_EW, router.out_bias_E)
         self._num_experts, width = router.out_EW.shape
-        always_on = torch.zeros(self._num_experts, dtype=torch.bool, device="cpu")
-        always_on[list(router.always_on)] = True
-        self._keep = (weights, router, always_on)
+        self._always_on = torch.zeros(self._num_experts, dtype=torch.bool, device="cpu")
+        self._always_on[list(router.always_on)] = True
+        self._keep: object = (weights, router)
         self._d_out, self._dtype = weights.down_FD.shape[1], dtype
         self._ffn = _describe(weights, num_experts=self._num_experts, activation=activation, dtype=dtype)
         self._router = _Router(
-            *(t.data_ptr() for t in tensors),
-            always_on.data_ptr() if router.always_on else None,
+            *(_pointer(t) for t in router.tensors),
+            self._always_on.data_ptr() if router.always_on else None,
             width,
             OUTPUTS.index(router.output),
             RULES.index(router.rule),
@@ -234,8 +250,8 @@ class Routed:
 
     def _run(self, x: Tensor, y: Tensor | None) -> Tensor:
         d_in = self._ffn.d_in
-        if x.dtype is not self._dtype or x.shape[-1:] != (d_in,):
-            raise KernelError(f"impl 'cpu': x is {tuple(x.shape)} {x.dtype}, expected (..., {d_in}) {self._dtype}.")
+        if x.dtype is not self._dtype or x.shape[-1:] != (d_in,) or not x.is_cpu:
+            raise KernelError(f"impl 'cpu': x is {tuple(x.shape)} {x.dtype} on {x.device}, expected (..., {d_in}) {self._dtype} on cpu.")
         x = x.contiguous()
         num_tokens = x.numel() // d_in
         mask_TE = x.new_empty(num_tokens, self._num_experts, dtype=torch.bool)
@@ -244,32 +260,99 @@ class Routed:
             *(x.data_ptr(), d_in, num_tokens, mask_TE.data_ptr()),
             *(_pointer(y), self._d_out, self._isa, torch.get_num_threads()),
         )
-        if status:
-            raise _failed(status)
+        _check_status(status)
         return mask_TE
 
 
+def routed_once(weights: FFNWeights, router: RouterWeights, *, activation: str, dtype: torch.dtype) -> Routed:
+    """A `Routed` for one call, while the caller holds the tensors; made once for the same memory. Arguments and errors as `Routed`'s."""
+    memory = _memory((*vars(weights).values(), *router.tensors))
+    key = (memory, dtype, activation, router.output, router.rule, router.knob, router.always_on, _isa())
+    if memory is None or (routed := _ROUTED.get(key)) is None:
+        routed = Routed(weights, router, activation=activation, dtype=dtype)
+        routed._keep = None
+        _remember(_ROUTED, key, routed)
+    return routed
+
+
 def run(x_TD: Tensor, weights: FFNWeights, mask_TE: Tensor, *, activation: str) -> Tensor:
-    """One native call, without autograd; what `refusal` objects to must have been ruled out. Result as `reference.moe_ffn`."""
-    # Contiguous where native code takes it for granted; the names keep what is copied alive until the call is over.
-    matrices = {name: t if _is_rows(t) else t.contiguous() for name in MATRICES if (t := getattr(weights, name)) is not None}
-    vectors = {name: t.contiguous() for name in (*BIASES, *SCALES) if (t := getattr(weights, name)) is not None}
-    weights = FFNWeights(**matrices, **vectors)
-    x_TD, mask_TE = x_TD if _is_rows(x_TD) else x_TD.contiguous(), mask_TE.contiguous()
-    y_TD = x_TD.new_empty(x_TD.shape[0], weights.down_FD.shape[1])
-    ffn = _describe(weights, num_experts=mask_TE.shape[1], activation=activation, dtype=x_TD.dtype)
+    """One native call, without autograd. Result as `reference.moe_ffn`.
+
+    Raises:
+        KernelError: native code cannot read the tensors; names why.
+    """
+    num_experts = mask_TE.shape[-1]
+    ffn = described(weights, num_experts=num_experts, activation=activation, dtype=x_TD.dtype)
+    if ffn is None:
+        # Contiguous where native code takes it for granted; the name keeps what is copied alive until the call is over.
+        matrices = {name: t if t.dim() != 2 or _is_rows(t) else t.contiguous() for name, t in _present(weights, MATRICES)}
+        vectors = {name: t.contiguous() for name, t in _present(weights, (*BIASES, *SCALES))}
+        copied = FFNWeights(**matrices, **vectors)
+        if why_not := _ffn_refusal(copied, num_experts=num_experts, activation=activation, dtype=x_TD.dtype):
+            raise KernelError(f"impl 'cpu': {why_not}.")
+        ffn = _describe(copied, num_experts=num_experts, activation=activation, dtype=x_TD.dtype)
+        if all(a is b for a, b in zip(vars(weights).values(), vars(copied).values(), strict=True)):
+            _remember(_DESCRIBED, (_memory(vars(weights).values()), num_experts, activation, x_TD.dtype), ffn)
+    return call(ffn, x_TD, mask_TE)
+
+
+def call(ffn: _FFN, x_TD: Tensor, mask_TE: Tensor) -> Tensor:
+    """`run` for an FFN that is described, of x's dtype."""
+    num_tokens = mask_TE.shape[0]
+    if x_TD.shape != (num_tokens, ffn.d_in) or mask_TE.shape != (num_tokens, ffn.num_experts):
+        shapes = f"x_TD has shape {tuple(x_TD.shape)}, mask_TE {tuple(mask_TE.shape)}"
+        raise KernelError(f"impl 'cpu': {shapes}, expected ({num_tokens}, {ffn.d_in}) and ({num_tokens}, {ffn.num_experts}).")
+    if mask_TE.dtype is not torch.bool or not (x_TD.is_cpu and mask_TE.is_cpu):
+        raise KernelError(f"impl 'cpu': x_TD is on {x_TD.device}, mask_TE {mask_TE.dtype} on {mask_TE.device}; expected cpu, and bool.")
+    if not x_TD.is_contiguous() and not _is_rows(x_TD):
+        x_TD = x_TD.contiguous()
+    mask_TE = mask_TE.contiguous()
+    y_TD = x_TD.new_empty(num_tokens, ffn.d_out)
     status = _library().moeify_ffn_run(
-        ctypes.byref(ffn),
-        *(x_TD.data_ptr(), x_TD.stride(0), mask_TE.data_ptr(), x_TD.shape[0]),
-        *(y_TD.data_ptr(), y_TD.stride(0), _isa(), torch.get_num_threads()),
+        *(ctypes.byref(ffn), _pointer(x_TD), x_TD.stride(0), _pointer(mask_TE), num_tokens),
+        *(_pointer(y_TD), ffn.d_out, _isa(), torch.get_num_threads()),
     )
-    if status:
-        raise _failed(status)
+    _check_status(status)
     return y_TD
 
 
-def _failed(status: int) -> KernelError:
-    return KernelError(f"impl 'cpu': {_STATUS.get(status, f'status {status}')}.")
+def _check_status(status: int) -> None:
+    if status:
+        raise KernelError(f"impl 'cpu': {_STATUS.get(status, f'status {status}')}.")
+
+
+_DESCRIBED: dict[tuple[object, ...], _FFN] = {}
+_ROUTED: dict[tuple[object, ...], Routed] = {}
+"""What has been checked and made for native code, by everything that it was made from (`_memory`): it holds no tensor, and whatever changes
+is not found again."""
+_MOST = 1024
+
+
+def described(weights: FFNWeights, *, num_experts: int, activation: str, dtype: torch.dtype) -> _FFN | None:
+    """The library's record of an FFN that `run` has computed in the same memory for x of the same dtype; None if there is none."""
+    memory = _memory(vars(weights).values())
+    return None if memory is None else _DESCRIBED.get((memory, num_experts, activation, dtype))
+
+
+def _memory(tensors: Iterable[Tensor | None]) -> tuple[object, ...] | None:
+    """Where tensors lie in memory, and how: all that native code knows of them. None if one is not, or may not be, in the CPU's memory."""
+    found: list[object] = []
+    for tensor in tensors:
+        if tensor is None:
+            found.append(None)
+        elif type(tensor) in _PLAIN and tensor.is_cpu:
+            found.append((tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype))
+        else:
+            return None
+    return tuple(found)
+
+
+def _remember(table: dict[tuple[object, ...], T], key: tuple[object, ...], value: T) -> None:
+    if key[0] is None:
+        return
+    if len(table) >= _MOST:
+        table.clear()
+    table[key] = value
 
 
 def _describe(weights: FFNWeights, *, num_experts: int, activation: str, dtype: torch.dtype) -> _FFN:
@@ -285,13 +368,27 @@ def _describe(weights: FFNWeights, *, num_experts: int, activation: str, dtype: 
     )
 
 
+def _present(weights: FFNWeights, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+    return ((name, tensor) for name in names if (tensor := getattr(weights, name)) is not None)
+
+
 def _is_rows(tensor: Tensor) -> bool:
     """Contiguous along the last axis, rows apart: what the library reads in place."""
     return tensor.stride(1) == 1 and tensor.stride(0) >= tensor.shape[1]
 
 
 def _pointer(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
+    """Where a tensor's values are.
+
+    Raises:
+        KernelError: nowhere: it is a FakeTensor or another stand-in, or its storage was given back.
+    """
+    if tensor is None:
+        return None
+    pointer = tensor.data_ptr() if not isinstance(tensor, FakeTensor) else 0
+    if not pointer and tensor.numel():
+        raise KernelError(f"impl 'cpu': a {type(tensor).__name__} of shape {tuple(tensor.shape)} has no memory.")
+    return pointer
 
 
 def _isa() -> int:

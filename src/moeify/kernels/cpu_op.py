@@ -33,7 +33,7 @@ def moe_ffn(x_TD: Tensor, weights: FFNWeights, plan: DispatchPlan, *, activation
         raise KernelError(f"impl 'cpu': {why_not}.")
     tensors = [getattr(weights, name) for name in _FIELDS]
     wants_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x_TD, *tensors))
-    if wants_grad or torch.compiler.is_compiling():
+    if wants_grad or cpu.is_recorded(x_TD):
         return cast(Tensor, _ffn_cpu(x_TD, *tensors, plan.mask_TE, activation))
     # The operator costs 20 us more than the call itself, which a token of a small model takes as a whole.
     return cpu.run(x_TD, weights, plan.mask_TE, activation=activation)

@@ -3,7 +3,6 @@
 Letters: T tokens, D model width, F FFN width, E experts.
 """
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -24,7 +23,6 @@ def moe_ffn(x_TD: Tensor, weights: FFNWeights, plan: DispatchPlan, *, activation
     """
     weights = weights.dequantized(x_TD.dtype)
     hidden_TF = ffn_hidden(x_TD, weights, activation=activation)
-    is_traced = torch.compiler.is_compiling() or type(plan.mask_TE) is not Tensor  # nobody knows the number of pairs then
-    if is_traced or plan.num_pairs < plan.num_tokens * plan.num_experts:
+    if not plan.is_countable or plan.num_pairs < plan.num_tokens * plan.num_experts:
         hidden_TF = hidden_TF.masked_fill(~neuron_mask(plan.mask_TE, weights.num_neurons), 0)
     return F.linear(hidden_TF, weights.down_FD.t(), weights.down_bias_D)

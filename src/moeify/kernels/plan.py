@@ -44,6 +44,11 @@ class DispatchPlan:
         """E."""
         return self.mask_TE.shape[1]
 
+    @property
+    def is_countable(self) -> bool:
+        """Whether the number of pairs can be known: the mask is no stand-in (a graph being traced, FakeTensor, the meta device)."""
+        return not torch.compiler.is_compiling() and type(self.mask_TE) is Tensor and not self.mask_TE.is_meta
+
     @cached_property
     def num_pairs(self) -> int:
         """N; known on the host."""

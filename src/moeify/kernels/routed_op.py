@@ -33,9 +33,8 @@ def routed_ffn(x: Tensor, *, weights: FFNWeights, router: cpu.RouterWeights, act
         KernelError: what `cpu.Routed` raises; or a gradient is wanted, which only the pieces give: router, rule and `moe_ffn`.
     """
     matrices = [getattr(weights, name) for name in (*cpu.MATRICES, *cpu.BIASES, *cpu.SCALES)]
-    tensors = (router.hidden_WD, router.hidden_bias_W, router.out_EW, router.out_bias_E)
     options = (list(router.always_on), activation, router.output, router.rule, float(router.knob), impl)
-    y, mask_TE = _routed_ffn_cpu(x, *matrices, *tensors, *options)
+    y, mask_TE = _routed_ffn_cpu(x, *matrices, *router.tensors, *options)
     return y, mask_TE
 
 
@@ -66,7 +65,7 @@ def _routed_ffn_cpu(
     router = cpu.RouterWeights(
         *(hidden_WD, hidden_bias_W, out_EW, out_bias_E), output=output, rule=rule, knob=knob, always_on=tuple(always_on)
     )
-    routed = cpu.Routed(weights, router, activation=activation, dtype=x.dtype)
+    routed = cpu.routed_once(weights, router, activation=activation, dtype=x.dtype)
     if impl == "cpu" or math.prod(x.shape[:-1]) <= cpu_always(x.dtype, is_int8=up_scale_F is not None):
         return routed(x)
     mask_TE = routed.select(x)

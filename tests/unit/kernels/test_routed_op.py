@@ -109,7 +109,7 @@ def test_operator_refuses_gradients_at_once_and_runs_without():
         pytest.param({"router": {"hidden_WD": torch.randn(W)}}, "must be 2-D", id="vector for a matrix"),
         pytest.param({"router": {"out_bias_E": torch.randn(E - 1)}}, "biases do not fit", id="short bias"),
         pytest.param(
-            {"router": {"out_EW": torch.randn(F + 1, W), "out_bias_E": torch.randn(F + 1)}}, "25 experts does not fit", id="experts"
+            {"router": {"out_EW": torch.randn(F + 1, W), "out_bias_E": torch.randn(F + 1)}}, "25 experts do not fit", id="experts"
         ),
         pytest.param({"weights": {"gate_FD": torch.randn(F - 1, D)}}, "shapes do not fit", id="short gate"),
         pytest.param({"weights": {"up_FD": torch.randn(D, F).t()}}, "rows are not contiguous", id="weights by input"),
