@@ -1435,6 +1435,20 @@ def test_tensors_without_memory_give_tensors_without_memory(impl, num_tokens):
         assert (moved.shape, moved.device.type) == (x_TD.shape, "meta")
 
 
+@needs_library
+@pytest.mark.parametrize("rule", [Threshold(theta=0.5), DynKMax(tau=0.0)], ids=["some experts", "every expert"])
+def test_generate_says_the_same_with_reference_and_compiled_kernels(rule):
+    model = convert_tiny(tiny_llama(), rule=rule)
+    texts = {}
+    for impl in ("reference", "cpu", "auto"):
+        set_impl(model, impl)
+        with record_active(model) as stats:
+            ids = model.generate(tiny_inputs(length=40)["input_ids"], max_new_tokens=12, min_new_tokens=12, do_sample=False, pad_token_id=0)
+        texts[impl] = ids[:, 40:].tolist(), stats.per_layer()
+    assert texts["cpu"] == texts["auto"] == texts["reference"]
+    assert len({token for row in texts["cpu"][0] for token in row}) > 3, "a text that never changes shows little"
+
+
 @traces
 @needs_library
 def test_generate_with_a_compiled_static_cache_says_what_eager_says():

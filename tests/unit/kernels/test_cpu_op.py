@@ -127,6 +127,7 @@ def test_weights_that_change_between_calls_are_seen(change):
         pytest.param(lambda t: setattr(t, "data", torch.randn(23, 16)), r"up_FD has shape \(23, 16\)", id="fewer rows"),
         pytest.param(lambda t: setattr(t, "data", torch.randn(24, 15)), r"up_FD has shape \(24, 15\)", id="shorter rows"),
         pytest.param(lambda t: setattr(t, "data", t.data.double()), "up_FD is torch.float64", id="dtype"),
+        pytest.param(lambda t: setattr(t, "data", t.data.view(torch.int32)), "up_FD is torch.int32", id="dtype in the same place"),
         pytest.param(lambda t: t.resize_(5, 16), r"up_FD has shape \(5, 16\)", id="resized"),
         pytest.param(lambda t: t.untyped_storage().resize_(0), r"shape \(24, 16\) has no memory", id="given back"),
     ],

@@ -5,14 +5,16 @@ Letters: T tokens, D model width, F FFN width, W router width, E experts.
 """
 
 import dataclasses
+import gc
 import multiprocessing
 import os
 import sys
 import threading
+import weakref
 
 import pytest
 import torch
-from ffn_cases import map_weights, random_ffn
+from ffn_cases import map_weights, random_ffn, tensors_of
 
 from moeify.errors import KernelError
 from moeify.kernels import build_plan, cpu, cpu_always, moe_ffn
@@ -130,6 +132,44 @@ def test_operator_on_the_meta_device_gives_shapes():
     args = [t.to("meta") if isinstance(t, torch.Tensor) else t for t in arguments(torch.randn(2, 3, D), ffn_of(), router_of(TopK(k=2)))]
     y, mask_TE = torch.ops.moeify.routed_ffn_cpu(*args)
     assert (y.shape, y.device.type, mask_TE.shape, mask_TE.dtype) == ((2, 3, D), "meta", (6, E), torch.bool)
+
+
+def test_what_the_operator_remembers_keeps_no_memory_and_stays_small(monkeypatch):
+    monkeypatch.setattr(cpu, "_MOST", 5)
+    kept = []
+    for _ in range(12):
+        weights, router, x_TD = ffn_of(), router_of(TopK(k=2), always_on=(1,)), torch.randn(3, D)
+        for _ in range(2):
+            y_TD, _ = routed_ffn(x_TD, weights=weights, router=router, activation="silu", impl="auto")
+            assert y_TD.equal(cpu.Routed(weights, router, activation="silu")(x_TD)[0])
+        kept += [weakref.ref(t) for t in (*tensors_of(weights), *router.tensors)]
+        assert 1 <= len(cpu._ROUTED) <= 5
+    del weights, router
+    gc.collect()
+    assert all(ref() is None for ref in kept)
+
+
+def test_values_and_tensors_that_change_between_calls_are_seen():
+    weights, router, x_TD = ffn_of(), router_of(TopK(k=2)), torch.randn(3, D)
+
+    def check():
+        found = routed_ffn(x_TD, weights=weights, router=router, activation="silu", impl="auto")
+        expected = cpu.Routed(weights, router, activation="silu")(x_TD)
+        assert all(a.equal(b) for a, b in zip(found, expected, strict=True))
+        return found[0]
+
+    seen = [check()]
+    for change in (
+        lambda: weights.up_FD.mul_(2),
+        lambda: setattr(weights.down_FD, "data", -weights.down_FD.data),
+        lambda: setattr(router.out_EW, "data", -router.out_EW.data),
+        lambda: router.hidden_WD.mul_(-1),
+        lambda: object.__setattr__(router, "knob", 3),
+        lambda: object.__setattr__(router, "always_on", (0, 1, 2)),
+    ):
+        change()
+        seen.append(check())
+    assert all(not a.equal(b) for a, b in zip(seen, seen[1:], strict=False))
 
 
 @pytest.fixture
