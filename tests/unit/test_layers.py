@@ -1342,7 +1342,6 @@ def projection_hook(net):
         pytest.param(lambda net: set_impl(net, "masked"), [], id="another asked for by name"),
         pytest.param(lambda net: setattr(net.mlp.moe, "router", OneAfterTheOther()), PIECES, id="another router"),
         pytest.param(lambda net: scale_data(net.mlp.down.weight), ROUTED, id="other values"),
-        pytest.param(lambda net: net.train(), [], id="training"),
         pytest.param(router_hook, None, id="hook on the router"),
         pytest.param(projection_hook, None, id="hook on a projection"),
     ],
@@ -1381,6 +1380,7 @@ def test_compile_where_a_gradient_is_wanted_gives_the_pieces_and_the_gradient():
 
 @traces
 @pytest.mark.filterwarnings("ignore:While compiling, we found certain side effects")  # the call in flight, gone when the forward ends
+@pytest.mark.filterwarnings("ignore:The given buffer is not writable")  # torch 2.11
 @pytest.mark.filterwarnings("ignore:No complete tensor found")  # a down projection kept by neuron
 @needs_library
 @pytest.mark.parametrize("strict", [False, True])

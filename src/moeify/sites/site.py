@@ -120,11 +120,11 @@ def site_weights(model: nn.Module, site: FFNSite) -> FFNWeights:
     down_DF, down_bias, down_scale = _linear_view(model, site.down)
     gate, gate_bias, gate_scale = (None, None, None) if site.gate is None else _linear_view(model, site.gate)
     if site.fused:
-        first_is_gate = site.fused == "gate_up"
+        gate_half = 0 if site.fused == "gate_up" else 1  # torch.compile of torch 2.11 takes no bool as an index
         halves = up.chunk(2)
         bias, scale = ((None, None) if both is None else both.chunk(2) for both in (up_bias, up_scale))
-        gate, gate_bias, gate_scale = halves[not first_is_gate], bias[not first_is_gate], scale[not first_is_gate]
-        up, up_bias, up_scale = halves[first_is_gate], bias[first_is_gate], scale[first_is_gate]
+        gate, gate_bias, gate_scale = halves[gate_half], bias[gate_half], scale[gate_half]
+        up, up_bias, up_scale = halves[1 - gate_half], bias[1 - gate_half], scale[1 - gate_half]
     return FFNWeights(up, down_DF.t(), gate, up_bias, gate_bias, down_bias, up_scale, gate_scale, down_scale)
 
 
