@@ -23,7 +23,11 @@ _AVX512 = ["-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512
 SOURCES: dict[str, list[str]] = {"moeify.cpp": [], "isa_portable.cpp": []}
 """Flags by source file: each instruction set is compiled for itself and chosen at run time."""
 if platform.machine().lower() in ("x86_64", "amd64"):
-    SOURCES |= {"isa_avx2.cpp": ["-mavx2", "-mfma"], "isa_avx512.cpp": _AVX512, "isa_avx512_bf16.cpp": [*_AVX512, "-mavx512bf16", "-mavx512vnni"]}
+    SOURCES |= {
+        "isa_avx2.cpp": ["-mavx2", "-mfma"],
+        "isa_avx512.cpp": _AVX512,
+        "isa_avx512_bf16.cpp": [*_AVX512, "-mavx512bf16", "-mavx512vnni"],
+    }
 
 
 class BuildLibrary(build_ext):
