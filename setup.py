@@ -20,6 +20,8 @@ from setuptools.errors import CompileError
 SUFFIX = ".dylib" if sys.platform == "darwin" else ".so"
 FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi"]
 _AVX512 = ["-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
+AMX = ["-mamx-tile", "-mamx-bf16"]
+"""Flags that are left out where compiler or assembler do not know them (g++ before 11): the source then holds nothing of AMX."""
 SOURCES: dict[str, list[str]] = {"moeify.cpp": [], "isa_portable.cpp": []}
 """Flags by source file: each instruction set is compiled for itself and chosen at run time."""
 if platform.machine().lower() in ("x86_64", "amd64"):
@@ -27,6 +29,7 @@ if platform.machine().lower() in ("x86_64", "amd64"):
         "isa_avx2.cpp": ["-mavx2", "-mfma"],
         "isa_avx512.cpp": _AVX512,
         "isa_avx512_bf16.cpp": [*_AVX512, "-mavx512bf16", "-mavx512vnni"],
+        "isa_amx_bf16.cpp": [*_AVX512, "-mavx512bf16", *AMX],
     }
 
 
@@ -47,9 +50,13 @@ class BuildLibrary(build_ext):
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
 
+        probe = [*command, *AMX, "-x", "c++", "-", "-c", "-o", str(objects / "probe.o")]
+        tiles = 'void f() { asm("tdpbf16ps %tmm0, %tmm1, %tmm2"); }'
+        unknown = [] if subprocess.run(probe, input=tiles, capture_output=True, text=True, check=False).returncode == 0 else AMX
+
         def compile_one(source: str) -> str:
             object_file = str(objects / (source + ".o"))
-            _run([*command, *SOURCES[source], "-c", str(Path("csrc", source)), "-o", object_file])
+            _run([*command, *(flag for flag in SOURCES[source] if flag not in unknown), "-c", str(Path("csrc", source)), "-o", object_file])
             return object_file
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:

@@ -10,6 +10,9 @@
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
+#if defined(__linux__)
+#include <sys/syscall.h>
+#endif
 
 #if defined(__has_feature)
 #if __has_feature(address_sanitizer)
@@ -32,6 +35,10 @@ DECLARE(moeify_portable)
 DECLARE(moeify_avx2)
 DECLARE(moeify_avx512)
 DECLARE(moeify_avx512_bf16)
+DECLARE(moeify_amx_bf16)
+namespace moeify_amx_bf16 {
+extern const bool is_compiled;
+}
 #endif
 
 namespace {
@@ -61,6 +68,27 @@ struct Scratch {
   ~Scratch() { free(memory); }
 };
 
+#if defined(__x86_64__)
+// The tiles of this process: on Linux, whose kernel gives out their 8 KB a thread only where they are asked for.
+bool has_tiles() {
+  if (!moeify_amx_bf16::is_compiled) return false;
+#if defined(MOEIFY_AMX_EMULATED)
+  return true;
+#elif defined(__linux__)
+  constexpr unsigned AMX_BF16 = 1u << 22, AMX_TILE = 1u << 24;
+  constexpr uint32_t TILE_STATE = 3u << 17;                         // in XCR0: what the operating system saves
+  constexpr long REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;  // ARCH_REQ_XCOMP_PERM and its component, which older headers lack
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || ~d & (AMX_BF16 | AMX_TILE)) return false;
+  uint32_t low, high;
+  asm volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  return (low & TILE_STATE) == TILE_STATE && syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
+#else
+  return false;
+#endif
+}
+#endif
+
 uint32_t instruction_sets() {  // one bit each
   uint32_t found = 1u << MOEIFY_PORTABLE;
 #if defined(__x86_64__)
@@ -73,7 +101,9 @@ uint32_t instruction_sets() {  // one bit each
   found |= 1u << MOEIFY_AVX512;
   unsigned a = 0, b = 0, c = 0, d = 0;
   // With bf16 come products of 16-bit integers (VNNI), which int8 weights use.
-  if (__builtin_cpu_supports("avx512vnni") && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 5 & 1)) found |= 1u << MOEIFY_AVX512_BF16;
+  if (!__builtin_cpu_supports("avx512vnni") || !__get_cpuid_count(7, 1, &a, &b, &c, &d) || !(a >> 5 & 1)) return found;
+  found |= 1u << MOEIFY_AVX512_BF16;
+  if (has_tiles()) found |= 1u << MOEIFY_AMX_BF16;
 #endif
   return found;
 }
@@ -156,6 +186,7 @@ int check(const moeify_ffn *ffn, int64_t num_tokens, int32_t isa, int32_t num_th
     case MOEIFY_AVX2: return moeify_avx2::call;                 \
     case MOEIFY_AVX512: return moeify_avx512::call;             \
     case MOEIFY_AVX512_BF16: return moeify_avx512_bf16::call;   \
+    case MOEIFY_AMX_BF16: return moeify_amx_bf16::call;         \
     default: return moeify_portable::call;                      \
   }
 #else

@@ -14,9 +14,9 @@ extern "C" {
 #endif
 #pragma GCC visibility push(default)
 
-#define MOEIFY_ABI 3
+#define MOEIFY_ABI 4
 
-enum moeify_isa { MOEIFY_PORTABLE = 0, MOEIFY_AVX2 = 1, MOEIFY_AVX512 = 2, MOEIFY_AVX512_BF16 = 3, MOEIFY_NUM_ISA = 4 };
+enum moeify_isa { MOEIFY_PORTABLE = 0, MOEIFY_AVX2 = 1, MOEIFY_AVX512 = 2, MOEIFY_AVX512_BF16 = 3, MOEIFY_AMX_BF16 = 4, MOEIFY_NUM_ISA = 5 };
 enum moeify_dtype { MOEIFY_FP32 = 0, MOEIFY_BF16 = 1, MOEIFY_INT8 = 2 };
 enum moeify_activation { MOEIFY_RELU = 0, MOEIFY_SILU = 1, MOEIFY_GELU = 2, MOEIFY_GELU_TANH = 3, MOEIFY_QUICK_GELU = 4, MOEIFY_RELU2 = 5 };
 enum moeify_rule { MOEIFY_THRESHOLD = 0, MOEIFY_DYNK_MAX = 1, MOEIFY_DYNK_MASS = 2, MOEIFY_TOPK = 3 };

@@ -25,8 +25,8 @@ from ..sites.site import FFNWeights
 
 T = TypeVar("T")
 
-_ABI = 3
-ISAS = ("portable", "avx2", "avx512", "avx512_bf16")
+_ABI = 4
+ISAS = ("portable", "avx2", "avx512", "avx512_bf16", "amx_bf16")
 """Instruction sets of the library, each better than those before; the index is what the library calls it."""
 ACTIVATIONS = ("relu", "silu", "gelu", "gelu_tanh", "quick_gelu", "relu2")
 """Activations of the library; the index is what it calls them."""

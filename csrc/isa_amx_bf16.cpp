@@ -1,0 +1,50 @@
+// AMX-BF16: bf16 weights and activations, many tokens. Everything else is AVX-512-BF16's, and not compiled again.
+#define MOEIFY_NAMESPACE moeify_amx_bf16
+#define MOEIFY_W 16
+#define MOEIFY_TOKENS 6
+#define MOEIFY_BF16_DOT 1
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // of GCC 12 in its own headers (its bug 105593)
+#endif
+#include <immintrin.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cassert>
+#include <cstdint>
+#include <cstring>
+
+#include "internal.h"
+#include "moeify.h"
+
+namespace moeify_avx512_bf16 {
+int run_ffn(const moeify_ffn &, const void *, int64_t, const uint8_t *, int64_t, void *, int64_t, int);
+int route_tokens(const moeify_ffn &, const moeify_router &, const void *, int64_t, int64_t, uint8_t *, int);
+}  // namespace moeify_avx512_bf16
+
+namespace MOEIFY_NAMESPACE {
+constexpr int NOT_HERE = -1;  // beside moeify_status
+
+// A compiler that does not know the instructions (setup.py asks it) leaves them out; moeify_has_isa then says no.
+#if defined(MOEIFY_AMX_EMULATED) || (defined(__AMX_TILE__) && defined(__AMX_BF16__))
+#include "vec.h"
+#include "ffn.h"
+#include "amx.h"
+extern const bool is_compiled = true;
+#else
+static int run_tiles(const moeify_ffn &, const void *, int64_t, const uint8_t *, int64_t, void *, int64_t, int) { return NOT_HERE; }
+extern const bool is_compiled = false;
+#endif
+
+int run_ffn(const moeify_ffn &f, const void *x, int64_t x_stride, const uint8_t *mask, int64_t num_tokens, void *y, int64_t y_stride,
+            int num_threads) {
+  const int status = run_tiles(f, x, x_stride, mask, num_tokens, y, y_stride, num_threads);
+  if (status != NOT_HERE) return status;
+  return moeify_avx512_bf16::run_ffn(f, x, x_stride, mask, num_tokens, y, y_stride, num_threads);
+}
+
+int route_tokens(const moeify_ffn &f, const moeify_router &r, const void *x, int64_t x_stride, int64_t num_tokens, uint8_t *mask,
+                 int num_threads) {
+  return moeify_avx512_bf16::route_tokens(f, r, x, x_stride, num_tokens, mask, num_threads);
+}
+}  // namespace MOEIFY_NAMESPACE
