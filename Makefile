@@ -39,10 +39,12 @@ bench: $(VENV)/.dev
 # The compiled kernels under AddressSanitizer and UBSan; needs g++. Whatever fails, or is interrupted, the plain library is built again.
 sanitize: $(VENV)/.dev
 	trap : INT; \
-	MOEIFY_CXXFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g" $(BIN)/python setup.py -q build_ext --inplace \
+	export MOEIFY_CXXFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g"; \
+	$(BIN)/python setup.py -q build_ext --inplace \
 	&& ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
-		$(BIN)/python -m pytest -q --capture=sys tests/unit/kernels/test_cpu.py tests/unit/kernels/test_cpu_op.py tests/unit/kernels/test_int8.py; \
-	status=$$?; $(BIN)/python setup.py -q build_ext --inplace && exit $$status
+		$(BIN)/python -m pytest -q --capture=sys tests/unit/kernels/test_cpu.py tests/unit/kernels/test_amx.py tests/unit/kernels/test_cpu_op.py \
+		tests/unit/kernels/test_int8.py; \
+	status=$$?; unset MOEIFY_CXXFLAGS; $(BIN)/python setup.py -q build_ext --inplace && exit $$status
 
 # csrc is compiled by the installation.
 $(VENV)/.runtime: pyproject.toml constraints.txt setup.py $(wildcard csrc/*)

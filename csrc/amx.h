@@ -1,6 +1,6 @@
 // bf16 prefill on AMX tiles; included once, after ffn.h, inside the namespace of isa_amx_bf16.cpp. Letters as in ffn.h.
 //
-// A tile is 16 rows of 64 bytes: as A 16 tokens x 32 elements of k, as B 16 pairs of k x 16 columns x 2, as C 16 tokens x 16 columns in fp32.
+// A tile is 16 rows of 64 bytes: as A 16 tokens x 32 k, as B 16 pairs of k x 16 columns x 2, as C 16 tokens x 16 columns of fp32.
 // Threads share blocks of tokens, as in ffn.h. Of a block, for a chunk of the neurons that any of its tokens takes:
 //   first    experts one by one: their up and gate rows are packed as columns of B, once a block; the x of their tokens is gathered into A.
 //            h goes, rounded to bf16 as dense bf16 layers round it, to its token's row of H (tokens x chunk), which is zero elsewhere.
@@ -44,7 +44,7 @@ static TileConfig whole_tiles() {
   return config;
 }
 
-// -- M x N tiles of C: tile (i, j) is register i * N + j, and begins at c + i * 16 * stride + j * 16 where stride is that of its rows ------
+// -- M x N tiles of C: tile (i, j) is register i * N + j, from c + i * 16 * stride + j * 16 on ---------------------
 
 template <int M, int N>
 static inline void load_sums(const float *c, int64_t stride) {
@@ -326,8 +326,8 @@ struct TiledTokens {
 };
 
 // NOT_HERE: other types, few tokens, or a weight of down that is not finite: an expert that a token does not take would reach it.
-static int run_tiles(const moeify_ffn &f, const void *x, int64_t x_stride, const uint8_t *mask, int64_t num_tokens, void *y, int64_t y_stride,
-                     int num_threads) {
+static int run_tiles(const moeify_ffn &f, const void *x, int64_t x_stride, const uint8_t *mask, int64_t num_tokens, void *y,
+                     int64_t y_stride, int num_threads) {
   if (f.dtype != MOEIFY_BF16 || f.weight_dtype != MOEIFY_BF16 || num_tokens <= FEW_TOKENS) return NOT_HERE;
   const TiledTokens::Net net(f);
   // Blocks as large as the caches allow, for each packs all weights; but at least one a thread, and equal ones.

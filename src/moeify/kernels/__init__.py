@@ -162,30 +162,41 @@ MASKED_FROM = (
 
 
 # When the compiled kernels run: any number of tokens has an active fraction up to which they do, 1.0 where they do whatever the fraction.
-# time(dense) / time(cpu), AVX-512-BF16, two cores, experts of 8, random masks; gpt2, smollm2. Dense is F.linear on weights as Linear keeps
-# them. What would run instead is `masked`, on weights kept by neuron: that is 0.95-0.97 of dense from 256 tokens on, less for fewer, and
-# the mask costs another 3-10 %. So the compiled kernels may run down to about 0.9 here.
-#   bf16  T=8:    0.9: 1.06, 1.34  1: 1.3, 1.5     T=32:  0.9: 0.88, 1.1  1: 1.1, 1.3     T=64:  0.9: 0.89, 0.96  1: 0.95, 1.1
-#         T=128:  0.9: 0.96, 1.02  1: 0.96, 0.98   T=256: 0.75: 1.1, 1.05  0.9: 0.93, 0.92  1: 0.89, 0.85
-#         T=1024: 0.75: 1.1, 1.2   0.9: 0.86, 0.85   1: 0.86, 0.85
-#   fp32  the compiled kernels win at any fraction: 1.6 and more with every expert on. torch's fp32 GEMMs are AVX2 on this processor, so
-#         that need not hold on one where they are not: above 0.9 of many tokens dense is left to torch.
+# What would run instead is `masked`: dense GEMMs on weights kept by neuron, which take 1.02-1.15 times as long as F.linear on weights as
+# Linear keeps them, and 1.2-1.4 times with the mask. time(masked) / time(cpu), AVX-512-BF16, two cores, experts of 8, random masks, gpt2
+# and smollm2 (time(F.linear) / time(cpu) in brackets):
+#   bf16  T=8:   0.9: 2.0, 2.0  1: 2.7, 1.9 (1.8, 1.6)   T=64:   0.9: 1.4, 1.6  1: 1.35, 1.4 (1.2, 1.2)
+#         T=256: 0.9: 1.2, 1.2  1: 0.95, 1.07 (0.9, 1.0)   T=1024: 0.9: 1.8, 1.05  1: 1.1, 1.0 (1.06, 0.96)
+#   fp32  1.9-3.3 at 0.9 and 1, from 8 to 1024 tokens. torch's fp32 GEMMs are AVX2 on this processor, so that need not hold on one where
+#         they are not: of many tokens, above 0.9 dense is left to torch.
 CPU_UNTIL: dict[torch.dtype, tuple[tuple[float, float], ...]] = {
     torch.float32: ((64, 1.0), (math.inf, 0.9)),
-    torch.bfloat16: ((128, 1.0), (math.inf, 0.85)),
+    torch.bfloat16: ((math.inf, 1.0),),
 }
 """By dtype: (tokens at most, active fraction up to which the compiled kernels run), by rising number of tokens."""
 
 
-# The same with int8 weights, against dense GEMMs on weights dequantised at every call; time(masked) / time(cpu):
+# The same with int8 weights, where `masked` dequantises them at every call; time(masked) / time(cpu):
 #   fp32  1.3 and more with every expert on, at any number of tokens.
-#   bf16  T=8:  1: 4.0, 2.0     T=64:  0.5: 2.1, 1.6   1: 1.07, 0.83     T=256:  0.5: 1.1, 1.04   0.75: 0.8, 0.7
-#         T=1024:  0.5: 0.85, 0.8
+#   bf16  T=8:   1: 7.7, 5.4                  T=64:   0.75: 2.4, 1.9   1: 2.7, 1.8
+#         T=256: 0.75: 1.3, 1.3   1: 1.3, 1.1   T=1024: 0.5: 1.6, 1.7   0.75: 0.93, 1.05   1: 1.1, 0.86
 CPU_UNTIL_INT8: dict[torch.dtype, tuple[tuple[float, float], ...]] = {
     torch.float32: ((math.inf, 1.0),),
-    torch.bfloat16: ((16, 1.0), (64, 0.8), (256, 0.5), (math.inf, 0.4)),
+    torch.bfloat16: ((256, 1.0), (math.inf, 0.7)),
 }
 """`CPU_UNTIL` for int8 weights; the dtype is x's."""
+
+
+# bf16 where there is AMX, which torch's dense GEMMs then use: estimates from instruction counts (csrc/amx.h), on the careful side; none was
+# measured. Up to 64 tokens the compiled kernels are those of AVX-512-BF16, with a sixteenth of the tiles' arithmetic: they keep up while
+# both sides wait for the weights, some 8 tokens. Above, every thread packs all weights for its share of the tokens: by token and expert of
+# 8 gated neurons of width 1024 that is 1280 / (tokens a thread) cycles, where dense takes 80 (2/3 of both without a gate).
+# time(dense) / time(cpu) at 512 tokens a thread, gated and plain:  0.5: 1.45, 1.05   0.25: 2.1, 1.5   0.1: 3, 2.
+# int8 weights have no tiles: what `masked` then loses is the dequantising alone.
+CPU_UNTIL_AMX = ((8, 1.0), (16, 0.6), (64, 0.15))
+CPU_UNTIL_AMX_A_THREAD = ((63, 0.0), (255, 0.2), (math.inf, 0.4))
+"""More than 64 tokens; (tokens a thread at most, active fraction)."""
+CPU_UNTIL_AMX_INT8 = ((64, 1.0), (256, 0.3), (math.inf, 0.15))
 
 
 def cpu_always(dtype: torch.dtype, *, is_int8: bool) -> float:
@@ -196,15 +207,21 @@ def cpu_always(dtype: torch.dtype, *, is_int8: bool) -> float:
         is_int8: whether the weights are int8.
     """
     always = 0.0
-    for tokens, fraction in _cpu_until(is_int8)[dtype]:
+    for tokens, fraction in _cpu_until(dtype, is_int8=is_int8):
         if fraction < 1:
             break
         always = tokens
     return always
 
 
-def _cpu_until(is_int8: bool) -> dict[torch.dtype, tuple[tuple[float, float], ...]]:
-    return CPU_UNTIL_INT8 if is_int8 else CPU_UNTIL
+def _cpu_until(dtype: torch.dtype, *, is_int8: bool) -> tuple[tuple[float, float], ...]:
+    """The rows that hold here: (tokens at most, active fraction)."""
+    if dtype is not torch.bfloat16 or "amx_bf16" not in cpu.isas():
+        return (CPU_UNTIL_INT8 if is_int8 else CPU_UNTIL)[dtype]
+    if is_int8:
+        return CPU_UNTIL_AMX_INT8
+    threads = torch.get_num_threads()
+    return (*CPU_UNTIL_AMX, *((tokens * threads, fraction) for tokens, fraction in CPU_UNTIL_AMX_A_THREAD))
 
 
 def _objection(name: str, x_TD: Tensor, weights: FFNWeights, plan: DispatchPlan, *, activation: str, training: bool) -> str | None:
@@ -222,8 +239,8 @@ def _objection(name: str, x_TD: Tensor, weights: FFNWeights, plan: DispatchPlan,
             return "the backward pass is that of 'grouped'"
         if not plan.is_countable:
             return None
-        table = _cpu_until(weights.up_scale_F is not None)[x_TD.dtype]
-        until = next(fraction for tokens, fraction in table if plan.num_tokens <= tokens)
+        rows = _cpu_until(x_TD.dtype, is_int8=weights.up_scale_F is not None)
+        until = next(fraction for tokens, fraction in rows if plan.num_tokens <= tokens)
         if until < 1 and plan.active_fraction > until:  # counting the pairs of one token costs a tenth of its FFN
             return f"active fraction {plan.active_fraction:.2f} is above the crossover {until} for {plan.num_tokens} tokens in {x_TD.dtype}"
         return None

@@ -14,7 +14,7 @@ import torch
 from ffn_cases import CPU_REGIMES, loop_over_tokens, map_weights, random_ffn, random_plan
 from numerics import assert_as_accurate_as_torch
 
-from moeify.kernels import build_plan, cpu, masked, moe_ffn
+from moeify.kernels import build_plan, cpu, explain, masked, moe_ffn
 from moeify.kernels.plan import DispatchPlan
 from moeify.sites.site import FFNWeights
 
@@ -114,16 +114,16 @@ def test_tokens_and_experts_without_each_other(biased):
     assert_accurate(x_TD, weights, build_plan(torch.ones_like(mask_TE)))
 
 
+def within(matrix):
+    """The same as rows of a wider matrix, apart from each other, NaN between them."""
+    wide = torch.full((matrix.shape[0], matrix.shape[1] + 9), NAN, dtype=matrix.dtype)
+    wide[:, 3 : 3 + matrix.shape[1]] = matrix
+    return wide[:, 3 : 3 + matrix.shape[1]]
+
+
 def test_tiles_take_strided_input_and_weights():
     x_TD, weights, plan = bf16_case(70, 5, 60, 40, 0.5, gated=True)
-    expected = run(x_TD, weights, plan)
-
-    def within(matrix):  # rows apart, NaN between them
-        wide = torch.full((matrix.shape[0], matrix.shape[1] + 9), NAN, dtype=matrix.dtype)
-        wide[:, 3 : 3 + matrix.shape[1]] = matrix
-        return wide[:, 3 : 3 + matrix.shape[1]]
-
-    assert run(within(x_TD), map_weights(weights, within), plan).equal(expected)
+    assert run(within(x_TD), map_weights(weights, within), plan).equal(run(x_TD, weights, plan))
 
 
 @pytest.mark.parametrize("matrix", ["up_FD", "gate_FD", "down_FD"])
@@ -162,13 +162,15 @@ def test_many_tokens_in_bf16_are_summed_as_tiles_sum_and_others_are_not(monkeypa
     x_TD = torch.ones(65, 64)
     x_TD[:, 0], x_TD[:, 63] = 2.0**24, -(2.0**24)
     weights, plan = FFNWeights(torch.ones(1, 64), torch.ones(1, 1)), build_plan(torch.ones(65, 1, dtype=torch.bool))
-    half = map_weights(weights, torch.Tensor.bfloat16)
-    cases = (x_TD.bfloat16(), half, plan), (x_TD[:64].bfloat16(), half, DispatchPlan(plan.mask_TE[:64])), (x_TD, weights, plan)
+    half = map_weights(weights, lambda w: within(w.bfloat16()))  # read beyond its rows, down would look as if it were not finite
+    cases = (within(x_TD.bfloat16()), half, plan), (x_TD[:64].bfloat16(), half, DispatchPlan(plan.mask_TE[:64])), (x_TD, weights, plan)
     tiled, *rest = (run(*case, "relu") for case in cases)
     assert tiled.eq(47).all()
     monkeypatch.setenv(cpu.FORCE_ISA, "avx512_bf16")
     assert not run(*cases[0], "relu").eq(47).any()
-    assert all(run(*case, "relu").equal(out) for case, out in zip(cases[1:], rest, strict=True)), "few tokens and fp32 are none of the tiles'"
+    assert all(run(*case, "relu").equal(out) for case, out in zip(cases[1:], rest, strict=True)), (
+        "few tokens and fp32 are none of the tiles'"
+    )
 
 
 def test_any_number_of_threads_computes_the_same_sums():
@@ -186,3 +188,30 @@ def test_any_number_of_threads_computes_the_same_sums():
 
 def test_the_library_says_what_it_has():
     assert cpu.describe().startswith("amx_bf16 (this processor has portable, avx2, avx512, avx512_bf16, amx_bf16)")
+
+
+@pytest.mark.parametrize(
+    ("T", "threads", "keep", "chosen"),
+    [
+        pytest.param(4, 1, 1.0, True, id="decode: both wait for the weights"),
+        pytest.param(64, 1, 0.5, False, id="small batch: no tiles here"),
+        pytest.param(64, 1, 0.05, True, id="small batch, few experts"),
+        pytest.param(600, 2, 0.3, True, id="prefill"),
+        pytest.param(600, 2, 0.6, False, id="prefill, many experts"),
+        pytest.param(600, 12, 0.1, False, id="prefill: every thread would pack all weights for 50 tokens"),
+    ],
+)
+def test_auto_is_careful_in_bf16_where_torch_has_tiles_too(T, threads, keep, chosen):
+    x_TD, weights, _ = bf16_case(T, 1, 20, 8, 1.0)
+    mask_TE = (torch.arange(T * 20) % 20 < round(20 * keep)).view(T, 20)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with torch.no_grad():
+            first = explain(x_TD, weights, build_plan(mask_TE), activation="relu")[0]
+            fp32 = explain(x_TD.float(), map_weights(weights, torch.Tensor.float), build_plan(mask_TE), activation="relu")[0]
+    finally:
+        torch.set_num_threads(before)
+    assert (first.name, first.chosen) == ("cpu", chosen)
+    assert chosen or "above the crossover" in first.reason
+    assert fp32.chosen, "fp32 has no tiles"
