@@ -15,6 +15,7 @@
 //   first    f * (48 for gathering 32 lines, the products' 32 hidden behind them, + 20 for activation and placing of h)
 //   packing  40 cycles a tile: 1280 / tokens of the block = 2.5 of 512
 //   second   16 + 2 for Y, which comes from the second or third cache once a chunk
+//   memory   24 for the weights at 10 GB/s a core, behind the rest as long as they are asked for ahead, a few lines at a time
 // At f = 0.5, 0.25, 0.1: 55, 38, 27. Dense: 48 at the peak, about 75 at the 65 % of it that large products reach, with its activation 80:
 // 1.45, 2.1, 3 times as fast, if the estimates hold; none was measured.
 
@@ -199,12 +200,12 @@ struct TiledTokens {
     Piece piece = {}, following = {};
     for (bool more = pieces.next(&piece); more; piece = following) {
       more = pieces.next(&following);
-      if (more) net.prefetch_first(following);
+      net.prefetch_second(piece, 0, COLUMNS);
       if (at == 0) {
         memset((void *)own.hidden, 0, 2 * rows * CHUNK_STRIDE);
         memset(own.used, 0, rows / TILE_ROWS * CHUNK_TILES);
       }
-      hidden(own, x + first * x_stride, piece, at);
+      hidden(own, x + first * x_stride, piece, at, more ? &following : nullptr);
       for (int64_t j = 0; j < piece.neurons; j++)
         down[at + j] = static_cast<const bf16 *>(net.f.down) + (piece.start + j) * net.f.down_stride;
       at += piece.neurons;
@@ -218,8 +219,25 @@ struct TiledTokens {
     return true;
   }
 
+  // Asks for the rows of a piece bit by bit: all at once they would fill the line buffers, and keep every other load waiting.
+  struct Ahead {
+    const Net &net;
+    const Piece *piece;  // null: none
+    int64_t total;       // steps of the work meanwhile
+    int64_t done = 0, asked = 0;
+
+    void step(int64_t number) {
+      done += number;
+      const int64_t first = asked, width = net.f.d_in * done / total - first;
+      if (!piece || (width < TILE_K && done < total)) return;  // less than a line
+      net.prefetch(net.f.up, net.f.up_stride, piece->start, piece->neurons, first, width);
+      if (net.f.gate) net.prefetch(net.f.gate, net.f.gate_stride, piece->start, piece->neurons, first, width);
+      asked += width;
+    }
+  };
+
   // h of a piece, to columns at and following of H.
-  void hidden(const Own &own, const bf16 *x_block, const Piece &piece, int64_t at) const {
+  void hidden(const Own &own, const bf16 *x_block, const Piece &piece, int64_t at, const Piece *following) const {
     const moeify_ffn &f = net.f;
     const bf16 *row[MOST_COLUMNS] = {};
     float bias[MOST_COLUMNS] = {};
@@ -237,22 +255,23 @@ struct TiledTokens {
         pack_columns(row + j * TILE_COLUMNS, k, min64(TILE_K, f.d_in - k), own.weights + tile * TILE_ELEMENTS);
 
     const int64_t most = ACCUMULATORS / wide * TILE_ROWS;
+    Ahead ahead{net, following, (piece.num_tokens + most - 1) / most * ((f.d_in + TILE_K - 1) / TILE_K)};
     for (int64_t i = 0; i < piece.num_tokens; i += most) {
       const uint16_t *token = piece.token + i;
       const int64_t n = min64(most, piece.num_tokens - i), tiles = (n + TILE_ROWS - 1) / TILE_ROWS;
       if (wide == 2)
-        tiles == 1 ? project<1, 2>(own, x_block, token, n, bias) : project<2, 2>(own, x_block, token, n, bias);
+        tiles == 1 ? project<1, 2>(own, x_block, token, n, bias, ahead) : project<2, 2>(own, x_block, token, n, bias, ahead);
       else if (tiles <= 2)
-        tiles == 1 ? project<1, 1>(own, x_block, token, n, bias) : project<2, 1>(own, x_block, token, n, bias);
+        tiles == 1 ? project<1, 1>(own, x_block, token, n, bias, ahead) : project<2, 1>(own, x_block, token, n, bias, ahead);
       else
-        tiles == 3 ? project<3, 1>(own, x_block, token, n, bias) : project<4, 1>(own, x_block, token, n, bias);
+        tiles == 3 ? project<3, 1>(own, x_block, token, n, bias, ahead) : project<4, 1>(own, x_block, token, n, bias, ahead);
       place(own, token, n, piece.neurons, wide * TILE_COLUMNS, at);
     }
   }
 
   // C of n tokens = bias + x . columns in own.weights.
   template <int M, int N>
-  void project(const Own &own, const bf16 *x_block, const uint16_t *token, int64_t n, const float *bias) const {
+  void project(const Own &own, const bf16 *x_block, const uint16_t *token, int64_t n, const float *bias, Ahead &ahead) const {
     const int64_t tiles = (net.f.d_in + TILE_K - 1) / TILE_K, step = PANEL_TILES / M;
     load_sums<M, N>(bias, 0);  // every row the same
     for (int64_t first = 0; first < tiles; first += step) {
@@ -260,6 +279,7 @@ struct TiledTokens {
       gather<M>(own, x_block, token, n, first, number);
       for (int64_t k = 0; k < number; k++)
         multiply<M, N>(own.panel + k * M * TILE_ELEMENTS, TILE_K, own.weights + (first + k) * N * TILE_ELEMENTS);
+      ahead.step(number);
     }
     store_sums<M, N>(own.c, N * TILE_COLUMNS);
   }
@@ -305,6 +325,8 @@ struct TiledTokens {
     for (int64_t c = 0; c < net.f.d_out; c += COLUMNS) {
       if (!pack_rows(down, n, c, min64(COLUMNS, net.f.d_out - c), own.weights)) return false;
       for (int64_t t = 0; t < rows; t += 2 * TILE_ROWS) {
+        if (c + COLUMNS < net.f.d_out)  // a line of each row: no prefetcher follows that
+          for (int64_t j = n * t / rows; j < n * min64(t + 2 * TILE_ROWS, rows) / rows; j++) __builtin_prefetch(down[j] + c + COLUMNS);
         float *sums = own.sums + c * rows + t * COLUMNS;
         t + TILE_ROWS < rows ? accumulate<2>(own, t, tiles, sums) : accumulate<1>(own, t, tiles, sums);
       }
