@@ -3,6 +3,7 @@
 Letters: T tokens, D model width, F FFN width, E experts.
 """
 
+import dataclasses
 import os
 import shutil
 import subprocess
@@ -171,6 +172,16 @@ def test_many_tokens_in_bf16_are_summed_as_tiles_sum_and_others_are_not(monkeypa
     assert all(run(*case, "relu").equal(out) for case, out in zip(cases[1:], rest, strict=True)), (
         "few tokens and fp32 are none of the tiles'"
     )
+
+
+def test_int8_weights_are_none_of_the_tiles(monkeypatch):
+    x_TD, weights, plan = bf16_case(70, 5, 60, 40, 0.5, gated=True)
+    q = map_weights(weights, lambda w: (w * 20).round().to(torch.int8))
+    q = dataclasses.replace(q, up_scale_F=torch.rand(60), gate_scale_F=torch.rand(60), down_scale_D=torch.rand(40))
+    out = run(x_TD, q, plan)
+    monkeypatch.setenv(cpu.FORCE_ISA, "avx512_bf16")
+    assert out.isfinite().all()
+    assert run(x_TD, q, plan).equal(out)
 
 
 def test_any_number_of_threads_computes_the_same_sums():
