@@ -731,16 +731,16 @@ struct Lists {
   }
 };
 
-// The experts from one to another that have tokens, in pieces of at most that many neurons; neighbours that every token takes are as one.
+// The experts from one to another that have tokens, in pieces of limited size; neighbours that every token takes are as one.
 template <class Net>
 struct Pieces {
   const Net &net;
   const Lists &lists;
   const int64_t all_tokens, last;
-  int64_t expert;              // the next one
+  int64_t expert;                // the next one
   int64_t most = CHUNK_NEURONS;  // of a piece
-  int64_t start = 0, end = 0;  // neurons that are left of those before
-  int64_t num_tokens = 0;      // that take them
+  int64_t start = 0, end = 0;    // neurons that are left of those before
+  int64_t num_tokens = 0;        // that take them
   const uint16_t *token = nullptr;
 
   bool next(Piece *piece) {

@@ -69,14 +69,14 @@ struct Scratch {
 };
 
 #if defined(__x86_64__)
-// The tiles of this process: on Linux, whose kernel gives out their 8 KB a thread only where they are asked for.
+// Whether this process may use tiles: Linux keeps 8 KB of them a thread only for those that ask.
 bool has_tiles() {
   if (!moeify_amx_bf16::is_compiled) return false;
 #if defined(MOEIFY_AMX_EMULATED)
   return true;
 #elif defined(__linux__)
   constexpr unsigned AMX_BF16 = 1u << 22, AMX_TILE = 1u << 24;
-  constexpr uint32_t TILE_STATE = 3u << 17;                         // in XCR0: what the operating system saves
+  constexpr uint32_t TILE_STATE = 3u << 17;                    // in XCR0: what the operating system saves
   constexpr long REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;  // ARCH_REQ_XCOMP_PERM and its component, which older headers lack
   unsigned a = 0, b = 0, c = 0, d = 0;
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || ~d & (AMX_BF16 | AMX_TILE)) return false;

@@ -35,7 +35,7 @@ def emulated_library(tmp_path_factory):
         pytest.skip("needs the sources and a C++ compiler")
     pytest.importorskip("setuptools")
     folder = tmp_path_factory.mktemp("emulated")
-    # -O1 comes last and takes half the time to compile; MOEIFY_CXXFLAGS keeps what it says, a sanitizer's flags say.
+    # -O1 comes last and takes half the time to compile. A sanitizer's flags, where tests run under one, stay.
     flags = f"{os.environ.get('MOEIFY_CXXFLAGS', '')} -DMOEIFY_AMX_EMULATED -O1"
     command = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", str(folder), "--build-temp", str(folder / "objects")]
     plain = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}  # the compiler runs without a sanitizer's libraries
