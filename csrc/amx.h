@@ -219,23 +219,6 @@ struct TiledTokens {
     return true;
   }
 
-  // Asks for the rows of a piece bit by bit: all at once they would fill the line buffers, and keep every other load waiting.
-  struct Ahead {
-    const Net &net;
-    const Piece *piece;  // null: none
-    int64_t total;       // steps of the work meanwhile
-    int64_t done = 0, asked = 0;
-
-    void step(int64_t number) {
-      done += number;
-      const int64_t first = asked, width = net.f.d_in * done / total - first;
-      if (!piece || (width < TILE_K && done < total)) return;  // less than a line
-      net.prefetch(net.f.up, net.f.up_stride, piece->start, piece->neurons, first, width);
-      if (net.f.gate) net.prefetch(net.f.gate, net.f.gate_stride, piece->start, piece->neurons, first, width);
-      asked += width;
-    }
-  };
-
   // h of a piece, to columns at and following of H.
   void hidden(const Own &own, const bf16 *x_block, const Piece &piece, int64_t at, const Piece *following) const {
     const moeify_ffn &f = net.f;
@@ -255,7 +238,8 @@ struct TiledTokens {
         pack_columns(row + j * TILE_COLUMNS, k, min64(TILE_K, f.d_in - k), own.weights + tile * TILE_ELEMENTS);
 
     const int64_t most = ACCUMULATORS / wide * TILE_ROWS;
-    Ahead ahead{net, following, (piece.num_tokens + most - 1) / most * ((f.d_in + TILE_K - 1) / TILE_K)};
+    Ahead ahead;
+    if (following) net.ask_first(*following, ahead), ahead.spread((piece.num_tokens + most - 1) / most * ((f.d_in + TILE_K - 1) / TILE_K));
     for (int64_t i = 0; i < piece.num_tokens; i += most) {
       const uint16_t *token = piece.token + i;
       const int64_t n = min64(most, piece.num_tokens - i), tiles = (n + TILE_ROWS - 1) / TILE_ROWS;
@@ -277,9 +261,10 @@ struct TiledTokens {
     for (int64_t first = 0; first < tiles; first += step) {
       const int64_t number = min64(step, tiles - first);
       gather<M>(own, x_block, token, n, first, number);
-      for (int64_t k = 0; k < number; k++)
+      for (int64_t k = 0; k < number; k++) {
         multiply<M, N>(own.panel + k * M * TILE_ELEMENTS, TILE_K, own.weights + (first + k) * N * TILE_ELEMENTS);
-      ahead.step(number);
+        ahead.step();
+      }
     }
     store_sums<M, N>(own.c, N * TILE_COLUMNS);
   }

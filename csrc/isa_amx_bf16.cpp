@@ -3,6 +3,7 @@
 #define MOEIFY_W 16
 #define MOEIFY_TOKENS 6
 #define MOEIFY_BF16_DOT 1
+#define MOEIFY_INT16_DOT 0
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // of GCC 12 in its own headers (its bug 105593)
 #endif

@@ -374,7 +374,7 @@ def _present(weights: FFNWeights, names: Iterable[str]) -> Iterator[tuple[str, T
 
 def _is_rows(tensor: Tensor) -> bool:
     """Contiguous along the last axis, rows apart: what the library reads in place."""
-    return tensor.stride(1) == 1 and tensor.stride(0) >= tensor.shape[1]
+    return tensor.is_contiguous() or (tensor.stride(1) == 1 and tensor.stride(0) >= tensor.shape[1])  # a single row has any stride
 
 
 def _pointer(tensor: Tensor | None) -> int | None:
