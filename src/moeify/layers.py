@@ -173,6 +173,7 @@ class MoEFFN(nn.Module):
             leaf.forward = partial(self._forward_down if path == self._local.down else self._forward_first, path, leaf)
         self.__dict__["_host"] = host  # not registered: the host owns us, not we the host
         self._leaves = leaves
+        self._dropouts = _dropout_names(host)
         self._places = [place for path in leaves for place in _places_on(host, path)]
         self._replacements: dict[str, _Replacement] = {}
         self._host_hook = host.register_forward_pre_hook(self._follow)
@@ -188,7 +189,7 @@ class MoEFFN(nn.Module):
                 leaf.__dict__.pop("forward", None)
             if (weight := leaf._parameters.get("weight")) is not None:
                 weight.data = weight.data.contiguous()  # dense layers are faster in the order of their shape
-        del self.__dict__["_host"], self._leaves, self._places, self._replacements, self._host_hook
+        del self.__dict__["_host"], self._leaves, self._dropouts, self._places, self._replacements, self._host_hook
 
     def lay_out(self) -> None:
         """Order the weights in memory as this machine's kernels read them (`store_by_neuron`); nothing where they need not, or cannot, be.
@@ -220,7 +221,9 @@ class MoEFFN(nn.Module):
             dtypes.add(leaf.weight.dtype)
         if len(dtypes) > 1:
             return "projections differ in dtype"
-        if self.host.training and _drops_activations(self.host):
+        if self.host.training and _drops_activations(
+            self.host, self._dropouts if torch.compiler.is_compiling() else _dropout_names(self.host)
+        ):
             return "dropout inside the FFN while training"
         return None
 
@@ -585,8 +588,13 @@ def _places_on(host: nn.Module, path: str) -> Iterator[tuple[nn.Module, str, nn.
         host = child
 
 
-def _drops_activations(host: nn.Module) -> bool:
+def _dropout_names(host: nn.Module) -> tuple[str, ...]:
+    """Attributes that may be a dropout's p; torch.compile of torch 2.11 cannot trace this, and takes those of when the layer was made."""
+    return tuple(name for name in vars(host) if "drop" in name)
+
+
+def _drops_activations(host: nn.Module, names: Sequence[str]) -> bool:
     """Whether a dropout with p > 0 may sit between the projections; on the safe side: whatever in the host looks like one."""
     if any(isinstance(m, nn.Dropout) and m.p > 0 for m in host.modules()):
         return True
-    return any("drop" in name and isinstance(value, float) and value > 0 for name, value in vars(host).items())
+    return any(isinstance(value := getattr(host, name, None), float) and value > 0 for name in names)

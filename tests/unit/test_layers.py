@@ -20,7 +20,19 @@ from transformers import BertConfig, BertModel, CompileConfig, OPTConfig, OPTMod
 from moeify.convert import ConvertConfig, convert, to_dense
 from moeify.errors import ConfigError, KernelError, UnsupportedModelError
 from moeify.kernels import CPU_UNTIL, CPU_UNTIL_INT8, IMPLS, build_plan, cpu, cpu_always, explain
-from moeify.layers import MoEFFN, _drops_activations, attach, detach, moe_layers, record_active, set_impl, set_mode, set_rule, token_mask
+from moeify.layers import (
+    MoEFFN,
+    _dropout_names,
+    _drops_activations,
+    attach,
+    detach,
+    moe_layers,
+    record_active,
+    set_impl,
+    set_mode,
+    set_rule,
+    token_mask,
+)
 from moeify.quantize import quantize
 from moeify.routers import NormRouter, NormRouterConfig, OracleRouterConfig, build_router
 from moeify.select import DynKMass, DynKMax, Threshold, TopK
@@ -1342,6 +1354,7 @@ def projection_hook(net):
         pytest.param(lambda net: set_impl(net, "masked"), [], id="another asked for by name"),
         pytest.param(lambda net: setattr(net.mlp.moe, "router", OneAfterTheOther()), PIECES, id="another router"),
         pytest.param(lambda net: scale_data(net.mlp.down.weight), ROUTED, id="other values"),
+        pytest.param(lambda net: net.train(), [], id="training"),
         pytest.param(router_hook, None, id="hook on the router"),
         pytest.param(projection_hook, None, id="hook on a projection"),
     ],
@@ -1479,6 +1492,9 @@ def test_an_ffn_inside_the_layer_itself_is_hosted_by_the_layer():
 
 def test_hidden_dropout_by_any_attribute_name_counts_as_dropout_inside_the_ffn():
     host = nn.Linear(2, 2)
-    assert not _drops_activations(host)
+    assert not _drops_activations(host, _dropout_names(host))
+    host.hidden_dropout = 0.0
+    names = _dropout_names(host)
+    assert not _drops_activations(host, names)
     host.hidden_dropout = 0.1
-    assert _drops_activations(host)
+    assert _drops_activations(host, names)
