@@ -8,6 +8,7 @@ typedef uint16_t vh __attribute__((vector_size(MOEIFY_W * 2)));
 typedef int8_t vb __attribute__((vector_size(MOEIFY_W)));
 // The same in memory, at any address.
 typedef float vf_mem __attribute__((vector_size(MOEIFY_W * 4), aligned(4), may_alias));
+typedef int32_t vi_mem __attribute__((vector_size(MOEIFY_W * 4), aligned(4), may_alias));
 typedef uint16_t vh_mem __attribute__((vector_size(MOEIFY_W * 2), aligned(2), may_alias));
 typedef int8_t vb_mem __attribute__((vector_size(MOEIFY_W), aligned(1), may_alias));
 
@@ -31,6 +32,8 @@ static inline vf load(const int8_t *p) {
 #endif
 }
 static inline void store(float *p, vf v) { *reinterpret_cast<vf_mem *>(p) = v; }
+static inline vi load(const int32_t *p) { return *reinterpret_cast<const vi_mem *>(p); }
+static inline void store(int32_t *p, vi v) { *reinterpret_cast<vi_mem *>(p) = v; }
 
 // The first n elements, the rest zero; reads nothing beyond them.
 template <class T>
@@ -49,6 +52,67 @@ static inline float hsum(vf v) {
   for (int half = W / 2; half; half /= 2)
     for (int i = 0; i < half; i++) s[i] += s[i + half];
   return s[0];
+#endif
+}
+
+static inline int32_t hmax(vi v) {
+#if MOEIFY_W == 16 && defined(__AVX512F__)
+  return _mm512_reduce_max_epi32((__m512i)v);
+#else
+  int32_t s[W];
+  store(s, v);
+  for (int half = W / 2; half; half /= 2)
+    for (int i = 0; i < half; i++) s[i] = s[i] > s[i + half] ? s[i] : s[i + half];
+  return s[0];
+#endif
+}
+
+// Element j of vector i goes to element i of vector j.
+static inline void transpose(vf *row) {
+#if MOEIFY_W == 16 && defined(__AVX512F__)
+  __m512 pair[16], four[16];
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; i += 2) {
+    pair[i] = _mm512_unpacklo_ps((__m512)row[i], (__m512)row[i + 1]);
+    pair[i + 1] = _mm512_unpackhi_ps((__m512)row[i], (__m512)row[i + 1]);
+  }
+  // Each 128 bits of four[4 g + c]: one column, c + a multiple of 4, of the rows 4 g to 4 g + 3.
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; i += 4)
+#pragma GCC unroll 16
+    for (int h = 0; h < 2; h++) {
+      const __m512d a = _mm512_castps_pd(pair[i + h]), b = _mm512_castps_pd(pair[i + 2 + h]);
+      four[i + 2 * h] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b));
+      four[i + 2 * h + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
+    }
+#pragma GCC unroll 16
+  for (int c = 0; c < 4; c++) {
+    const __m512 a = four[c], b = four[4 + c], d = four[8 + c], e = four[12 + c];
+    const __m512 even0 = _mm512_shuffle_f32x4(a, b, 0x88), odd0 = _mm512_shuffle_f32x4(a, b, 0xDD);
+    const __m512 even1 = _mm512_shuffle_f32x4(d, e, 0x88), odd1 = _mm512_shuffle_f32x4(d, e, 0xDD);
+    row[c] = (vf)_mm512_shuffle_f32x4(even0, even1, 0x88), row[8 + c] = (vf)_mm512_shuffle_f32x4(even0, even1, 0xDD);
+    row[4 + c] = (vf)_mm512_shuffle_f32x4(odd0, odd1, 0x88), row[12 + c] = (vf)_mm512_shuffle_f32x4(odd0, odd1, 0xDD);
+  }
+#elif MOEIFY_W == 8 && defined(__AVX2__)
+  __m256 four[8];
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; i += 4) {
+    const __m256 a = (__m256)row[i], b = (__m256)row[i + 1], c = (__m256)row[i + 2], d = (__m256)row[i + 3];
+    const __m256 low0 = _mm256_unpacklo_ps(a, b), high0 = _mm256_unpackhi_ps(a, b);
+    const __m256 low1 = _mm256_unpacklo_ps(c, d), high1 = _mm256_unpackhi_ps(c, d);
+    four[i] = _mm256_shuffle_ps(low0, low1, 0x44), four[i + 1] = _mm256_shuffle_ps(low0, low1, 0xEE);
+    four[i + 2] = _mm256_shuffle_ps(high0, high1, 0x44), four[i + 3] = _mm256_shuffle_ps(high0, high1, 0xEE);
+  }
+#pragma GCC unroll 8
+  for (int c = 0; c < 4; c++) {
+    row[c] = (vf)_mm256_permute2f128_ps(four[c], four[4 + c], 0x20);
+    row[4 + c] = (vf)_mm256_permute2f128_ps(four[c], four[4 + c], 0x31);
+  }
+#else
+  float s[W][W];
+  for (int i = 0; i < W; i++) store(s[i], row[i]);
+  for (int j = 0; j < W; j++)
+    for (int i = 0; i < W; i++) row[j][i] = s[i][j];
 #endif
 }
 

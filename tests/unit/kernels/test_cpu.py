@@ -6,6 +6,7 @@ Letters: T tokens, D model width, F FFN width, E experts.
 
 import concurrent.futures
 import dataclasses
+import math
 import multiprocessing
 import shutil
 import subprocess
@@ -278,6 +279,81 @@ def test_routed_call_selects_as_the_rule_does_with_ties_zeros_and_nan(rule):
     router.out_bias_E.zero_()
     _, mask_TE = cpu.Routed(weights, router, activation="silu")(x_TD[2:])
     assert mask_TE.equal(rule(torch.zeros(2, 9)))
+
+
+@pytest.fixture
+def set_threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def exact_case(T, rule, *, dtype=torch.float32, output="abs"):
+    """Small integers, times a power of two for exp: every order of summation gives the same z. The last token but one has a NaN."""
+    D, R, E, unit = 37, 13, 45, 1.0 if output == "abs" else 1 / 512
+    weights = by_neuron(random_ffn(D, 100, dtype=dtype))
+    hidden_WD, hidden_bias_W = torch.randint(-2, 3, (R, D)).float(), torch.randint(-9, 10, (R,)).float()
+    out_EW, out_bias_E = torch.randint(-2, 3, (E, R)) * unit, torch.randint(-9, 10, (E,)) * unit
+    out_EW[7], out_bias_E[7] = 0, 1  # one z above 0, so that exp's rounding of the largest never decides
+    x_TD = torch.randint(-2, 3, (T, D)).to(dtype)
+    x_TD[-2, 5] = float("nan")
+    z_TE = (torch.relu(x_TD.double() @ hidden_WD.double().t() + hidden_bias_W) @ out_EW.double().t() + out_bias_E).float()
+    router = cpu.RouterWeights(hidden_WD, hidden_bias_W, out_EW, out_bias_E, output=output, rule=rule.name, knob=rule.value)
+    return weights, router, x_TD, rule(z_TE.abs() if output == "abs" else (z_TE / 2).exp())
+
+
+ROUTER_TOKENS = [2, 3, 4, 5, 15, 16, 17, 63, 64, 65, 130]
+
+
+@needs_library
+@pytest.mark.parametrize("isa", cpu.ISAS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("output", ["exp", "abs"])
+@pytest.mark.parametrize("threads", [1, 2, 8])  # 8: more than there are vectors of tokens, so that they share rows
+def test_router_selects_as_python_for_any_number_of_tokens_and_threads(monkeypatch, set_threads, isa, dtype, output, threads):
+    if isa not in cpu.isas():
+        pytest.skip(f"this processor has no {isa}")
+    monkeypatch.setenv(cpu.FORCE_ISA, isa)
+    set_threads(threads)
+    rule = Threshold(theta=math.exp(1 / 2048) if output == "exp" else 60.5)  # between two scores
+    for T in ROUTER_TOKENS:
+        weights, router, x_TD, expected = exact_case(T, rule, dtype=dtype, output=output)
+        routed = cpu.Routed(weights, router, activation="relu")
+        mask_TE = routed.select(x_TD)
+        assert mask_TE.equal(expected), f"{T} tokens"
+        assert 0.1 < mask_TE.float().mean() < 0.9 or T < 4
+        assert routed.select(x_TD).equal(mask_TE), "not the same again"
+
+
+@needs_library
+@pytest.mark.parametrize("isa", cpu.ISAS)
+@pytest.mark.parametrize(
+    "rule",
+    [DynKMax(tau=0.5), *(DynKMass(mass=m) for m in (0.0, 0.25, 0.5, 0.9375)), *(TopK(k=k) for k in (1, 2, 20, 44, 45))],
+    ids=str,
+)
+def test_router_selects_as_the_rule_does_for_every_row(monkeypatch, isa, rule):
+    if isa not in cpu.isas():
+        pytest.skip(f"this processor has no {isa}")
+    monkeypatch.setenv(cpu.FORCE_ISA, isa)
+    for T in (3, 130):
+        weights, router, x_TD, expected = exact_case(T, rule)
+        assert cpu.Routed(weights, router, activation="relu").select(x_TD).equal(expected)
+
+
+@needs_library
+@pytest.mark.parametrize("isa", cpu.ISAS)
+@pytest.mark.parametrize("value", [0.0, float("inf"), float("nan")], ids=str)
+@pytest.mark.parametrize("rule", [Threshold(theta=1.5), DynKMax(tau=0.5), DynKMass(mass=0.5), TopK(k=3)], ids=lambda rule: rule.name)
+def test_router_takes_the_lowest_of_equal_scores_as_the_rule_does(monkeypatch, isa, value, rule):
+    if isa not in cpu.isas():
+        pytest.skip(f"this processor has no {isa}")
+    monkeypatch.setenv(cpu.FORCE_ISA, isa)
+    weights, router, x_TD, _ = exact_case(20, rule)
+    x_TD.nan_to_num_(), router.out_EW.zero_(), router.out_bias_E.fill_(1.0)
+    router.out_bias_E[[3, 8, 20, 21, 44]] = torch.tensor([value, value, value, -value, value])
+    expected = rule(router.out_bias_E.abs().expand(20, -1).contiguous())
+    assert cpu.Routed(weights, router, activation="relu").select(x_TD).equal(expected)
 
 
 @needs_library
