@@ -85,13 +85,13 @@ static inline float unit_of(const X *) {
 }
 
 #if MOEIFY_INT16_DOT
-// value[k] = q[k] * unit with |q| at most 32767: the error is at most 2^-16 of the largest value. With infinities among them, the unit is
-// infinite and q their signs; with a NaN it is NaN. Values within one vector may be overwritten by their q.
+// value[k] = q[k] * unit with |q| at most 32767: the error is at most 2^-16 of the largest value, or of 1e-34. If one is not finite, the
+// unit is NaN. Values within one vector may be overwritten by their q.
 template <class T>
 static inline float to_int16(const T *value, int64_t n, int16_t *q) {
   const auto part = [value, n](int64_t k) { return (__m512)(k + W <= n ? load(value + k) : load_first(value + k, n - k)); };
   const auto mask = [n](int64_t k) { return (__mmask16)(k + W <= n ? 0xFFFF : (1 << (n - k)) - 1); };
-  __m512 largest = _mm512_set1_ps(1e-30f);  // at least: the reciprocal must be a number
+  __m512 largest = _mm512_set1_ps(1e-34f);  // at least: the reciprocal must be a number
   __mmask16 nan = 0;
   for (int64_t k = 0; k < n; k += W) {
     const __m512 a = _mm512_abs_ps(part(k));
@@ -105,13 +105,32 @@ static inline float to_int16(const T *value, int64_t n, int16_t *q) {
       _mm512_mask_cvtsepi32_storeu_epi16(q + k, mask(k), _mm512_cvtps_epi32(_mm512_mul_ps(part(k), inverse)));
     return most / 32767.0f;
   }
-  for (int64_t k = 0; k < n; k += W) {
-    const __m512 v = part(k), infinity = _mm512_set1_ps(INFINITY);
-    const __m512i above = _mm512_maskz_set1_epi32(_mm512_cmp_ps_mask(v, infinity, _CMP_EQ_OQ), 1);
-    const __m512i below = _mm512_maskz_set1_epi32(_mm512_cmp_ps_mask(v, -infinity, _CMP_EQ_OQ), 1);
-    _mm512_mask_cvtsepi32_storeu_epi16(q + k, mask(k), _mm512_sub_epi32(above, below));
+  for (int64_t k = 0; k < n; k += W) _mm512_mask_storeu_epi16(q + k, mask(k), _mm512_setzero_si512());
+  return NAN;
+}
+
+// Whether one unit serves all values of each row: not where one of them is hundreds of times the others, whose error would exceed bf16's,
+// nor where one is not finite.
+template <class IO>
+static bool fits_int16(const IO *x, int64_t stride, int64_t rows, int64_t width) {
+  constexpr float MOST = 256.0f;  // times the root of the others' mean square; from some 500 on the error of the sum is twice bf16's
+  for (int64_t t = 0; t < rows; t++) {
+    const auto part = [row = x + t * stride, width](int64_t k) {
+      return (__m512)(k + W <= width ? load(row + k) : load_first(row + k, width - k));
+    };
+    __m512 most = _mm512_setzero_ps(), squares = most;
+    for (int64_t k = 0; k < width; k += W) most = _mm512_max_ps(most, _mm512_abs_ps(part(k)));
+    const float m = _mm512_reduce_max_ps(most);
+    if (m == 0.0f) continue;
+    if (!(m > 1e-30f)) return false;
+    const __m512 inverse = _mm512_set1_ps(1.0f / m);  // nothing overflows or vanishes
+    for (int64_t k = 0; k < width; k += W) {
+      const __m512 v = _mm512_mul_ps(part(k), inverse);
+      squares = _mm512_fmadd_ps(v, v, squares);
+    }
+    if (!((float)width <= MOST * MOST * (_mm512_reduce_add_ps(squares) - 1.0f))) return false;  // also of a NaN
   }
-  return nan ? NAN : INFINITY;
+  return true;
 }
 
 template <class IO>
@@ -181,7 +200,8 @@ static __attribute__((noinline)) void dot_last(const X *const *x, const Wt *w, i
   for (int i = 0; i < M; i++)
     for (int j = 0; j < N; j++)
       out[i * out_stride + j] +=
-          hsum(Dot::floats(Dot::add(typename Dot::total{}, Dot::get_first(x[i] + first, end - first), Dot::get_first(w + j * w_stride + first, end - first))));
+          hsum(Dot::floats(Dot::add(typename Dot::total{}, Dot::get_first(x[i] + first, end - first),
+                                    Dot::get_first(w + j * w_stride + first, end - first))));
 }
 
 // out[i * out_stride + j] (+)= x[i] . (w + j * w_stride) over the elements from first to end, i < M, j < N; adds unless first is 0.
@@ -474,7 +494,8 @@ static inline void add_rows(float *base, const uint16_t *token, int64_t n, int64
   const int64_t units = Add::units(neurons), per_unit = Add::NEURONS;
   for (int64_t u = 0; u < units; u += Add::UNITS) {
     const int64_t number = min64(Add::UNITS, units - u);
-    passes[number - 1](base, token, n, stride, h + u, units, h + n * units, w + u * per_unit * w_stride, w_stride, (u + number) * per_unit > neurons);
+    const bool odd = (u + number) * per_unit > neurons;
+    passes[number - 1](base, token, n, stride, h + u, units, h + n * units, w + u * per_unit * w_stride, w_stride, odd);
   }
 }
 
@@ -568,7 +589,8 @@ struct Network {
     }
   };
 
-  void scale_and_shift(const X *const *x, float *out, int64_t n, int64_t start, int64_t neurons, const float *scale, const void *bias) const {
+  void scale_and_shift(const X *const *x, float *out, int64_t n, int64_t start, int64_t neurons, const float *scale,
+                       const void *bias) const {
     if (!scale && !bias) return;
     for (int64_t i = 0; i < n; i++)
       for (int64_t j = 0; j < neurons; j++) {
@@ -717,7 +739,7 @@ struct Lists {
   int64_t stride;
 
   Lists(Arena &arena, int64_t tokens, int64_t experts)
-      : count(arena.take<int32_t>(experts)), token(arena.take<uint16_t>((tokens + 1) * experts)), stride(tokens + 1) {}
+      : count(arena.take<int32_t>(experts)), token(arena.take<uint16_t>(tokens * experts)), stride(tokens) {}
 
   const uint16_t *of(int64_t e) const { return token + e * stride; }
 
@@ -956,9 +978,20 @@ struct ManyTokens {
 
 // -- entry ---------------------------------------------------------------------------------------------------------------------------
 
+struct Call {
+  const moeify_ffn &f;
+  const void *x;
+  int64_t x_stride;
+  const uint8_t *mask;
+  int64_t num_tokens;
+  void *y;
+  int64_t y_stride;
+  int num_threads;
+};
+
 template <class Dot, class Add, class IO, class X, class Wt>
-static int run(const moeify_ffn &f, const void *x, int64_t x_stride, const uint8_t *mask, int64_t num_tokens, void *y, int64_t y_stride,
-               int num_threads) {
+static int run(const Call &call) {
+  const auto &[f, x, x_stride, mask, num_tokens, y, y_stride, num_threads] = call;
   typedef Network<Dot, Add, IO, X, Wt> Net;
   const Net net(f);
   if (num_tokens <= FEW_TOKENS) {

@@ -1,7 +1,6 @@
 // One instruction set: define MOEIFY_NAMESPACE, MOEIFY_W (floats of a vector), MOEIFY_TOKENS (tokens of a tile), MOEIFY_BF16_DOT and
-// MOEIFY_INT16_DOT, then
-// include this. What a file compiled for a newer processor defines must not be shared with the others (the linker would keep either
-// copy), so everything is static or inside the namespace.
+// MOEIFY_INT16_DOT, then include this. What a file compiled for a newer processor defines must not be shared with the others (the linker
+// would keep either copy), so everything is static or inside the namespace.
 #include <algorithm>
 #include <atomic>
 #include <cfloat>
@@ -23,19 +22,18 @@ namespace MOEIFY_NAMESPACE {
 
 int run_ffn(const moeify_ffn &f, const void *x, int64_t x_stride, const uint8_t *mask, int64_t num_tokens, void *y, int64_t y_stride,
             int num_threads) {
-  if (f.dtype == MOEIFY_FP32) {
-    if (f.weight_dtype == MOEIFY_INT8) return run<DotFp32, AddFp32, float, float, int8_t>(f, x, x_stride, mask, num_tokens, y, y_stride, num_threads);
-    return run<DotFp32, AddFp32, float, float, float>(f, x, x_stride, mask, num_tokens, y, y_stride, num_threads);
-  }
+  const Call call{f, x, x_stride, mask, num_tokens, y, y_stride, num_threads};
+  const bool is_int8 = f.weight_dtype == MOEIFY_INT8;
+  if (f.dtype == MOEIFY_FP32)
+    return is_int8 ? run<DotFp32, AddFp32, float, float, int8_t>(call) : run<DotFp32, AddFp32, float, float, float>(call);
 #if MOEIFY_INT16_DOT
-  if (f.weight_dtype == MOEIFY_INT8) return run<DotInt16, AddInt16, bf16, int16_t, int8_t>(f, x, x_stride, mask, num_tokens, y, y_stride, num_threads);
-#else
-  if (f.weight_dtype == MOEIFY_INT8) return run<DotFp32, AddFp32, bf16, float, int8_t>(f, x, x_stride, mask, num_tokens, y, y_stride, num_threads);
+  if (is_int8 && fits_int16((const bf16 *)x, x_stride, num_tokens, f.d_in)) return run<DotInt16, AddInt16, bf16, int16_t, int8_t>(call);
 #endif
+  if (is_int8) return run<DotFp32, AddFp32, bf16, float, int8_t>(call);
 #if MOEIFY_BF16_DOT
-  return run<DotBf16, AddBf16, bf16, bf16, bf16>(f, x, x_stride, mask, num_tokens, y, y_stride, num_threads);
+  return run<DotBf16, AddBf16, bf16, bf16, bf16>(call);
 #else
-  return run<DotFp32, AddFp32, bf16, float, bf16>(f, x, x_stride, mask, num_tokens, y, y_stride, num_threads);
+  return run<DotFp32, AddFp32, bf16, float, bf16>(call);
 #endif
 }
 

@@ -175,6 +175,9 @@ int check(const moeify_ffn *ffn, int64_t num_tokens, int32_t isa, int32_t num_th
       f.activation > MOEIFY_RELU2 || (f.dtype != MOEIFY_FP32 && f.dtype != MOEIFY_BF16) ||
       (f.weight_dtype != f.dtype && f.weight_dtype != MOEIFY_INT8))
     return MOEIFY_BAD_ARGUMENT;
+  const bool is_int8 = f.weight_dtype == MOEIFY_INT8;
+  if (is_int8 != (f.up_scale != nullptr) || is_int8 != (f.down_scale != nullptr) || (is_int8 && f.gate) != (f.gate_scale != nullptr))
+    return MOEIFY_BAD_ARGUMENT;
   return moeify_has_isa(isa) ? MOEIFY_OK : MOEIFY_NO_ISA;
 }
 
@@ -215,8 +218,8 @@ int moeify_ffn_run(const moeify_ffn *ffn, const void *x, int64_t x_stride, const
   return run_ffn(*ffn, x, x_stride, mask, num_tokens, y, y_stride, isa, num_threads);
 }
 
-int moeify_routed_run(const moeify_ffn *ffn, const moeify_router *router, const void *x, int64_t x_stride, int64_t num_tokens, uint8_t *mask,
-                      void *y, int64_t y_stride, int32_t isa, int32_t num_threads) {
+int moeify_routed_run(const moeify_ffn *ffn, const moeify_router *router, const void *x, int64_t x_stride, int64_t num_tokens,
+                      uint8_t *mask, void *y, int64_t y_stride, int32_t isa, int32_t num_threads) {
   if (const int status = check(ffn, num_tokens, isa, num_threads)) return status;
   if (!router || !router->hidden || !router->hidden_bias || !router->out || !router->out_bias || router->width < 1 || router->rule < 0 ||
       router->rule > MOEIFY_TOPK || !(router->knob >= 0))

@@ -16,13 +16,15 @@ extern "C" {
 
 #define MOEIFY_ABI 4
 
-enum moeify_isa { MOEIFY_PORTABLE = 0, MOEIFY_AVX2 = 1, MOEIFY_AVX512 = 2, MOEIFY_AVX512_BF16 = 3, MOEIFY_AMX_BF16 = 4, MOEIFY_NUM_ISA = 5 };
+enum moeify_isa { MOEIFY_PORTABLE = 0, MOEIFY_AVX2 = 1, MOEIFY_AVX512 = 2, MOEIFY_AVX512_BF16 = 3, MOEIFY_AMX_BF16 = 4 };
 enum moeify_dtype { MOEIFY_FP32 = 0, MOEIFY_BF16 = 1, MOEIFY_INT8 = 2 };
-enum moeify_activation { MOEIFY_RELU = 0, MOEIFY_SILU = 1, MOEIFY_GELU = 2, MOEIFY_GELU_TANH = 3, MOEIFY_QUICK_GELU = 4, MOEIFY_RELU2 = 5 };
+enum moeify_activation {
+  MOEIFY_RELU = 0, MOEIFY_SILU = 1, MOEIFY_GELU = 2, MOEIFY_GELU_TANH = 3, MOEIFY_QUICK_GELU = 4, MOEIFY_RELU2 = 5
+};
 enum moeify_rule { MOEIFY_THRESHOLD = 0, MOEIFY_DYNK_MAX = 1, MOEIFY_DYNK_MASS = 2, MOEIFY_TOPK = 3 };
 enum moeify_status { MOEIFY_OK = 0, MOEIFY_BAD_ARGUMENT = 1, MOEIFY_NO_MEMORY = 2, MOEIFY_NO_ISA = 3 };
 
-/* y = down_bias + sum over selected neurons j of act(x . up_j + up_bias_j) * down_j; with a gate: act(x . gate_j + ..) * (x . up_j + ..). */
+/* y = down_bias + sum over selected neurons j of act(x . up_j + up_bias_j) * down_j; gated: act(x . gate_j + ..) * (x . up_j + ..). */
 typedef struct {
   const void *up, *gate, *down;                     /* (F, D), (F, D) or null, (F, O) */
   int64_t up_stride, gate_stride, down_stride;      /* elements from one neuron's row to the next */
@@ -50,8 +52,8 @@ typedef struct {
 } moeify_router;
 
 /* Router, rule and network in one call; the selection is written to mask (T, E). y null: the selection alone. */
-int moeify_routed_run(const moeify_ffn *ffn, const moeify_router *router, const void *x, int64_t x_stride, int64_t num_tokens, uint8_t *mask,
-                      void *y, int64_t y_stride, int32_t isa, int32_t num_threads);
+int moeify_routed_run(const moeify_ffn *ffn, const moeify_router *router, const void *x, int64_t x_stride, int64_t num_tokens,
+                      uint8_t *mask, void *y, int64_t y_stride, int32_t isa, int32_t num_threads);
 
 /* Whether this processor and operating system run an instruction set; in moeify_isa's order, so the last 1 is the best. */
 int moeify_has_isa(int32_t isa);

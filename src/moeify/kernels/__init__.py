@@ -166,7 +166,7 @@ MASKED_FROM = (
 # Linear keeps them, and 1.2-1.4 times with the mask. time(masked) / time(cpu), AVX-512-BF16, two cores, experts of 8, random masks, gpt2
 # and smollm2 (time(F.linear) / time(cpu) in brackets):
 #   bf16  T=8:   0.9: 2.0, 2.0  1: 2.7, 1.9 (1.8, 1.6)   T=64:   0.9: 1.4, 1.6  1: 1.35, 1.4 (1.2, 1.2)
-#         T=256: 0.9: 1.2, 1.2  1: 0.95, 1.07 (0.9, 1.0)   T=1024: 0.9: 1.8, 1.05  1: 1.1, 1.0 (1.06, 0.96)
+#         T=256: 0.9: 1.3, 1.2  1: 1.05, 1.07 (1.0, 1.0)   T=1024: 0.9: 1.8, 1.05  1: 1.1, 1.0 (1.06, 0.96)
 #   fp32  1.9-3.3 at 0.9 and 1, from 8 to 1024 tokens. torch's fp32 GEMMs are AVX2 on this processor, so that need not hold on one where
 #         they are not: of many tokens, above 0.9 dense is left to torch.
 CPU_UNTIL: dict[torch.dtype, tuple[tuple[float, float], ...]] = {
@@ -174,6 +174,10 @@ CPU_UNTIL: dict[torch.dtype, tuple[tuple[float, float], ...]] = {
     torch.bfloat16: ((math.inf, 1.0),),
 }
 """By dtype: (tokens at most, active fraction up to which the compiled kernels run), by rising number of tokens."""
+
+# fp32 by vectors of 4 without fused multiply-add (an old x86; aarch64 has that, and was not measured), against torch held to AVX2, gpt2,
+# one thread; time(F.linear) / time(cpu):   T=8: 0.5: 1.4  0.9: 0.9     T=64: 0.5: 0.93  0.9: 0.5     T=1024: 0.5: 0.66
+CPU_UNTIL_PORTABLE = ((4, 1.0), (8, 0.8), (64, 0.4), (math.inf, 0.3))
 
 
 # The same with int8 weights, where `masked` dequantises them at every call; time(masked) / time(cpu):
@@ -216,7 +220,9 @@ def cpu_always(dtype: torch.dtype, *, is_int8: bool) -> float:
 
 def _cpu_until(dtype: torch.dtype, *, is_int8: bool) -> tuple[tuple[float, float], ...]:
     """The rows that hold here: (tokens at most, active fraction)."""
-    if dtype is not torch.bfloat16 or "amx_bf16" not in cpu.isas():
+    if dtype is torch.float32 and not is_int8 and cpu.isa() == "portable":
+        return CPU_UNTIL_PORTABLE
+    if dtype is not torch.bfloat16 or "amx_bf16" not in cpu.isas():  # torch uses what the processor has, whatever we are told to use
         return (CPU_UNTIL_INT8 if is_int8 else CPU_UNTIL)[dtype]
     if is_int8:
         return CPU_UNTIL_AMX_INT8

@@ -96,10 +96,16 @@ def has_rows(weights: FFNWeights) -> bool:
 def is_recorded(x: Tensor) -> bool:
     """Whether somebody must see operators on ``x``, past whom the library may not be called.
 
-    That is torch.compile, torch.export or torch.jit.trace; a mode of torch's dispatcher; or a subclass of Tensor, which may have no memory
-    (FakeTensor).
+    That is torch.compile, torch.export or torch.jit.trace; a mode of torch's dispatcher or a transformation of torch.func; or a subclass
+    of Tensor, which may have no memory (FakeTensor).
     """
-    return torch.compiler.is_compiling() or type(x) not in _PLAIN or torch._C._len_torch_dispatch_stack() > 0 or torch._C._is_tracing()
+    return (
+        torch.compiler.is_compiling()
+        or type(x) not in _PLAIN
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._is_tracing()
+    )
 
 
 def unavailable() -> str | None:
@@ -117,12 +123,17 @@ def isas() -> tuple[str, ...]:
     return tuple(ISAS[i] for i in _available())
 
 
+def isa() -> str:
+    """The instruction set in use: the best one, or what `FORCE_ISA` names."""
+    return ISAS[_isa()]
+
+
 def describe() -> str:
     """One line for `moeify doctor`: instruction set and threads, or why the library is not there."""
     if isinstance(library := _library(), str):
         return library
     threads = "threads of torch's OpenMP" if _openmp() is not None else "one thread: no OpenMP runtime of torch found"
-    return f"{ISAS[_isa()]} (this processor has {', '.join(isas())}), {threads}"
+    return f"{isa()} (this processor has {', '.join(isas())}), {threads}"
 
 
 @dataclass(frozen=True)

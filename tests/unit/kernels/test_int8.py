@@ -175,7 +175,7 @@ def test_auto_takes_the_compiled_kernel_and_says_of_others_that_they_dequantise(
     assert "dequantises" in chosen.reason
     half = int8_ffn(16, 64, dtype=torch.bfloat16)
     with torch.no_grad():
-        busy, sparse = (explain(torch.randn(300, 16).bfloat16(), half, random_plan(300, 8, f), activation="relu")[0] for f in (0.9, 0.2))
+        busy, sparse = (explain(torch.randn(300, 16).bfloat16(), half, random_plan(300, 8, f), activation="relu")[0] for f in (0.9, 0.1))
         in_fp32 = explain(torch.randn(300, 16), weights, random_plan(300, 8, 1.0), activation="relu")[0]
     assert "above the crossover" in busy.reason
     assert sparse.chosen
@@ -278,21 +278,25 @@ def test_what_is_not_finite_in_a_token_stays_in_that_token(monkeypatch, isa, dty
     out = moe_ffn(x_TD, weights, plan, activation="silu", impl="cpu")
     assert not out[T // 2].isfinite().any()
     others = torch.arange(T) != T // 2
-    assert out[others].equal(clean[others]) and clean.isfinite().all()
+    assert clean.isfinite().all()
+    # They may be computed another way beside such a token.
+    torch.testing.assert_close(out[others], clean[others], rtol=2e-2, atol=2e-2 * clean.abs().max().item())
 
 
 @needs_library
 @pytest.mark.parametrize("isa", cpu.ISAS)
 @HALF_AND_FULL
 @pytest.mark.parametrize("T", [1, 9, 70])
-@pytest.mark.parametrize("size", [1e-20, 1e-3, 1e4], ids=str)
-def test_tokens_of_any_size_are_as_accurate_as_torch(monkeypatch, isa, dtype, T, size):
-    # One input is thirty times the others, about as much as a normalised token of this width can have.
+@pytest.mark.parametrize("size", [1e-36, 1e-20, 1e-3, 1e4], ids=str)
+@pytest.mark.parametrize("largest", [30, 200, 3000])
+def test_tokens_of_any_size_with_one_large_input_are_as_accurate_as_torch(monkeypatch, isa, dtype, T, size, largest):
+    # What multiplies the large input is as small, as in models that have learned to live with it: its own contribution hides nothing.
     if isa not in cpu.isas():
         pytest.skip(f"this processor has no {isa}")
     monkeypatch.setenv(cpu.FORCE_ISA, isa)
     weights, plan = int8_ffn(1030, 24, dtype=dtype), random_plan(T, 3, 0.7)
-    x_TD = torch.randn(T, 1030).mul_(size).index_fill(1, torch.tensor([7]), 30 * size).to(dtype)
+    weights.up_FD[:, 7] = weights.up_FD[:, 7].float().div(largest).round().to(torch.int8)
+    x_TD = torch.randn(T, 1030).mul_(size).index_fill(1, torch.tensor([7]), largest * size).to(dtype)
     out = moe_ffn(x_TD, weights, plan, activation="relu", impl="cpu")
     baseline = masked.moe_ffn(x_TD, weights.dequantized(dtype), plan, activation="relu")
     assert_as_accurate_as_torch(out, oracle=oracle_of(x_TD, weights, plan, activation="relu"), baseline=baseline)

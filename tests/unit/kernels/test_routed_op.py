@@ -153,9 +153,15 @@ def test_what_the_operator_remembers_keeps_no_memory_and_stays_small(monkeypatch
 def test_values_and_tensors_that_change_between_calls_are_seen():
     weights, router, x_TD = ffn_of(), router_of(TopK(k=2)), torch.randn(3, D)
 
+    activation = "silu"
+
+    def change_activation():
+        nonlocal activation
+        activation = "relu"
+
     def check():
-        found = routed_ffn(x_TD, weights=weights, router=router, activation="silu", impl="auto")
-        expected = cpu.Routed(weights, router, activation="silu")(x_TD)
+        found = routed_ffn(x_TD, weights=weights, router=router, activation=activation, impl="auto")
+        expected = cpu.Routed(weights, router, activation=activation)(x_TD)
         assert all(a.equal(b) for a, b in zip(found, expected, strict=True))
         return found[0]
 
@@ -166,6 +172,9 @@ def test_values_and_tensors_that_change_between_calls_are_seen():
         lambda: setattr(router.out_EW, "data", -router.out_EW.data),
         lambda: router.hidden_WD.mul_(-1),
         lambda: object.__setattr__(router, "knob", 3),
+        change_activation,
+        lambda: object.__setattr__(router, "rule", "dynk_max"),  # every expert's score is below three times the largest: one runs
+        lambda: object.__setattr__(router, "output", {"exp": "abs", "abs": "exp"}[router.output]),
         lambda: object.__setattr__(router, "always_on", (0, 1, 2)),
     ):
         change()
