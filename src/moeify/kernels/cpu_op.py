@@ -20,8 +20,9 @@ _Optional: TypeAlias = Tensor | None
 def moe_ffn(x_TD: Tensor, weights: FFNWeights, plan: DispatchPlan, *, activation: str) -> Tensor:
     """Sum of the selected experts' outputs. Arguments and result as in `reference.moe_ffn`.
 
-    Sums run in fp32 (int8 weights with bf16 x: exact sums of 16-bit integers, docs/numerics.md). The same input, number of threads and instruction set give the same bits. Weights whose rows are not contiguous are
-    copied at every call (`moeify.sites.store_by_neuron` avoids that). The backward pass is that of `grouped`; int8 weights get no gradient.
+    Sums run in fp32 (int8 weights with bf16 x: exact sums of 16-bit integers, docs/numerics.md). The same input, number of threads and
+    instruction set give the same bits. Weights whose rows are not contiguous are copied at every call (`moeify.sites.store_by_neuron`
+    avoids that). The backward pass is that of `grouped`; int8 weights get no gradient.
 
     Raises:
         KernelError: `cpu.refusal` says why.
