@@ -21,6 +21,7 @@ from .layers import MoEFFN, attach, detach, moe_layers
 from .routers import NormRouterConfig, RouterConfig, build_router
 from .select import RuleConfig, Threshold
 from .sites import FFNSite, dequantize_site, has_int8, permute_neurons, quantize_site, site_weights
+from .sparsity.activation import mark
 from .split import BalancedKMeans, Coactivation, ContiguousSplit, ExpertSplit, SplitConfig, parameter_features, split_neurons
 
 SCHEMA = 1
@@ -296,6 +297,7 @@ def to_dense(model: nn.Module) -> None:
         cast(Any, model).is_quantized = False
     if getattr(getattr(model, "config", None), "quantization_config", None) is not None:
         del cast(Any, model).config.quantization_config
+        mark(model)
 
 
 def manifest_of(model: nn.Module) -> Manifest:

@@ -21,6 +21,7 @@ from ..convert import Manifest, SiteRecord, manifest_of, rebuild, to_dense
 from ..errors import CheckpointError
 from ..layers import moe_layers
 from ..sites.int8 import Int8Linear
+from ..sparsity.activation import restore_activations
 from .registration import AUTO, QUANT_METHOD, is_loading, register
 
 _ROUTER = ".moe.router."
@@ -61,6 +62,7 @@ class MoeifyQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: nn.Module, checkpoint_files: Sequence[str] | None = None, **_: object
     ) -> nn.Module:
+        restore_activations(model)
         stored = self.quantization_config.manifest
         manifest = _resolve(model, stored)
         rebuild(model, manifest)

@@ -55,6 +55,7 @@ class _RegisterAfterImport(MetaPathFinder):
 
 def _register_now() -> None:
     # From the submodules, not from the package: the package may be in the middle of its own import.
+    from transformers.activations import ACT2FN
     from transformers.quantizers.auto import (
         AUTO_QUANTIZATION_CONFIG_MAPPING,
         AUTO_QUANTIZER_MAPPING,
@@ -62,12 +63,14 @@ def _register_now() -> None:
         register_quantizer,
     )
 
+    from ..sparsity.activation import UNRESTORED, UnrestoredActivation
     from .quantizer import MoeifyConfig, MoeifyQuantizer
 
     if QUANT_METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
         register_quantization_config(QUANT_METHOD)(MoeifyConfig)
     if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
         register_quantizer(QUANT_METHOD)(MoeifyQuantizer)
+    ACT2FN.setdefault(UNRESTORED, UnrestoredActivation)
 
 
 def is_loading(name: str) -> bool:

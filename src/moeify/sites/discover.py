@@ -191,7 +191,7 @@ def _screen(wiring: _Wiring, watched: Trace) -> float:
     gate, up = wiring.inputs(watched.calls)
     gate, up, h_RF = (None if gate is None else gate[:, ::step]), up[:, ::step], h_RF[:, ::step]
     eps = _eps(watched.calls[wiring.down].x_RD)
-    return min(_distance(h_RF, gate, up, name, eps=eps, eps_in=eps)[0] for name in ACTIVATIONS)
+    return min(_distance(h_RF, gate, up, name, eps=eps, eps_in=eps)[0] for name in watched.activations)
 
 
 def _distance(h_RF: Tensor, gate_RF: Tensor | None, up_RF: Tensor, activation: str, *, eps: float, eps_in: float) -> tuple[float, float]:
@@ -351,7 +351,7 @@ def _nearest(wiring: _Wiring, trace: Trace, *, swap: bool) -> tuple[float, float
     found = []
     for option in wirings:
         gate, up = option.inputs(trace.calls)
-        for name in ACTIVATIONS:
+        for name in trace.activations:
             error, relative = _distance(_exact(h_RF), gate, up, name, eps=_eps(h_RF), eps_in=_eps(torch.float32))
             found.append((error, relative, name, option))
     exact = min(found, key=lambda entry: entry[0])

@@ -3,11 +3,12 @@
 Letters: T tokens, D model width, F FFN width.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .site import FFNWeights
@@ -25,7 +26,33 @@ def _gelu_10(x: Tensor) -> Tensor:
     return F.gelu(x).clamp(-10, 10)
 
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+def _shifted_relu(x: Tensor, *, threshold: float) -> Tensor:
+    return F.relu(x - threshold)
+
+
+_SHIFTED = "shifted_relu:"
+
+
+class _Activations(dict[str, Callable[[Tensor], Tensor]]):
+    """The table, and every ``shifted_relu:t``: relu(z - t) for any number t."""
+
+    def __missing__(self, name: str) -> Callable[[Tensor], Tensor]:
+        if not _is_shifted(name):
+            raise KeyError(name)
+        return partial(_shifted_relu, threshold=float(name.removeprefix(_SHIFTED)))
+
+    def __contains__(self, name: object) -> bool:
+        return super().__contains__(name) or (isinstance(name, str) and _is_shifted(name))
+
+
+def _is_shifted(name: str) -> bool:
+    try:
+        return name.startswith(_SHIFTED) and math.isfinite(float(name.removeprefix(_SHIFTED)))
+    except ValueError:
+        return False
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = _Activations({
     "relu": F.relu,
     "gelu": F.gelu,
     "gelu_tanh": partial(F.gelu, approximate="tanh"),
@@ -37,8 +64,37 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "mish": F.mish,
     "hardswish": F.hardswish,
     "gelu_10": _gelu_10,
-}
-"""Elementwise functions that discovery recognises, by the name that sites and manifests store. All are near zero for negative input."""
+})
+"""Elementwise functions that discovery recognises, by the name that sites and manifests store. All are near zero for negative input.
+``shifted_relu:t`` (the module `ShiftedReLU`) belongs to it for every number t."""
+
+
+class ShiftedReLU(nn.Module):
+    """relu(z - t): silent up to the threshold t.
+
+    Source: Mirzadeh et al. 2024, arXiv:2310.04564, section 5.3.
+    """
+
+    def __init__(self, threshold: float) -> None:
+        super().__init__()
+        self.threshold = threshold
+
+    def forward(self, z: Tensor) -> Tensor:
+        """The function, elementwise."""
+        return _shifted_relu(z, threshold=self.threshold)
+
+    def extra_repr(self) -> str:
+        return f"{self.threshold}"
+
+    @property
+    def activation(self) -> str:
+        """Its name in `ACTIVATIONS`."""
+        return f"{_SHIFTED}{self.threshold!r}"
+
+
+def activation_names(model: nn.Module) -> tuple[str, ...]:
+    """Names of all functions that a model's FFNs may compute: the table, and the shifted ReLUs that stand in the model."""
+    return (*ACTIVATIONS, *dict.fromkeys(m.activation for m in model.modules() if isinstance(m, ShiftedReLU)))
 
 
 def ffn_hidden(x_TD: Tensor, weights: FFNWeights, *, activation: str) -> Tensor:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .formula import activation_names
 from .site import PLAIN_LINEAR_CLASSES, is_transposed, not_plain_reason
 
 _SAMPLED_ROWS = 32  # tokens kept per leaf: bounds the memory, whatever the size of the example
@@ -63,6 +64,8 @@ class Trace:
     """Modules that hold one matrix per expert and were called with a hidden state."""
     result: list[Tensor] = field(default_factory=list)
     """Every tensor in the model's own output."""
+    activations: tuple[str, ...] = ()
+    """Names of the functions that may stand between two leaves."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +86,7 @@ class Probe:
             edit: leaf -> function that gives its output instead.
             pins: leaf -> outputs of its calls in turn, given instead of what it computes.
         """
-        edit, pins, trace = edit or {}, pins or {}, Trace()
+        edit, pins, trace = edit or {}, pins or {}, Trace(activations=activation_names(self.model))
         with ExitStack() as stack:
             stack.enter_context(torch.random.fork_rng(devices=_cuda_devices(self.model)))
             for seed, (path, leaf) in enumerate(self.leaves.items()):
