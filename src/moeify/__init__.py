@@ -57,8 +57,14 @@ from .select import Threshold as Threshold
 from .select import TopK as TopK
 from .sites import FFNSite as FFNSite
 from .sites import find_ffn_sites as find_ffn_sites
+from .sparsity import ActivationConfig as ActivationConfig
 from .sparsity import ActivationProfile as ActivationProfile
+from .sparsity import EnforcementConfig as EnforcementConfig
+from .sparsity import enforce_sparsity as enforce_sparsity
 from .sparsity import profile_activations as profile_activations
+from .sparsity import set_activation as set_activation
+from .sparsity import set_mix as set_mix
+from .sparsity import sparsity_loss as sparsity_loss
 from .split import ExpertSplit as ExpertSplit
 from .split import split_neurons as split_neurons
 

@@ -14,8 +14,12 @@ REFUSED = {
     "ctrl": "no entry of CTRLLMHeadModel's config",
     "rwkv": "no module computes its relu2",
     "esm": "no module computes its gelu",
+    "dinov2-swiglu": "no entry of Dinov2Model's config",
 }
-RESTORED = {"bert", "electra", "distilbert", "albert", "falcon_h1"}
+RESTORED = {
+    "bert", "electra", "distilbert", "albert", "falcon_h1", "deepseek_v3", "llama4", "siglip", "siglip-vision", "switch_transformers",
+    "wav2vec2-conformer",
+}  # fmt: skip
 """A head or another part reads the same entry of the config, so that only moeify can load what was changed in the FFNs alone."""
 
 
@@ -27,6 +31,7 @@ def built(family):
 
 
 def output(model, inputs):
+    torch.manual_seed(0)  # ViTMAE and ViLT draw patches
     with torch.no_grad():
         result = model(**inputs)
     return next(v for v in result.values() if isinstance(v, torch.Tensor) and v.is_floating_point())
@@ -46,7 +51,7 @@ def test_activation_when_changed_is_found_and_survives_saving(family, tmp_path):
 
     model.save_pretrained(tmp_path)
     loaded = type(model).from_pretrained(tmp_path).eval()
-    assert torch.equal(output(loaded, inputs), after)
+    torch.testing.assert_close(output(loaded, inputs), after, rtol=0, atol=1e-6 * after.abs().max().item())  # Switch's buffers round
     assert hasattr(loaded.config, "moeify_activations") == (family in RESTORED)
 
 

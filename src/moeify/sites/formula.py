@@ -52,19 +52,21 @@ def _is_shifted(name: str) -> bool:
         return False
 
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = _Activations({
-    "relu": F.relu,
-    "gelu": F.gelu,
-    "gelu_tanh": partial(F.gelu, approximate="tanh"),
-    "silu": F.silu,
-    "quick_gelu": _quick_gelu,
-    "relu2": _relu2,
-    "relu6": F.relu6,
-    "leaky_relu": F.leaky_relu,
-    "mish": F.mish,
-    "hardswish": F.hardswish,
-    "gelu_10": _gelu_10,
-})
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = _Activations(
+    {
+        "relu": F.relu,
+        "gelu": F.gelu,
+        "gelu_tanh": partial(F.gelu, approximate="tanh"),
+        "silu": F.silu,
+        "quick_gelu": _quick_gelu,
+        "relu2": _relu2,
+        "relu6": F.relu6,
+        "leaky_relu": F.leaky_relu,
+        "mish": F.mish,
+        "hardswish": F.hardswish,
+        "gelu_10": _gelu_10,
+    }
+)
 """Elementwise functions that discovery recognises, by the name that sites and manifests store. All are near zero for negative input.
 ``shifted_relu:t`` (the module `ShiftedReLU`) belongs to it for every number t."""
 

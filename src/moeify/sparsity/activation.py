@@ -23,12 +23,13 @@ from ..errors import CheckpointError, ConfigError, UnsupportedModelError
 from ..sites.formula import ACTIVATIONS, ShiftedReLU
 from ..sites.site import FFNSite
 
-UNRESTORED = "moeify"
+UNRESTORED = "restored_by_moeify"
 """Value of a config entry that names no function of transformers; its loader refuses it."""
 RECORD = "moeify_activations"
 """Attribute of ``model.config`` with all that `restore_activations` needs."""
 
-_ALIASES = re.compile("|".join(("gelu.*", "swish", *map(re.escape, ACTIVATIONS))))
+_ALIASES = re.compile("|".join(("gelu.*", "swish", UNRESTORED, *map(re.escape, ACTIVATIONS))))
+_Signature = tuple[type, str, tuple[tuple[str, str], ...]]
 
 
 class SquaredReLU(nn.Module):
@@ -95,7 +96,7 @@ class ActivationConfig:
     activation: Literal["relu", "relu2"] = "relu"
     """ReLU, or its square."""
     threshold: float = 0.0
-    """t of relu(z - t), for relu only. Where the projection has a bias and nothing is annealed, t goes into it and the function is plain relu."""
+    """t of relu(z - t), for relu only. Where the projection has a bias and nothing is annealed, t goes into it, and the function is relu."""
     policy: dict[str, dict[str, Any] | None] = field(default_factory=dict)
     """Exceptions by site name, or by 're:' pattern on it: options to change there, or null to keep the FFN's function. An exact name wins,
     then the first matching pattern."""
@@ -209,8 +210,8 @@ def set_activation(
 
     Raises:
         ConfigError: an entry of the policy matches no site or has an unknown option, or ``mix`` outside [0, 1].
-        UnsupportedModelError: an FFN is converted, its function is no module that can be replaced, or the family's code fixes it, so that no
-            config could say that it was changed. Nothing has been changed then.
+        UnsupportedModelError: an FFN is converted, its function is no module that can be replaced, or the family's code fixes it, so that
+            no config could say that it was changed. Nothing has been changed then.
     """
     config = config or ActivationConfig()
     check_policy(config.policy, sites)
@@ -243,9 +244,9 @@ def set_activation(
             options = replace(options, threshold=0.0)
         end = options.build()
         old = model.get_submodule(path)
-        start = copy.copy(old.start if isinstance(old, BlendedActivation) else old)  # its own: families may share one between layers
+        start = old.start if isinstance(old, BlendedActivation) else old
         new = end if mix == 1 else BlendedActivation(start, end, mix=mix)
-        _put(model, path, new.train(old.training))
+        put_module(model, path, new.train(old.training))
         changed[name] = replace(site, activation=options.name)
     if entries is not None:
         entries.write(model)
@@ -289,7 +290,8 @@ def _fold(model: nn.Module, site: FFNSite, threshold: float) -> bool:
     return True
 
 
-def _put(model: nn.Module, path: str, module: nn.Module) -> None:
+def put_module(model: nn.Module, path: str, module: nn.Module) -> None:
+    """Put a module in the place of the one at a path."""
     parent, _, name = path.rpartition(".")
     setattr(model.get_submodule(parent), name, module)
 
@@ -317,11 +319,13 @@ class _Entries:
         """
         config = _original_config(model)
         original = _skeleton(model, config)
-        before = _leaves(original)
+        before = _signatures(original)
         decides = {}
         for entry, value in _names_in(config.to_dict()):
             try:
-                after = _leaves(_skeleton(model, _changed(config, {entry: _renamed(value, "relu" if _name(value) != "relu" else "silu")})))
+                after = _signatures(
+                    _skeleton(model, _changed(config, {entry: _renamed(value, "relu" if _name(value) != "relu" else "silu")}))
+                )
             except (KeyError, ValueError):  # an entry of another meaning
                 continue
             if after.keys() == before.keys() and (paths := frozenset(path for path in before if after[path] != before[path])):
@@ -333,8 +337,10 @@ class _Entries:
         names: dict[str, str] = {}
         hidden: dict[str, str] = {}
         modules: dict[str, dict[str, Any]] = {}
-        for entry, value in _names_in(self.config.to_dict()):
-            kinds = {path: self._kind(path, model.get_submodule(path)) for path in sorted(self.decides.get(entry, ()))}
+        values = dict(_names_in(self.config.to_dict()))
+        for entry, paths in self.decides.items():
+            value = values[entry]
+            kinds = {path: self._kind(path, model.get_submodule(path)) for path in sorted(paths)}
             changed = {path: kind for path, kind in kinds.items() if kind is not None}
             first = next(iter(changed.values()), {})
             if not changed:
@@ -354,7 +360,7 @@ class _Entries:
 
     def _kind(self, path: str, module: nn.Module) -> dict[str, Any] | None:
         """What to write about a module, as `_build` reads it; None where it is the original."""
-        if _leaf(module) == _leaf(self.original.get_submodule(path)):
+        if _signature(module) == _signature(self.original.get_submodule(path)):
             return None
         if isinstance(module, BlendedActivation):
             end = self._kind(path, module.end)
@@ -392,7 +398,10 @@ def restore_activations(model: nn.Module) -> None:
         for path, module in list(model.named_modules(remove_duplicate=False)):
             if isinstance(module, UnrestoredActivation):
                 kind = next((modules[p] for p in (path, prefix + path, path.removeprefix(prefix)) if p in modules), None)
-                _put(model, path, _build(kind, original.get_submodule(path)))
+                put_module(model, path, _build(kind, original.get_submodule(path)))
+            for key, value in _kept_names(module).items():
+                if _name(value) == UNRESTORED:
+                    setattr(module, key, getattr(original.get_submodule(path), key))
     except (KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"config.json: {RECORD} is damaged or of another model: {error}.") from error
 
@@ -417,13 +426,18 @@ def _skeleton(model: nn.Module, config: Any) -> nn.Module:
     return skeleton
 
 
-def _leaves(model: nn.Module) -> dict[str, tuple[type, str]]:
-    named = model.named_modules(remove_duplicate=False)
-    return {path: _leaf(module) for path, module in named if next(module.children(), None) is None}
+def _signatures(model: nn.Module) -> dict[str, _Signature]:
+    return {path: _signature(module) for path, module in model.named_modules(remove_duplicate=False)}
 
 
-def _leaf(module: nn.Module) -> tuple[type, str]:
-    return type(module), module.extra_repr()
+def _signature(module: nn.Module) -> _Signature:
+    """What of a module can change with an activation's name: the module that it is, and names that it keeps to look up itself (Mamba)."""
+    leaf = next(module.children(), None) is None
+    return type(module) if leaf else nn.Module, module.extra_repr() if leaf else "", tuple(sorted(_kept_names(module).items()))
+
+
+def _kept_names(module: nn.Module) -> dict[str, str]:
+    return {key: value for key, value in vars(module).items() if isinstance(value, str) and _ALIASES.fullmatch(_name(value))}
 
 
 def _plain(config: Any) -> Any:

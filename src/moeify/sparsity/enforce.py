@@ -29,7 +29,7 @@ from .._config import lookup
 from ..errors import ConfigError, UnsupportedModelError
 from ..sites.formula import ShiftedReLU
 from ..sites.site import FFNSite, in_decoder, token_mask_of
-from .activation import BlendedActivation, _put, check_patterns, check_policy, find_activation, matching_key
+from .activation import BlendedActivation, check_patterns, check_policy, find_activation, matching_key, put_module
 from .losses import EPS, LOSSES, Schedule, displace, scheduled_weight
 
 Target = Literal["auto", "activations", "preactivations", "products"]
@@ -43,7 +43,7 @@ class EnforcementConfig:
     loss: str = "hoyer"
     """Penalty of a token's activations: 'hoyer' (square-Hoyer, sum|a|^2 / sum a^2) or 'l1' (sum|a|)."""
     weight: float = 1e-3
-    """Final weight of the mean penalty beside the model's loss, at least 0. Square-Hoyer counts neurons, so F / 2 is common at the start."""
+    """Final weight of the mean penalty beside the model's loss, at least 0. Square-Hoyer counts neurons: F / 3 is common at the start."""
     on: Target = "auto"
     """What is penalised: 'activations' act(z) (of a gated FFN act(gate)); 'preactivations' max(z, delta) - delta; 'products', what the down
     projection reads (gated: act(gate) * up). 'auto': activations of ReLU-like functions, pre-activations of all others."""
@@ -136,17 +136,17 @@ class Enforcement:
             site.name: _Term(state, config, place, factor / len(enforced), in_decoder=in_decoder(model, site))
             for (site, factor), place in zip(enforced, places, strict=True)
         }
+        seen: set[nn.Module] = set()
+        for place in places:  # one object in several layers: a hook could not tell them apart
+            if (module := model.get_submodule(place.path)) in seen:
+                put_module(model, place.path, module := copy.deepcopy(module))
+            seen.add(module)
         self._handles: list[RemovableHandle] = [
             model.register_forward_pre_hook(state.begin, with_kwargs=True),
             model.register_forward_hook(state.end),
         ]
-        seen: set[nn.Module] = set()
         for term, place in zip(self._terms.values(), places, strict=True):
             module = model.get_submodule(place.path)
-            if module in seen:  # one object in several layers: a hook could not tell them apart
-                module = copy.copy(module)
-                _put(model, place.path, module)
-            seen.add(module)
             self._handles.append(
                 module.register_forward_pre_hook(term.on_input) if place.is_input else module.register_forward_hook(term.on_output)
             )
@@ -229,7 +229,9 @@ def _place(model: nn.Module, site: FFNSite, config: EnforcementConfig) -> _Place
         return _Place(site.down, is_input=True, is_signed=True)
     if on == "preactivations" and site.fused is None:
         return _Place(site.gate or site.up, is_input=False, delta=config.delta)
-    raise UnsupportedModelError(f"'{site.name}': no module computes its {site.activation}, so its {on} cannot be reached; try on='products'.")
+    raise UnsupportedModelError(
+        f"'{site.name}': no module computes its {site.activation}, so its {on} cannot be reached; try on='products'."
+    )
 
 
 class _State:
@@ -238,7 +240,8 @@ class _State:
     def __init__(self, model: nn.Module) -> None:
         # Tensors, so that compiled code reads them. The weight stays on the CPU: a number of no dimension goes with any device.
         self.weight = torch.zeros((), dtype=torch.float64, device="cpu")
-        self.scale = torch.ones((), dtype=torch.float32, device=next(model.parameters()).device)
+        device = next(model.parameters()).device
+        self.scale = torch.ones((), dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
         """Factor that multiplies the loss in this backward pass."""
         self.masks: dict[str, Tensor | None] = {"attention_mask": None, "decoder_attention_mask": None}
         self._names = list(inspect.signature(model.forward).parameters)

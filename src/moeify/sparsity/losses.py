@@ -2,8 +2,8 @@
 
 Letters: T tokens (any leading dimensions), F FFN width.
 
-Every penalty is a function of two sums over a token's neurons, s = sum |a_i| and q = sum a_i^2. Its value and its two partial derivatives are
-written down in one function of T numbers; all that touches T * F numbers is shared (here, and in `enforce` without autograd).
+Every penalty is a function of two sums over a token's neurons, s = sum |a_i| and q = sum a_i^2. Its value and its two partial derivatives
+are written down in one function of T numbers; all that touches T * F numbers is shared (here, and in `enforce` without autograd).
 """
 
 from collections.abc import Callable
@@ -56,7 +56,7 @@ def sparsity_loss(a_TF: Tensor, *, loss: str = "hoyer", mask_T: Tensor | None = 
     Returns:
         Scalar; 0 where no token is real.
 
-    Source: Szatkowski et al. 2024, arXiv:2310.04361v4, eq. 1 and 2 (eps 1e-15 and padding counted in their code). Kurtz et al. 2020, PMLR 119.
+    Source: Szatkowski et al. 2024, arXiv:2310.04361v4, eq. 1 and 2 (eps is 1e-15, and padding counts, in their code).
     """
     a_TF = a_TF.to(torch.promote_types(a_TF.dtype, torch.float32))
     value_T, _, _ = lookup(LOSSES, loss, where="loss")(a_TF.abs().sum(-1), a_TF.square().sum(-1), eps)
