@@ -49,6 +49,9 @@ class BlendedActivation(nn.Module):
         mix: in [0, 1].
     """
 
+    start: nn.Module
+    end: nn.Module
+
     def __init__(self, start: nn.Module, end: nn.Module, *, mix: float) -> None:
         super().__init__()
         # Not registered: to whoever looks for the FFN's activation, this is it, and not one of its parts.
@@ -96,7 +99,7 @@ class ActivationConfig:
     activation: Literal["relu", "relu2"] = "relu"
     """ReLU, or its square."""
     threshold: float = 0.0
-    """t of relu(z - t), for relu only. Where the projection has a bias and nothing is annealed, t goes into it, and the function is relu."""
+    """t of relu(z - t), for relu only. Where the projection has a bias and nothing is annealed, t goes there and the function is relu."""
     policy: dict[str, dict[str, Any] | None] = field(default_factory=dict)
     """Exceptions by site name, or by 're:' pattern on it: options to change there, or null to keep the FFN's function. An exact name wins,
     then the first matching pattern."""
@@ -254,23 +257,23 @@ def set_activation(
 
 
 def set_mix(model: nn.Module, mix: float) -> None:
-    """Move every annealed activation of a model on: ``mix`` is the share of the new function, in [0, 1]; 1 ends it.
+    """Move every annealed activation of a model on: ``mix`` is the share of the new function, in [0, 1]; 1 ends it for good, and may be
+    repeated.
 
     Cost: microseconds a layer, no host sync; at 1 the model's skeleton is built a few times, to write the final config.
 
     Raises:
-        ConfigError: ``mix`` outside [0, 1], or nothing is annealed.
+        ConfigError: ``mix`` outside [0, 1], or below 1 while nothing is annealed.
     """
-    blended = {path: m for path, m in model.named_modules() if isinstance(m, BlendedActivation)}
-    if not blended:
-        raise ConfigError(f"no activation of this {type(model).__name__} is annealed; call set_activation(..., mix=0.0) first.")
-    was_done = all(module.is_done for module in blended.values())
-    for module in blended.values():
+    blended = [m for m in model.modules() if isinstance(m, BlendedActivation) and not m.is_done]
+    if not blended and mix != 1:
+        raise ConfigError(f"no activation of this {type(model).__name__} is annealed, or it is no more; call set_activation(..., mix=0.0).")
+    for module in blended:
         module.set_mix(mix)
     config = getattr(model, "config", None)
-    if not hasattr(config, "to_dict") or (was_done and mix == 1):
+    if not blended or not hasattr(config, "to_dict"):
         return
-    if was_done or mix == 1:
+    if mix == 1:
         _Entries.of(model).write(model)
     else:
         for kind in getattr(config, RECORD)["modules"].values():
@@ -375,7 +378,7 @@ def mark(model: nn.Module) -> None:
     config = getattr(model, "config", None)
     quantization = getattr(config, "quantization_config", None)
     if hasattr(config, RECORD) and quantization is None:
-        cast(Any, config).quantization_config = {"quant_method": "moeify", "sites": []}
+        cast(Any, config).quantization_config = {"quant_method": "moeify", "schema": 1, "sites": []}  # a manifest without a site
     elif quantization is not None and not hasattr(config, RECORD):
         data = quantization if isinstance(quantization, Mapping) else quantization.to_dict()
         if data.get("quant_method") == "moeify" and not data["sites"]:

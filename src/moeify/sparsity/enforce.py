@@ -348,7 +348,7 @@ class _Inject(torch.autograd.Function):
         ctx.save_for_backward(a, slope_s, slope_q, scale)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         a, slope_s, slope_q, scale = ctx.saved_tensors
         scale = _read_scale(scale, grad)
         slope_s, slope_q = slope_s * scale, slope_q * scale

@@ -140,8 +140,9 @@ def test_set_mix_when_annealing_goes_from_the_old_function_to_the_new(tmp_path):
     again = reloaded(loaded, tmp_path / "done")
     assert torch.equal(logits(again, inputs), logits(model, inputs))
     assert not any(isinstance(module, BlendedActivation) for module in again.modules())
-    set_mix(model, 0.5)
-    assert torch.equal(logits(reloaded(model, tmp_path / "back"), inputs), logits(model, inputs))
+    set_mix(model, 1.0)
+    with pytest.raises(ConfigError, match="no more"):
+        set_mix(model, 0.5)
 
 
 def test_set_mix_when_compiled_compiles_again_only_at_the_end():
