@@ -237,7 +237,8 @@ def read_manifest(directory: Path) -> Manifest:
     except (OSError, ValueError) as error:
         raise CheckpointError(f"'{path}' cannot be read: {_first_line(error)}") from error
     stored = config.get("quantization_config") if isinstance(config, dict) else None
-    if not isinstance(stored, dict) or stored.get("quant_method") != QUANT_METHOD:
+    # Without a site it only makes from_pretrained restore activations.
+    if not isinstance(stored, dict) or stored.get("quant_method") != QUANT_METHOD or not stored.get("sites"):
         raise CheckpointError(f"'{path}' is of a dense model; convert it first.")
     return Manifest.from_dict({k: v for k, v in stored.items() if k != "quant_method"}, where=str(path))
 

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM, LlamaModel
 
 from moeify.convert import ConvertConfig, convert, to_dense
 from moeify.errors import CheckpointError, ConfigError, UnsupportedModelError
-from moeify.hf.checkpoint import load_model
+from moeify.hf.checkpoint import load_model, read_manifest
 from moeify.sites import find_ffn_sites
 from moeify.sparsity import ActivationConfig, set_activation, set_mix
 from moeify.sparsity.activation import RECORD, UNRESTORED, BlendedActivation, find_activation
@@ -88,6 +88,8 @@ def test_set_activation_when_the_config_cannot_say_it_is_restored_or_fails(confi
     bare = LlamaModel.from_pretrained(tmp_path / "a").eval()
     with torch.no_grad():
         assert torch.equal(model.lm_head(logits(bare, inputs)), after)
+    with pytest.raises(CheckpointError, match="is of a dense model"):
+        read_manifest(tmp_path / "a")
     done = load_without_moeify(tmp_path / "a")
     assert done.returncode != 0
     assert UNRESTORED in done.stderr
@@ -111,7 +113,23 @@ def test_set_activation_when_the_projection_has_a_bias_moves_the_threshold_into_
         assert hasattr(shifted.config, RECORD)
 
 
-def test_set_activation_when_policy_leaves_one_reports_the_folded_function():
+def test_set_activation_when_gate_and_up_are_one_projection_shifts_the_gate_half():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.both, self.act, self.down = nn.Linear(8, 64), nn.SiLU(), nn.Linear(32, 8)
+
+        def forward(self, x):
+            gate, up = self.both(x).chunk(2, -1)
+            return self.down(self.act(gate) * up)
+
+    net = Net()
+    before = net.both.bias.detach().clone()
+    set_activation(net, find_ffn_sites(net, {"x": torch.randn(5, 8)}), ActivationConfig(threshold=0.5))
+    torch.testing.assert_close(net.both.bias, before - 0.5 * (torch.arange(64) < 32))
+
+
+def test_set_activation_when_the_threshold_is_in_the_bias_reports_plain_relu():
     model, inputs = build("gpt2")
     changed = set_activation(model, find_ffn_sites(model, inputs), ActivationConfig(threshold=0.5))
     assert find_ffn_sites(model, inputs) == changed
