@@ -31,6 +31,8 @@ def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
 
         return poisoned
 
+    with torch.device("meta"):  # torch remembers at the first such block which functions take a device: ours must not be among them
+        torch.empty(0)
     monkeypatch.setattr(torch, "empty", poison(torch.empty))
     monkeypatch.setattr(torch, "empty_like", poison(torch.empty_like))
     monkeypatch.setattr(torch, "empty_strided", poison(torch.empty_strided))

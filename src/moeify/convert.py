@@ -7,7 +7,6 @@ FFN. Names and shapes of the model's own parameters do not change: a converted c
 router tensors (decision D2).
 """
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, cast
@@ -20,7 +19,17 @@ from .errors import CheckpointError, ConfigError, UnsupportedModelError
 from .layers import MoEFFN, attach, detach, moe_layers
 from .routers import NormRouterConfig, RouterConfig, build_router
 from .select import RuleConfig, Threshold
-from .sites import FFNSite, dequantize_site, has_int8, permute_neurons, quantize_site, site_weights
+from .sites import (
+    FFNSite,
+    check_patterns,
+    check_policy,
+    dequantize_site,
+    has_int8,
+    options_for,
+    permute_neurons,
+    quantize_site,
+    site_weights,
+)
 from .sparsity.activation import mark
 from .split import BalancedKMeans, Coactivation, ContiguousSplit, ExpertSplit, SplitConfig, parameter_features, split_neurons
 
@@ -53,12 +62,7 @@ class ConvertConfig:
             raise ConfigError(f"expert_size must be at least 1, got {self.expert_size}.")
         if self.always_on < 0:
             raise ConfigError(f"always_on must be at least 0, got {self.always_on}.")
-        for key in self.policy:
-            if key.startswith("re:"):
-                try:
-                    re.compile(key[3:])
-                except re.error as error:
-                    raise ConfigError(f"policy {key!r} is not a regular expression: {error}.") from error
+        check_patterns(self.policy)
 
     def split_method(self, *, default: SplitConfig) -> SplitConfig:
         """The split, or ``default`` where none is set, with ``seed`` added to its own."""
@@ -71,14 +75,7 @@ class ConvertConfig:
         Raises:
             ConfigError: a policy entry has an unknown option.
         """
-        key = name if name in self.policy else next((k for k in self.policy if k.startswith("re:") and re.fullmatch(k[3:], name)), None)
-        if key is None:
-            return self
-        change = self.policy[key]
-        if change is None:
-            return None
-        base = {k: v for k, v in _config.to_dict(self).items() if k != "policy"}
-        return _config.from_dict(ConvertConfig, base | change, where=f"policy[{key!r}]")
+        return options_for(self, self.policy, name)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,9 +146,7 @@ def plan_conversion(model: nn.Module, sites: Sequence[FFNSite], config: ConvertC
         UnsupportedModelError: nothing is left to convert, a site is converted already or its weights cannot be permuted, or they hold NaN
             or infinity.
     """
-    for key in config.policy:
-        if not any(s.name == key or (key.startswith("re:") and re.fullmatch(key[3:], s.name)) for s in sites):
-            raise ConfigError(f"policy {key!r} matches no FFN{_config.did_you_mean(key, [s.name for s in sites])}")
+    check_policy(config.policy, sites)
     plan = []
     for site in sites:
         options = config.for_site(site.name)

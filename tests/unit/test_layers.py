@@ -12,6 +12,7 @@ from ffn_cases import loop_over_tokens, map_weights
 from tiny import convert_tiny, tiny_inputs, tiny_llama
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -1498,3 +1499,34 @@ def test_hidden_dropout_by_any_attribute_name_counts_as_dropout_inside_the_ffn()
     assert not _drops_activations(host, names)
     host.hidden_dropout = 0.1
     assert _drops_activations(host, names)
+
+
+@needs_library
+def test_other_strides_in_the_same_place_are_seen_by_the_native_call():
+    net, x_TD = routed_net(num_tokens=2, rule=DynKMax(tau=0.0))
+    weight = net.mlp.up.weight
+    F, D = weight.shape
+    wide = torch.randn(2 * F * D)
+    with torch.no_grad():
+        weight.data = wide[: F * D].view(F, D)
+        before = net(x_TD)
+        weight.data = wide.as_strided((F, D), (2 * D, 1))
+        found = net(x_TD)
+        set_impl(net, "reference")
+        torch.testing.assert_close(found, net(x_TD))
+    assert not found.equal(before)
+
+
+@needs_library
+def test_forward_mode_gradients_of_a_layer_are_those_of_the_pieces():
+    net, x_TD = routed_net(num_tokens=2, rule=DynKMax(tau=0.0))
+
+    def tangent():
+        with torch.no_grad(), forward_ad.dual_level():
+            return forward_ad.unpack_dual(net(forward_ad.make_dual(x_TD, torch.ones_like(x_TD)))).tangent
+
+    with torch.no_grad():
+        net(x_TD)  # the native call is made
+    found = tangent()
+    set_impl(net, "reference")
+    torch.testing.assert_close(found, tangent())

@@ -85,7 +85,9 @@ def _settled(x_TD: Tensor, weights: FFNWeights, plan: DispatchPlan, *, activatio
     """
     mask_TE = plan.mask_TE
     num_tokens, num_experts = mask_TE.shape
-    if impl not in ("auto", "cpu") or not (x_TD.is_cpu and mask_TE.is_cpu) or cpu.is_recorded(x_TD) or torch.is_autocast_enabled("cpu"):
+    if impl not in ("auto", "cpu") or not (x_TD.is_cpu and mask_TE.is_cpu):
+        return None
+    if cpu.is_recorded(x_TD) or cpu.wants_tangents() or torch.is_autocast_enabled("cpu"):
         return None
     ffn = cpu.described(weights, num_experts=num_experts, activation=activation, dtype=x_TD.dtype)
     if ffn is None or x_TD.shape != (num_tokens, ffn.d_in):

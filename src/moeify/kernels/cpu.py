@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 from ..errors import KernelError
@@ -73,7 +74,12 @@ class _Router(ctypes.Structure):
 
 def refusal(x_TD: Tensor, *, activation: str) -> str | None:
     """Why the compiled kernels cannot compute this; None if they can. No host sync."""
-    return _refusal(x_TD.device, x_TD.dtype, activation)
+    return "it has no forward-mode gradients" if wants_tangents() else _refusal(x_TD.device, x_TD.dtype, activation)
+
+
+def wants_tangents() -> bool:
+    """Whether forward-mode gradients are being computed, of which native code knows nothing."""
+    return forward_ad._current_level >= 0
 
 
 def _refusal(device: torch.device, dtype: torch.dtype, activation: str) -> str | None:

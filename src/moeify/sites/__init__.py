@@ -8,6 +8,10 @@ from .formula import ACTIVATIONS as ACTIVATIONS
 from .formula import ShiftedReLU as ShiftedReLU
 from .formula import ffn_dense as ffn_dense
 from .formula import ffn_hidden as ffn_hidden
+from .policy import check_patterns as check_patterns
+from .policy import check_policy as check_policy
+from .policy import matching_key as matching_key
+from .policy import options_for as options_for
 from .site import FFNSite as FFNSite
 from .site import FFNWeights as FFNWeights
 from .site import dequantize_site as dequantize_site

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from .. import _config
 from ..errors import CheckpointError, ConfigError, UnsupportedModelError
 from ..sites.formula import ACTIVATIONS, ShiftedReLU
+from ..sites.policy import check_patterns, check_policy, options_for
 from ..sites.site import FFNSite
 
 UNRESTORED = "restored_by_moeify"
@@ -118,42 +119,13 @@ class ActivationConfig:
 
     def for_site(self, name: str) -> "ActivationConfig | None":
         """The options at one site, the policy applied; None where its function stays."""
-        key = matching_key(self.policy, name)
-        if key is None:
-            return self
-        change = self.policy[key]
-        if change is None:
-            return None
-        base = {"activation": self.activation, "threshold": self.threshold}
-        return _config.from_dict(ActivationConfig, base | change, where=f"policy[{key!r}]")
+        return options_for(self, self.policy, name)
 
     def build(self) -> nn.Module:
         """A module that computes it."""
         if self.threshold:
             return ShiftedReLU(self.threshold)
         return nn.ReLU() if self.activation == "relu" else SquaredReLU()
-
-
-def check_patterns(policy: Mapping[str, Any]) -> None:
-    """Refuse a policy one of whose keys is no regular expression behind its 're:'."""
-    for key in policy:
-        if key.startswith("re:"):
-            try:
-                re.compile(key[3:])
-            except re.error as error:
-                raise ConfigError(f"policy {key!r} is not a regular expression: {error}.") from error
-
-
-def matching_key(policy: Mapping[str, Any], name: str) -> str | None:
-    """The key of a policy that holds for a site: its exact name, else the first 're:' pattern that matches all of it."""
-    return name if name in policy else next((k for k in policy if k.startswith("re:") and re.fullmatch(k[3:], name)), None)
-
-
-def check_policy(policy: Mapping[str, Any], sites: Sequence[FFNSite]) -> None:
-    """Refuse a policy one of whose keys matches no site."""
-    for key in policy:
-        if not any(matching_key({key: None}, site.name) for site in sites):
-            raise ConfigError(f"policy {key!r} matches no FFN{_config.did_you_mean(key, [s.name for s in sites])}")
 
 
 def find_activation(model: nn.Module, site: FFNSite) -> str | None:

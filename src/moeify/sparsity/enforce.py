@@ -28,8 +28,9 @@ from torch.utils.hooks import RemovableHandle
 from .._config import lookup
 from ..errors import ConfigError, UnsupportedModelError
 from ..sites.formula import ShiftedReLU
+from ..sites.policy import check_patterns, check_policy, matching_key
 from ..sites.site import FFNSite, in_decoder, token_mask_of
-from .activation import BlendedActivation, check_patterns, check_policy, find_activation, matching_key, put_module
+from .activation import BlendedActivation, find_activation, put_module
 from .losses import EPS, LOSSES, Schedule, scheduled_weight
 
 Target = Literal["auto", "activations", "preactivations", "products"]

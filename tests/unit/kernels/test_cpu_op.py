@@ -12,6 +12,7 @@ import pytest
 import torch
 from ffn_cases import loop_over_tokens, map_weights, random_ffn, random_plan, tensors_of
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.autograd import forward_ad
 
 from moeify import kernels
 from moeify.errors import KernelError
@@ -284,3 +285,21 @@ def test_portable_vectors_leave_many_tokens_of_nearly_every_expert_to_dense(monk
         assert explain(x_TD, weights, plan, activation="silu")[0].chosen == (cpu.isa() != "portable")
         monkeypatch.setenv(cpu.FORCE_ISA, "portable")
         assert "above the crossover" in explain(x_TD, weights, plan, activation="silu")[0].reason
+
+
+@needs_library
+@pytest.mark.parametrize("grad", [False, True])
+def test_forward_mode_gradients_are_those_of_the_plain_kernels_or_refused(grad):
+    weights, plan = by_neuron(random_ffn(16, 24)), build_plan(torch.ones(3, 3, dtype=torch.bool))
+    x_TD, tangent_TD = torch.randn(3, 16), torch.randn(3, 16)
+
+    def tangent_of(impl):
+        with torch.set_grad_enabled(grad), forward_ad.dual_level():
+            out = moe_ffn(forward_ad.make_dual(x_TD, tangent_TD), weights, plan, activation="silu", impl=impl)
+            return forward_ad.unpack_dual(out).tangent
+
+    with torch.no_grad():
+        moe_ffn(x_TD, weights, plan, activation="silu")  # remembered: the fast way must look, too
+    torch.testing.assert_close(tangent_of("auto"), tangent_of("reference"))
+    with pytest.raises(KernelError, match="no forward-mode gradients"):
+        tangent_of("cpu")

@@ -2,7 +2,6 @@
 
 import copy
 import json
-import os
 import warnings
 
 import pytest
@@ -364,10 +363,10 @@ def test_enforce_sparsity_on_a_converted_model_is_refused():
 # ---- several processes
 
 
-def _rank(rank, port, kind, path):
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE="2")
+def _rank(rank, kind, directory):
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
+    # Through a file: a port may be another's, or still the last test's.
+    torch.distributed.init_process_group("gloo", init_method=f"file://{directory}/meet", rank=rank, world_size=2)
     model, sites = model_of()
     enforcement = enforce_sparsity(model, sites, config_of())
     if kind == "ddp":
@@ -384,7 +383,8 @@ def _rank(rank, port, kind, path):
     wrapped(**part).loss.backward()
     found = {n: (p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad) for n, p in model.named_parameters()}
     if rank == 0:
-        torch.save((found, enforcement.values()), path)
+        torch.save((found, enforcement.values()), directory / "found.pt")
+    torch.distributed.barrier()  # who leaves first takes the connection along
     torch.distributed.destroy_process_group()
 
 
@@ -397,8 +397,7 @@ def test_enforce_sparsity_when_two_processes_train_is_the_mean_of_both(llama, ki
         explicit = explicit + (loss + WEIGHT * term) / 2
     explicit.backward()
     wanted = grads_of(model)
-    port = 29500 + os.getpid() % 1000
-    torch.multiprocessing.spawn(_rank, (port, kind, tmp_path / "found.pt"), nprocs=2)
+    torch.multiprocessing.spawn(_rank, (kind, tmp_path), nprocs=2)
     found, values = torch.load(tmp_path / "found.pt", weights_only=True)
     same(found, wanted)
     assert len(values) == 2
