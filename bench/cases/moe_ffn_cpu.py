@@ -8,7 +8,8 @@ kernel; its own router selects the same fraction.
 The sides take turns call by call, each on another of many layers, so that weights come from memory and not from the cache, and every call
 has a new selection. Weights and inputs are random; so are the masks (every token draws its own, the worst case) unless ``--converted``
 names a model whose own routers select on text. Random inputs leave half of a ReLU's neurons on; trained ones have fewer. With int8 weights
-the dense side has the floating ones that they stand for; ``over_float`` is ours on those floating weights over ours on int8 ones.
+the dense side has the floating ones that they stand for; ``over_float`` is ours on those floating weights over ours on int8 ones,
+``call_over_float`` the same of the library's calls alone, made ready before: without the Python that checks and chooses.
 
 Letters: T tokens, D model width, F FFN width, E experts, L layers.
 """
@@ -31,7 +32,7 @@ from bench.common import DTYPES, p80_over_p20, whole_numbers, words
 from moeify import DataConfig, load_model, moe_layers
 from moeify._config import lookup
 from moeify.errors import ConfigError
-from moeify.kernels import build_plan, explain, moe_ffn
+from moeify.kernels import build_plan, cpu, explain, moe_ffn
 from moeify.layers import ActiveRecorder, MoEFFN, attach
 from moeify.pipeline import calibration_batches
 from moeify.quantize import quantize
@@ -220,6 +221,8 @@ def _measure(sides: _Sides, masks: Masks, T: int, fraction: float, *, rounds: in
     }
     if "float" in medians:
         row["over_float"] = medians["float"] / medians["ours"]
+    if "float_call" in medians:
+        row["call_over_float"] = medians["float_call"] / medians["call"]
     if "compiled" in medians:
         row["compiled_over_ours"] = medians["compiled"] / medians["ours"]
     return row
@@ -243,6 +246,13 @@ def _sides(shape: Shape, layers: Sequence[_Layer], inputs_NTD: Tensor, *, compil
     def ours_on(weights: Sequence[FFNWeights]) -> Callable[[int, Tensor], Tensor]:
         return lambda i, mask_TE: moe_ffn(x_TD, weights[i], build_plan(mask_TE), activation=shape.activation)
 
+    def calls_on(weights: Sequence[FFNWeights]) -> Callable[[int, Tensor], Tensor]:
+        options: Any = {"activation": shape.activation}
+        for one in weights:
+            cpu.run(x_TD, one, torch.zeros(x_TD.shape[0], shape.num_experts or 1, dtype=torch.bool), **options)
+        ready = [cpu.described(one, num_experts=shape.num_experts or 1, dtype=x_TD.dtype, **options) for one in weights]
+        return lambda i, mask_TE: cpu.call(ready[i], x_TD, mask_TE)
+
     def chosen(mask_TE: Tensor) -> str:
         candidates = explain(x_TD, layers[0].ours, build_plan(mask_TE), activation=shape.activation)
         return next(c.name for c in candidates if c.chosen)
@@ -261,6 +271,8 @@ def _sides(shape: Shape, layers: Sequence[_Layer], inputs_NTD: Tensor, *, compil
     }
     if floating := [layer.floating for layer in layers if layer.floating is not None]:
         calls["float"] = ours_on(floating)
+        if cpu.unavailable() is None:
+            calls |= {"call": calls_on([layer.ours for layer in layers]), "float_call": calls_on(floating)}
     if compiled:
         torch.compiler.reset()  # each shape is a compilation of its own, of which there is a limit
         calls["compiled"] = dense_by(torch.compile(linears, dynamic=False))

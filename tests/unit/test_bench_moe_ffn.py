@@ -108,6 +108,7 @@ def test_expert_sizes_and_int8_weights_are_rows_of_their_own(small, tmp_path):
         assert ("over_float" in row) == (row["weights"] == "int8")
         if row["weights"] == "int8":
             assert_allclose(row["over_float"], row["float_us"] / row["ours_us"])
+            assert ("call_over_float" in row) == (cpu.unavailable() is None)
 
 
 @pytest.mark.slow
