@@ -31,7 +31,7 @@ from .pipeline import CalibrationConfig
 from .routers import ROUTERS, NormRouterConfig
 from .select import RULES, Rule
 from .split import SPLITS
-from .train.stages import RouterTrainConfig
+from .train.fit import RouterTrainConfig
 
 BUG, BAD_INPUT, INTERRUPTED = 1, 2, 130
 _WIDEST = 140

@@ -25,8 +25,8 @@ from moeify.select import RULES
 from moeify.sites import FFNSite
 from moeify.sparsity.profile import ActivationProfile
 from moeify.split import SPLITS
+from moeify.train.fit import RouterTrainConfig
 from moeify.train.loop import TrainConfig
-from moeify.train.stages import RouterTrainConfig
 
 TABLES = {"rules": RULES, "splits": SPLITS, "routers": {name: config for name, (config, _) in ROUTERS.items()}}
 TAGGED = [cls for table in TABLES.values() for cls in table.values()]

@@ -16,8 +16,8 @@ from moeify.routers import ROUTERS
 from moeify.select import RULES
 from moeify.sites import FFNSite
 from moeify.split import SPLITS
+from moeify.train.fit import RouterTrainConfig
 from moeify.train.loop import TrainConfig
-from moeify.train.stages import RouterTrainConfig
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,7 +23,7 @@ from ..select import RULES, RuleConfig
 from ..select.calibrate import Calibrator, Scope
 from ..sites import find_ffn_sites, site_weights
 from ..train.capture import FFNInputs, capture_ffn_inputs, fast_dtype
-from ..train.stages import FittedSite, RouterTrainConfig, fit_site
+from ..train.fit import FittedSite, RouterTrainConfig, fit_site
 from .heldout import card_rows, int8_rows, measure_converted
 from .inputs import calibration_batches, hold_out
 from .names import torch_device, torch_dtype

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError
 from ..hf.checkpoint import MANIFEST_FILE, read_calibration, remove_folder
-from ..train.stages import FittedSite
+from ..train.fit import FittedSite
 
 RUN_FILE = "run.json"
 """What tells one conversion from another; also the mark that the folder is ours."""

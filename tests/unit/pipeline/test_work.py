@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from moeify.errors import CheckpointError
 from moeify.pipeline import work as state
 from moeify.pipeline.work import finished_record, open_work, read_fitted, remove_work, run_id, write_fitted
-from moeify.train.stages import FittedSite
+from moeify.train.fit import FittedSite
 
 RUN = {"source": "a", "weights": "0"}
 
