@@ -200,17 +200,37 @@ def score_router(
     return scores_TE, captured
 
 
+def router_targets(norms_TE: Tensor, *, output: str) -> tuple[Tensor, Tensor]:
+    """What a norm router is regressed to, in place of ``norms_TE``, and the scale that it is in: the root mean square of the norms.
+
+    t = max((norm / scale)^2, 1e-4) for "exp", norm / scale for "abs"
+    """
+    # The largest norm decides the scale of the squared error. The Gamma deviance has none, but needs a floor: towards an expert that is
+    # silent (ReLU: exactly) z falls without end, and where it then fires t exp(-z) explodes; scores came out up to 20x too large.
+    scale = (norms_TE.norm() / norms_TE.numel() ** 0.5).clamp_min(1e-12)
+    targets_TE = norms_TE.div_(scale)  # in place: T * E numbers are the largest thing here beside the inputs
+    return targets_TE.square_().clamp_min_(_SILENT_ENERGY) if output == "exp" else targets_TE, scale
+
+
+def router_loss(z_TE: Tensor, targets_TE: Tensor, *, output: str) -> Tensor:
+    """Mean over tokens and experts of the Gamma deviance ``t exp(-z) + z`` ("exp"), or of the squared error ``(|z| - t)^2`` ("abs").
+
+    Args:
+        z_TE: raw scores in units of `router_targets`' scale.
+        targets_TE: from `router_targets`.
+        output: `NormRouterConfig.output`.
+    """
+    if output == "exp":
+        return (targets_TE * torch.exp(-z_TE.clamp(-30, 30)) + z_TE).mean()
+    return (z_TE.abs() - targets_TE).square().mean()
+
+
 def _fit_norm_router(router: NormRouter, x_TD: Tensor, norms_TE: Tensor, config: RouterTrainConfig) -> None:
     log_link = router.config.output == "exp"
     mean_D, std_D = _mean_and_std(x_TD)
     # A channel that hardly varies must not be blown up: bfloat16 may have rounded its variation away, which the deployed router would see.
     std_D = std_D.maximum(2**-8 * mean_D.abs()).maximum(1e-3 * std_D.mean()).clamp_min(1e-6)
-    # The largest norm decides the scale of the squared error. The Gamma deviance has none, but needs a floor: towards an expert that is
-    # silent (ReLU: exactly) z falls without end, and where it then fires t exp(-z) explodes; scores came out up to 20x too large.
-    scale = (norms_TE.norm() / norms_TE.numel() ** 0.5).clamp_min(1e-12)
-    targets_TE = norms_TE.div_(scale)  # in place: T * E numbers are the largest thing here beside the inputs
-    if log_link:
-        targets_TE = targets_TE.square_().clamp_min_(_SILENT_ENERGY)
+    targets_TE, scale = router_targets(norms_TE, output=router.config.output)
     with torch.no_grad():  # start from what is known without looking at x: each expert's mean
         mean_E = targets_TE.mean(0)
         router.out.bias.copy_(mean_E.clamp_min(1e-8).log() if log_link else mean_E)
@@ -220,8 +240,7 @@ def _fit_norm_router(router: NormRouter, x_TD: Tensor, norms_TE: Tensor, config:
 
     def loss_of(rows: Tensor) -> Tensor:
         z_TE = router.raw_scores((x_TD[rows].float() - mean_D) / std_D)
-        t_TE = targets_TE[rows]
-        return (t_TE * torch.exp(-z_TE.clamp(-30, 30)) + z_TE).mean() if log_link else (z_TE.abs() - t_TE).square().mean()
+        return router_loss(z_TE, targets_TE[rows], output=router.config.output)
 
     _adam(router, loss_of, x_TD.shape[0], config)
     with torch.no_grad():  # fold standardisation and scale into the weights: the deployed router reads x as it is
