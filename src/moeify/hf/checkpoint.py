@@ -9,7 +9,6 @@ import importlib.util
 import json
 import os
 import re
-import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -21,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from .._config import did_you_mean
+from .._files import remove_folder
 from .._progress import NO_PROGRESS, Progress
 from ..convert import Manifest, stamp
 from ..errors import CheckpointError, MoeifyError, UnsupportedModelError
@@ -193,16 +193,6 @@ def recover(out: Path) -> None:
         if out.is_dir():
             out.rmdir()
         replaced.rename(out)
-
-
-def remove_folder(folder: Path, *, last: str) -> None:
-    """Delete a folder, the file that says whose it is at the end: what remains if this is killed is still known to be ours."""
-    for child in folder.iterdir():
-        if child.is_dir() and not child.is_symlink():
-            shutil.rmtree(child)
-        elif child.name != last:
-            child.unlink()
-    shutil.rmtree(folder)
 
 
 def read_calibration(directory: Path) -> dict[str, Any]:

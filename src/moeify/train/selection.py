@@ -48,7 +48,7 @@ class SelectionConfig:
     routers: Literal["frozen", "norms", "straight_through", "both"] = "norms"
     """What routers learn from: nothing; the output norms of the present experts; the task's loss through the selection; or both."""
     router_weight: float = 1.0
-    """Weight of the mean over layers of the routers' regression, beside the model's loss; greater than 0. It reaches nothing but routers."""
+    """Weight of the mean over layers of the routers' regression, beside the model's loss; greater than 0. It moves nothing but routers."""
     router_tokens: int = 512
     """Tokens of a batch, evenly spaced, that the routers' regression is made on."""
     temperature: float = 0.5
@@ -111,7 +111,7 @@ class SelectionTraining:
         if wanted in ("norms", "both"):
             if not isinstance(router, NormRouter):
                 raise ConfigError(
-                    f"'{name}' has a {router.config.name} router, which is no regression of norms; use routers='straight_through' or 'frozen'."
+                    f"'{name}' has a {router.config.name} router, which predicts no norms; use routers='straight_through' or 'frozen'."
                 )
             if reason := not_plain_reason(layer.down_projection()):
                 raise UnsupportedModelError(f"'{name}': its down projection {reason}, so the experts' norms are not known; freeze routers.")
@@ -120,7 +120,7 @@ class SelectionTraining:
 
     def set_step(self, step: int) -> None:
         """Draw the active fraction of an optimizer step."""
-        self.active = random.Random(f"{self._seed}:{step}").uniform(*self.config.target_active)  # noqa: S311 - no secret
+        self.active = random.Random(f"{self._seed}:{step}").uniform(*self.config.target_active)
 
     def follow(self, loss: Tensor) -> Tensor:
         """Multiply the routers' regression by whatever multiplies this loss, where it is not ``outputs.loss``; see `Enforcement.follow`."""
@@ -129,8 +129,9 @@ class SelectionTraining:
 
     def values(self) -> Mapping[str, Tensor]:
         """Of the last forward, means over layers: ``active_fraction``, and where norms teach the routers their ``router_deviance``: for "exp"
-        the mean of t exp(-z) + z - log t - 1 >= 0 of the squared norms t, for "abs" the squared error over the mean squared norm."""
-        found = {"active_fraction": [], "router_deviance": []}  # type: dict[str, list[Tensor]]
+        the mean of t exp(-z) + z - log t - 1, >= 0, of the squared norms t; for "abs" the squared error over the mean squared norm.
+        """
+        found: dict[str, list[Tensor]] = {"active_fraction": [], "router_deviance": []}
         for part in self._layers.values():
             for name, values in found.items():
                 if (value := part.values.get(name)) is not None:
@@ -205,9 +206,7 @@ class _Layer:
         return cast(Tensor, _Carry.apply(h_TF, raw_SE, slope_SE * (self._config.router_weight * self._share), self._state))
 
 
-def select_share(
-    rule: Rule, scores_TE: Tensor, active: float, *, keep_T: Tensor | None = None, always_on: tuple[int, ...] = ()
-) -> Tensor:
+def select_share(rule: Rule, scores_TE: Tensor, active: float, *, keep_T: Tensor | None = None, always_on: tuple[int, ...] = ()) -> Tensor:
     """What the rule selects at the value of its knob where a share of the pairs runs.
 
     Args:

@@ -9,7 +9,6 @@ import torch
 from safetensors.torch import save_file
 
 from moeify.errors import CheckpointError
-from moeify.pipeline import work as state
 from moeify.pipeline.work import finished_record, open_work, read_fitted, remove_work, run_id, write_fitted
 from moeify.train.fit import FittedSite
 
@@ -109,7 +108,7 @@ def test_write_fitted_on_a_full_disk_says_that_nothing_is_lost(tmp_path, monkeyp
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(state, "save_file", full)
+    monkeypatch.setattr("moeify.train.work.save_file", full)
     site = FittedSite(order_F=torch.tensor([0]), router_state={}, scores_TE=torch.zeros(1, 1))
     with pytest.raises(CheckpointError, match=r"No space left.*what is fitted already is kept"):
         write_fitted(tmp_path / "site.safetensors", site)

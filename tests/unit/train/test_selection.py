@@ -6,15 +6,13 @@ import math
 import pytest
 import tiny
 import torch
-from torch.nn import functional as F
 
 from moeify.convert import ConvertConfig, convert
 from moeify.errors import ConfigError, UnsupportedModelError
-from moeify.layers import attach, detach, moe_layers, record_active, set_impl
-from moeify.quantize import quantize
+from moeify.layers import moe_layers, record_active, set_impl
 from moeify.routers import CentreRouterConfig, MLPRouterConfig, NormRouterConfig, OracleRouterConfig
 from moeify.select import RULES, DynKMass, DynKMax, Threshold, TopK
-from moeify.sites import expert_bounds, ffn_hidden, find_ffn_sites
+from moeify.sites import find_ffn_sites
 from moeify.train.selection import SelectionConfig, SelectionTraining, _spread, select_share, straight_through
 
 
@@ -61,10 +59,12 @@ def watch(model, inputs):
             of.update(x=x.detach().flatten(0, 1), h=h.detach().flatten(0, 1), mask=mask_TE)
             return masked, mask_TE
 
+        def keep(_module, _args, y, *, of=of):
+            y.retain_grad()
+            of["y"] = y
+
         layer.selector = watched
-        handles.append(
-            model.get_submodule(layer.site.name).register_forward_hook(lambda _m, _a, y, of=of: (y.retain_grad(), of.update(y=y)) and None)
-        )
+        handles.append(model.get_submodule(layer.site.name).register_forward_hook(keep))
     loss = model(**inputs).loss
     for handle, layer in zip(handles, moe_layers(model).values(), strict=True):
         handle.remove()
@@ -279,9 +279,10 @@ def test_selection_training_when_accumulating_and_scaling_multiplies_the_regress
     explicit = 0
     with SelectionTraining(model):
         for part, count in zip(parts, items, strict=True):
-            loss, seen = watch(model, part | {"num_items_in_batch": torch.tensor(sum(items))})
+            _, seen = watch(model, part | {"num_items_in_batch": torch.tensor(sum(items))})
             keep_T = part["attention_mask"].flatten().bool()
-            explicit = explicit + sum(regression(layer, seen[n], keep_T)[0] for n, layer in moe_layers(model).items()) / 2 * count / sum(items)
+            losses = [regression(layer, seen[name], keep_T)[0] for name, layer in moe_layers(model).items()]
+            explicit = explicit + sum(losses) / 2 * count / sum(items)
         model.zero_grad()
         explicit.backward()
         expected = grads_of(model)
@@ -351,7 +352,7 @@ def test_selection_config_when_out_of_range_raises(options, message):
 def test_selection_training_when_it_cannot_be_says_so():
     with pytest.raises(ConfigError, match="no experts"):
         SelectionTraining(tiny.tiny_llama())
-    with pytest.raises(ConfigError, match="centre router.*straight_through"):
+    with pytest.raises(ConfigError, match=r"centre router.*straight_through"):
         SelectionTraining(converted(router=CentreRouterConfig()))
     with pytest.raises(ConfigError, match="nothing to learn"):
         SelectionTraining(converted(router=OracleRouterConfig()), SelectionConfig(routers="straight_through"))
