@@ -6,7 +6,7 @@ The dense model is frozen and every router sees the dense model's activations, s
 in the memory of one layer, and a killed run continues with the next.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields, replace
 
 import torch
@@ -242,7 +242,7 @@ def _fit_norm_router(router: NormRouter, x_TD: Tensor, norms_TE: Tensor, config:
         z_TE = router.raw_scores((x_TD[rows].float() - mean_D) / std_D)
         return router_loss(z_TE, targets_TE[rows], output=router.config.output)
 
-    _adam(router, loss_of, x_TD.shape[0], config)
+    _adam(router.parameters(), loss_of, x_TD.shape[0], epochs=config.epochs, batch_tokens=config.batch_tokens, lr=config.lr)
     with torch.no_grad():  # fold standardisation and scale into the weights: the deployed router reads x as it is
         router.hidden.weight.div_(std_D)
         router.hidden.bias.sub_(router.hidden.weight @ mean_D)
@@ -272,18 +272,26 @@ def _fit_classifier(router: MLPRouter, x_TD: Tensor, sums_TE: Tensor, config: Ro
         labels = sums_TE[rows]
         return F.binary_cross_entropy_with_logits(router.raw_scores(x_TD[rows]), labels / labels.max().clamp_min(1e-12))
 
-    _adam(router, loss_of, x_TD.shape[0], config)
+    _adam(router.parameters(), loss_of, x_TD.shape[0], epochs=config.epochs, batch_tokens=config.batch_tokens, lr=config.lr)
 
 
-def _adam(router: Router, loss_of: Callable[[Tensor], Tensor], num_tokens: int, config: RouterTrainConfig) -> None:
-    steps_per_epoch = -(-num_tokens // config.batch_tokens)
-    optimizer = torch.optim.AdamW(router.parameters(), lr=config.lr, weight_decay=0.0, fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, max_lr=config.lr, total_steps=config.epochs * steps_per_epoch + 1, pct_start=0.1
-    )
+def _adam(
+    parameters: Iterable[Tensor],
+    loss_of: Callable[[Tensor], Tensor],
+    num_tokens: int,
+    *,
+    epochs: int,
+    batch_tokens: int,
+    lr: float,
+    generator: torch.Generator | None = None,
+) -> None:
+    """Minimise ``loss_of(rows)`` over random batches of rows; None: in the order of torch's own generator."""
+    optimizer = torch.optim.AdamW(list(parameters), lr=lr, weight_decay=0.0, fused=True)
+    total_steps = epochs * -(-num_tokens // batch_tokens) + 1
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=lr, total_steps=total_steps, pct_start=0.1)
     with torch.enable_grad():
-        for _ in range(config.epochs):
-            for rows in torch.randperm(num_tokens).split(config.batch_tokens):
+        for _ in range(epochs):
+            for rows in torch.randperm(num_tokens, generator=generator).split(batch_tokens):
                 loss_of(rows).backward()
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)

@@ -128,8 +128,8 @@ class SelectionTraining:
         return loss
 
     def values(self) -> Mapping[str, Tensor]:
-        """Of the last forward, means over layers: ``active_fraction``, and where norms teach the routers their ``router_deviance``: for "exp"
-        the mean of t exp(-z) + z - log t - 1, >= 0, of the squared norms t; for "abs" the squared error over the mean squared norm.
+        """Of the last forward, means over layers: ``active_fraction``, and ``router_deviance`` where norms teach the routers: for "exp" the
+        mean of t exp(-z) + z - log t - 1, >= 0, of the squared norms t; for "abs" the squared error over the mean squared norm.
         """
         found: dict[str, list[Tensor]] = {"active_fraction": [], "router_deviance": []}
         for part in self._layers.values():
