@@ -211,9 +211,14 @@ class MoEFFN(nn.Module):
         """The module that holds the FFN's projections."""
         return cast(nn.Module, self.__dict__["_host"])
 
-    def down_projection(self) -> nn.Module:
-        """The module in the down projection's place."""
-        return _module_at(self.host, self._local.down)
+    def projections(self) -> tuple[nn.Module, nn.Module]:
+        """The modules in the places of the first projection that reads x and of the down projection."""
+        return _module_at(self.host, self._local.first[0]), _module_at(self.host, self._local.down)
+
+    @property
+    def is_int8(self) -> bool:
+        """Whether the experts' weights are int8."""
+        return has_int8(self.host, self._local)
 
     def weights(self) -> FFNWeights:
         """Canonical views of the projections' weights."""
@@ -303,9 +308,10 @@ class MoEFFN(nn.Module):
             return False
         if self.host.training or torch.is_autocast_enabled("cpu") or wants_tangents():  # training: see `moe_ffn`
             return False
-        return not torch.is_grad_enabled() or not (x.requires_grad or any(p.requires_grad for p in self._projection_parameters()))
+        return not torch.is_grad_enabled() or not (x.requires_grad or any(p.requires_grad for p in self.projection_parameters()))
 
-    def _projection_parameters(self) -> Iterator[nn.Parameter]:
+    def projection_parameters(self) -> Iterator[nn.Parameter]:
+        """The parameters of the FFN itself; the router's are not among them."""
         return (p for leaf in self._leaves.values() for p in leaf._parameters.values() if p is not None)
 
     def _make_native(self, dtype: torch.dtype) -> _Native | None:

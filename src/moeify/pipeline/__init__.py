@@ -4,11 +4,11 @@
 result, `measure` holds the other verbs, `inputs` reads batches of each kind of model, `names` knows types and devices by name.
 """
 
-from .convert import TARGETS as TARGETS
+from ..train.calibration import TARGETS as TARGETS
+from ..train.calibration import knob_table as knob_table
 from .convert import CalibrationConfig as CalibrationConfig
 from .convert import convert_checkpoint as convert_checkpoint
 from .convert import convert_model as convert_model
-from .convert import knob_table as knob_table
 from .inputs import calibration_batches as calibration_batches
 from .inputs import evaluation_batches as evaluation_batches
 from .measure import generate_text as generate_text

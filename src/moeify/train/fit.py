@@ -15,8 +15,8 @@ from torch.nn import functional as F
 
 from ..convert import ConvertConfig, SiteRecord
 from ..errors import ConfigError, DataError
-from ..routers import CentreRouter, MLPRouter, NormRouter, Router, build_router, expert_grams, expert_norms, expert_sums
-from ..sites import FFNWeights, expert_bounds
+from ..routers import CentreRouter, MLPRouter, NormRouter, Router, RouterConfig, build_router, expert_grams, expert_norms, expert_sums
+from ..sites import FFNSite, FFNWeights, expert_bounds
 from ..sites.formula import ffn_hidden
 from ..split import Coactivation, ExpertSplit, coactivation_features, parameter_features, split_neurons
 from .capture import fast_dtype
@@ -82,31 +82,63 @@ def fit_site(weights: FFNWeights, x_TD: Tensor, record: SiteRecord, options: Con
         DataError: too few tokens to train on some and hold out others.
     """
     weights = _cast(weights, torch.float32, device=x_TD.device)  # of a model on another device, one layer at a time
-    num_tokens = x_TD.shape[0]
-    held_out_T = _held_out(num_tokens, train.holdout_frac) if num_tokens else torch.zeros(0, dtype=torch.bool)
-    num_train = num_tokens - int(held_out_T.sum())
-    if num_train < 2:  # the spread of a single one is not defined
-        raise DataError(
-            f"'{record.site.name}' saw {num_tokens} calibration tokens, {num_train} of them to train on; a router needs at least 2, and "
-            "thousands to be good."
-        )
-    train_TD, held_out_TD = x_TD[~held_out_T], x_TD[held_out_T]
+    train_TD, held_out_TD = split_tokens(x_TD, train.holdout_frac, name=record.site.name)
     del x_TD  # the caller keeps no other reference: one copy of the inputs in memory, not two
     split = split_site(weights, train_TD, record, options)
     ordered = replace(
         weights,
         **{f.name: t[split.order_F] for f in fields(weights) if f.name != "down_bias_D" and (t := getattr(weights, f.name)) is not None},
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(train.seed)
-        router = build_router(record.router, site=record.site, num_experts=record.num_experts)
-        fit_router(router, train_TD, ordered, activation=record.site.activation, num_experts=record.num_experts, config=train)
-    scores_TE, captured = score_router(router, held_out_TD, ordered, activation=record.site.activation, num_experts=record.num_experts)
+    state, scores_TE, captured = fit_new_router(record.router, train_TD, held_out_TD, ordered, record.site, record.num_experts, train)
     always_on = loudest_experts(
         train_TD, ordered, activation=record.site.activation, num_experts=record.num_experts, count=options.always_on
     )
-    state = {name: tensor.detach().contiguous() for name, tensor in router.state_dict().items()}
     return FittedSite(order_F=split.order_F, router_state=state, scores_TE=scores_TE, always_on=always_on, captured=captured)
+
+
+def fit_new_router(
+    config: RouterConfig,
+    train_TD: Tensor,
+    held_out_TD: Tensor,
+    weights: FFNWeights,
+    site: FFNSite,
+    num_experts: int,
+    train: RouterTrainConfig,
+) -> tuple[dict[str, Tensor], Tensor, dict[str, float]]:
+    """A router of this config fitted to one layer's inputs: its tensors, and what `score_router` says of it on held-out ones.
+
+    Args:
+        config: of the router.
+        train_TD: inputs to fit it to.
+        held_out_TD: inputs to score it on.
+        weights: fp32 weights of the FFN, neurons in expert order.
+        site: the FFN.
+        num_experts: E.
+        train: optimizer settings and seed; torch's own generator is left as it was.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(train.seed)
+        router = build_router(config, site=site, num_experts=num_experts)
+        fit_router(router, train_TD, weights, activation=site.activation, num_experts=num_experts, config=train)
+    scores_TE, captured = score_router(router, held_out_TD, weights, activation=site.activation, num_experts=num_experts)
+    return {name: tensor.detach().contiguous() for name, tensor in router.state_dict().items()}, scores_TE, captured
+
+
+def split_tokens(x_TD: Tensor, holdout_frac: float, *, name: str) -> tuple[Tensor, Tensor]:
+    """Tokens to fit to, and those held out.
+
+    Raises:
+        DataError: too few of them, of the FFN ``name``.
+    """
+    num_tokens = x_TD.shape[0]
+    held_out_T = _held_out(num_tokens, holdout_frac) if num_tokens else torch.zeros(0, dtype=torch.bool)
+    num_train = num_tokens - int(held_out_T.sum())
+    if num_train < 2:  # the spread of a single one is not defined
+        raise DataError(
+            f"'{name}' saw {num_tokens} calibration tokens, {num_train} of them to train on; a router needs at least 2, and "
+            "thousands to be good."
+        )
+    return x_TD[~held_out_T], x_TD[held_out_T]
 
 
 def _held_out(num_tokens: int, share: float) -> Tensor:

@@ -113,7 +113,7 @@ class SelectionTraining:
                 raise ConfigError(
                     f"'{name}' has a {router.config.name} router, which predicts no norms; use routers='straight_through' or 'frozen'."
                 )
-            if reason := not_plain_reason(layer.down_projection()):
+            if reason := not_plain_reason(layer.projections()[1]):
                 raise UnsupportedModelError(f"'{name}': its down projection {reason}, so the experts' norms are not known; freeze routers.")
         if wanted in ("straight_through", "both") and not any(True for _ in router.parameters()):
             raise ConfigError(f"'{name}' has a {router.config.name} router, which has nothing to learn; use routers='frozen'.")
