@@ -87,6 +87,8 @@ def values_of(hint):
         return st.sampled_from(args)
     if origin is tuple and args[1:] == (Ellipsis,):
         return st.lists(values_of(args[0]), max_size=3).map(tuple)
+    if origin is tuple:
+        return st.tuples(*map(values_of, args))
     assert dataclasses.is_dataclass(hint), f"no values for a field of type {hint}"
     return configs(hint)
 

@@ -1,63 +1,357 @@
-"""The training loop: it learns, follows its schedule, and says when it diverges."""
+"""The training loop: what Trainer computes, in any split into micro-batches, and errors that say where it went wrong."""
 
-import itertools
+import logging
 import math
 
 import pytest
 import torch
+from families.models import build
 from tiny import tiny_llama
+from torch import nn
 
-from moeify.errors import ConfigError
-from moeify.train.loop import TrainConfig, _warmup_cosine, train_lm
+from moeify.errors import ConfigError, DataError, TrainingError
+from moeify.train.loop import TrainConfig, TrainRecord, train
+
+F32 = {"compute": "float32"}
 
 
-def batches():
-    return itertools.repeat({"input_ids": torch.arange(24).reshape(2, 12) * 7 % 257})
+class Rows:
+    """Training data from fixed tensors (N, ...); a batch is cut to its longest sequence, as a collator pads to it."""
+
+    def __init__(self, **tensors):
+        self.tensors = tensors
+        self.seen = []
+
+    def __len__(self):
+        return len(next(iter(self.tensors.values())))
+
+    def batch(self, rows, *, generator):
+        self.seen.append(list(rows))
+        batch = {key: value[rows] for key, value in self.tensors.items()}
+        if "attention_mask" in batch:
+            longest = int(batch["attention_mask"].sum(1).max())
+            batch = {key: value[:, :longest].contiguous() if value.dim() == 2 else value for key, value in batch.items()}
+        return batch
 
 
-def test_train_lm_lowers_the_loss_and_leaves_eval_mode():
+def text(*, rows=11, length=12, vocab=64, seed=0, padded=True):
+    """Right-padded sequences of different lengths; every token is a label."""
+    random = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, vocab, (rows, length), generator=random)
+    lengths = torch.randint(4, length + 1, (rows, 1), generator=random) if padded else torch.full((rows, 1), length)
+    mask = (torch.arange(length) < lengths).long()
+    return Rows(input_ids=ids * mask, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100))
+
+
+def emotions(*, rows=11, seed=0):
+    data = text(rows=rows, seed=seed)
+    return Rows(**data.tensors | {"labels": torch.randint(0, 3, (rows,), generator=torch.Generator().manual_seed(seed))})
+
+
+def tiny_classifier(**options):
+    from transformers import BertConfig, BertForSequenceClassification
+
+    config = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0} | options
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return BertForSequenceClassification(
+            BertConfig(
+                vocab_size=64,
+                hidden_size=32,
+                intermediate_size=48,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                max_position_embeddings=32,
+                num_labels=3,
+                **config,
+            )
+        )
+
+
+def without_dropout(model):
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return model
+
+
+def weights(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def test_train_lowers_the_loss_and_leaves_eval_mode():
     model = tiny_llama()
-    losses = train_lm(model, batches(), TrainConfig(steps=12, lr=1e-2, warmup_steps=2))
-    assert len(losses) == 12
-    assert losses[-1] < 0.7 * losses[0]
+    record = train(model, text(rows=4), TrainConfig(steps=12, lr=1e-2, warmup_steps=2, **F32))
+    assert len(record.losses) == 12
+    assert record.losses[-1] < 0.7 * record.losses[0]
     assert not model.training
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_train_lm_is_deterministic():
+def test_train_is_deterministic_in_its_seed_and_leaves_the_callers_random_numbers():
     runs = []
-    for _ in range(2):
-        model = tiny_llama()
-        runs.append((train_lm(model, batches(), TrainConfig(steps=3)), model.state_dict()))
-    assert runs[0][0] == runs[1][0]
+    for seed in (0, 0, 1):
+        model = tiny_classifier(hidden_dropout_prob=0.2)
+        torch.manual_seed(5)
+        runs.append((train(model, emotions(), TrainConfig(steps=3, batch_sequences=11, seed=seed, **F32)).losses, weights(model)))
+        following = torch.rand(1)
+        torch.manual_seed(5)
+        assert torch.equal(following, torch.rand(1))
+    assert runs[0][0] == runs[1][0] != runs[2][0]
     assert all(torch.equal(tensor, runs[1][1][name]) for name, tensor in runs[0][1].items())
 
 
-def test_train_lm_trains_only_what_requires_a_gradient():
+def test_train_trains_only_what_requires_a_gradient():
     model = tiny_llama()
     model.model.embed_tokens.requires_grad_(False)
-    before = {name: p.clone() for name, p in model.named_parameters()}
-    train_lm(model, batches(), TrainConfig(steps=2))
-    moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
-    assert moved == set(before) - {"model.embed_tokens.weight"}
+    before = weights(model)
+    train(model, text(), TrainConfig(steps=2, **F32))
+    assert {name for name, p in model.named_parameters() if not torch.equal(p, before[name])} == set(before) - {"model.embed_tokens.weight"}
 
 
-def test_train_lm_that_diverges_stops_and_says_so():
+def test_train_takes_every_sequence_once_an_epoch_in_another_order():
+    data = text(rows=7)
+    record = train(tiny_llama(), data, TrainConfig(steps=6, batch_sequences=3, micro_sequences=2, **F32))
+    assert [len(rows) for rows in data.seen] == [2, 1, 2, 1, 1] * 2
+    first, second = ([row for rows in part for row in rows] for part in (data.seen[:5], data.seen[5:]))
+    assert sorted(first) == sorted(second) == list(range(7))
+    assert first != second
+    assert record.epochs == TrainConfig(steps=6, batch_sequences=3).epochs(7) == 2
+
+
+def test_train_counts_real_tokens():
+    data = text(rows=8)
+    record = train(tiny_llama(), data, TrainConfig(steps=2, batch_sequences=8, **F32))
+    assert record.tokens == 2 * int(data.tensors["attention_mask"].sum())
+    assert record.seconds > 0
+
+
+@pytest.mark.parametrize("kind", ["causal", "masked", "classes"])
+def test_train_when_split_into_micro_batches_takes_the_same_steps(kind):
+    data = emotions() if kind == "classes" else text()
+    model_of = {"causal": lambda: build("llama")[0], "masked": lambda: without_dropout(build("bert")[0]), "classes": tiny_classifier}[kind]
+    whole, split = model_of(), model_of()
+    options = {"steps": 4, "batch_sequences": 5, "lr": 1e-2, "clip": 0.1} | F32
+    one = train(whole, data, TrainConfig(**options))
+    two = train(split, data, TrainConfig(**options, micro_sequences=2))
+    assert two.losses == pytest.approx(one.losses, rel=1e-5)
+    for name, p in whole.named_parameters():
+        if "key.bias" not in name:  # its gradient is zero up to rounding, which Adam makes as large as any
+            torch.testing.assert_close(split.get_parameter(name), p, rtol=1e-4, atol=1e-5)
+
+
+def test_train_when_a_micro_batch_has_no_label_leaves_it_out():
+    data = text(rows=4, padded=False)
+    data.tensors["labels"][2:] = -100
+    options = {"steps": 1, "batch_sequences": 4, "lr": 1e-2} | F32
+    one = train(tiny_llama(), data, TrainConfig(**options)).losses
+    assert train(tiny_llama(), data, TrainConfig(**options, micro_sequences=1)).losses == pytest.approx(one, rel=1e-6)
+    data.tensors["labels"][:] = -100
+    with pytest.raises(DataError, match=r"no label in the sequences of step 0; raise batch_sequences \(4\)"):
+        train(tiny_llama(), data, TrainConfig(**options))
+
+
+def test_train_when_gradients_are_checkpointed_gives_the_same_losses():
+    one, two = (train(build("llama")[0], text(), TrainConfig(steps=3, lr=1e-2, gradient_checkpointing=c, **F32)) for c in (False, True))
+    assert two.losses == pytest.approx(one.losses, rel=1e-6)
+
+
+def test_train_in_bfloat16_keeps_the_weights_dtype_and_nearly_the_losses():
+    models = tiny_llama(), tiny_llama()
+    one, two = (
+        train(model, text(), TrainConfig(steps=3, lr=1e-3, compute=compute)).losses
+        for model, compute in zip(models, ("float32", "bfloat16"), strict=True)
+    )
+    assert one != two
+    assert two == pytest.approx(one, rel=0.02)
+    assert models[1].lm_head.weight.dtype is torch.float32
+
+
+def test_train_evaluates_in_eval_mode_every_so_often_and_at_the_end_without_a_trace():
+    modes = []
+
+    def evaluate(model):
+        modes.append(model.training)
+        torch.rand(3)
+        return len(modes)
+
+    config = TrainConfig(steps=5, batch_sequences=3, eval_every=2, **F32)
+    plain = train(tiny_classifier(hidden_dropout_prob=0.2), emotions(), config)
+    record = train(tiny_classifier(hidden_dropout_prob=0.2), emotions(), config, evaluate=evaluate)
+    assert record.evals == ((2, 1.0), (4, 2.0), (5, 3.0))
+    assert not any(modes)
+    assert record.losses == plain.losses
+
+
+def test_train_tells_parts_the_step_and_logs_their_values(caplog):
+    class Counter:
+        def __init__(self):
+            self.steps = []
+
+        def set_step(self, step):
+            self.steps.append(step)
+
+        def values(self):
+            return {"twice": torch.tensor(2.0 * self.steps[-1])}
+
+    part = Counter()
+    with caplog.at_level(logging.INFO, logger="moeify.train.loop"):
+        record = train(tiny_llama(), text(), TrainConfig(steps=5, log_every=2, **F32), parts=[part])
+    assert part.steps == [0, 1, 2, 3, 4]
+    assert record.parts == ({"step": 2, "twice": 2}, {"step": 4, "twice": 6}, {"step": 5, "twice": 8})
+    assert "step 4 of 5: loss" in caplog.text
+
+
+# ---- Trainer
+
+
+def trainer_losses(model, data, config, tmp_path, **more):
+    """The loss of every step, by transformers."""
+    from transformers import Trainer, TrainingArguments
+
+    class Examples(torch.utils.data.Dataset):
+        def __len__(self):
+            return len(data)
+
+        def __getitem__(self, row):
+            return row
+
+    micro = config.micro_sequences or config.batch_sequences
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path),
+        max_steps=config.steps,
+        per_device_train_batch_size=micro,
+        gradient_accumulation_steps=config.batch_sequences // micro,
+        learning_rate=config.lr,
+        lr_scheduler_type=config.schedule,
+        warmup_steps=config.warmup_steps,
+        weight_decay=config.weight_decay,
+        adam_beta1=config.betas[0],
+        adam_beta2=config.betas[1],
+        max_grad_norm=config.clip,
+        optim="adamw_torch_fused",
+        seed=config.seed,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        save_strategy="no",
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=False,
+    )
+    trainer = Trainer(
+        model=model, args=arguments, train_dataset=Examples(), data_collator=lambda rows: data.batch(rows, generator=None), **more
+    )
+    trainer.remove_callback(next(type(c) for c in trainer.callback_handler.callbacks if "Printer" in type(c).__name__))
+    trainer.train()
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant_with_warmup"])
+@pytest.mark.parametrize("micro", [None, 2])
+def test_train_and_trainer_give_a_causal_model_the_same_losses(schedule, micro, tmp_path):
+    options = {"steps": 8, "batch_sequences": 4, "micro_sequences": micro, "lr": 1e-2, "warmup_steps": 2, "weight_decay": 0.5, "clip": 0.2}
+    config = TrainConfig(**options | {"schedule": schedule.partition("_")[0], "betas": (0.8, 0.9), "seed": 3} | F32)
+    ours, theirs = build("llama")[0], build("llama")[0]
+    wanted = trainer_losses(theirs, text(), config if schedule != "constant_with_warmup" else _WithName(config, schedule), tmp_path)
+    assert train(ours, text(), config).losses == pytest.approx(wanted, rel=1e-6, abs=0)
+    for name, p in theirs.named_parameters():
+        torch.testing.assert_close(ours.get_parameter(name), p, rtol=1e-5, atol=1e-6)
+
+
+class _WithName:
+    """A config under another name of its schedule."""
+
+    def __init__(self, config, schedule):
+        self._config, self.schedule = config, schedule
+
+    def __getattr__(self, name):
+        return getattr(self._config, name)
+
+
+@pytest.mark.parametrize("micro", [None, 2])
+def test_train_and_trainer_give_a_classifier_the_same_losses(micro, tmp_path):
+    options = {"steps": 7, "batch_sequences": 4, "micro_sequences": micro, "lr": 1e-2, "weight_decay": 0.5, "clip": 0.2}
+    config = TrainConfig(**options, seed=3, **F32)
+    ours, theirs = tiny_classifier(), tiny_classifier()
+    # BERT's heads take num_items_in_batch and ignore it; unless told, Trainer adds the means of micro-batches up.
+    theirs.accepts_loss_kwargs = False
+    wanted = trainer_losses(theirs, emotions(rows=12), config, tmp_path)
+    assert train(ours, emotions(rows=12), config).losses == pytest.approx(wanted, rel=1e-6, abs=0)
+
+
+# ---- what can go wrong
+
+
+def test_train_that_diverges_names_the_first_layer_and_leaves_the_weights():
     model = tiny_llama()
     with torch.no_grad():
-        model.lm_head.weight.fill_(float("nan"))
-    with pytest.raises(FloatingPointError, match=r"the loss is nan at step 0; lower the learning rate \(0.001\)"):
-        train_lm(model, batches(), TrainConfig(steps=3))
+        model.model.layers[1].mlp.up_proj.weight[3, 4] = float("inf")
+    before = weights(model)
+    message = r"the loss is nan at step 0: the activations of 'model.layers.1.mlp.up_proj' are the first .* Lower lr \(0.01\) or clip"
+    with pytest.raises(TrainingError, match=message):
+        train(model, text(), TrainConfig(steps=3, lr=1e-2, **F32))
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 
-def test_schedule_warms_up_and_decays_to_a_tenth():
-    config = TrainConfig(steps=120, warmup_steps=20)
-    assert _warmup_cosine(0, config) == 1 / 20
-    assert _warmup_cosine(19, config) == _warmup_cosine(20, config) == 1
-    assert math.isclose(_warmup_cosine(70, config), 0.55)
-    assert math.isclose(_warmup_cosine(120, config), 0.1)
+def test_train_when_only_a_gradient_is_not_finite_names_its_parameter():
+    model = tiny_llama()
+    model.model.layers[0].mlp.down_proj.weight.register_hook(lambda grad: grad * float("nan"))
+    with pytest.raises(TrainingError, match=r"gradient norm is nan at step 0: .* the gradient of 'model.layers.0.mlp.down_proj"):
+        train(model, text(), TrainConfig(steps=3, **F32))
 
 
-def test_train_config_refuses_no_steps():
-    with pytest.raises(ConfigError, match="steps must be at least 1, got 0"):
-        TrainConfig(steps=0)
+def test_train_out_of_memory_says_which_knob_lowers_it():
+    model = tiny_llama()
+
+    def fail(*_args):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    model.model.layers[0].register_full_backward_hook(fail)
+    with pytest.raises(TrainingError, match=r"out of memory at step 0; lower micro_sequences \(4\), or set gradient_checkpointing"):
+        train(model, text(), TrainConfig(steps=1, batch_sequences=4, **F32))
+
+
+def test_train_when_there_is_nothing_to_train_or_to_train_on_says_so():
+    model = tiny_llama().requires_grad_(False)
+    with pytest.raises(ConfigError, match="no parameter of the model requires a gradient"):
+        train(model, text(), TrainConfig(steps=1))
+    with pytest.raises(DataError, match="no sequence"):
+        train(tiny_llama(), text(rows=0), TrainConfig(steps=1))
+    with pytest.raises(ConfigError, match="float16' needs a GPU"):
+        train(tiny_llama(), text(), TrainConfig(steps=1, compute="float16"))
+
+
+def test_train_when_the_model_cannot_be_checkpointed_says_so():
+    class Plain(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(1))
+
+    with pytest.raises(ConfigError, match="Plain has no gradient checkpointing; lower micro_sequences"):
+        train(Plain(), text(), TrainConfig(steps=1, gradient_checkpointing=True))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"steps": 0}, "steps must be at least 1, got 0"),
+        ({"micro_sequences": 0}, "micro_sequences must be at least 1"),
+        ({"warmup_steps": -1}, "warmup_steps"),
+        ({"lr": math.nan}, "lr must be finite"),
+        ({"clip": -1.0}, "clip must be"),
+        ({"min_lr_frac": 1.5}, "min_lr_frac"),
+        ({"betas": (0.9, 1.0)}, "betas"),
+    ],
+)
+def test_train_config_when_out_of_range_raises(options, message):
+    with pytest.raises(ConfigError, match=message):
+        TrainConfig(**{"steps": 1} | options)
+
+
+def test_train_record_is_plain_numbers():
+    from moeify._config import from_dict, to_dict
+
+    record = TrainRecord(losses=(1.5,), evals=((1, 2.0),), parts=({"step": 1.0},), tokens=3, epochs=0.5, seconds=0.25)
+    assert from_dict(TrainRecord, to_dict(record)) == record
