@@ -240,8 +240,8 @@ class RouterTraining:
     """The regression of all routers as the model's loss, for trainers of others; a `Part` of training.
 
     ``outputs.loss`` becomes the sum over layers of the loss that `train_routers` fits with, on every real token of the batch, in dense
-    mode, so that each router sees what the dense model's FFN sees. Everything but the routers is frozen until the part is removed. No gradient
-    leaves a layer, so a backward pass costs next to nothing; gradient checkpointing would only compute the model twice.
+    mode, so that each router sees what the dense model's FFN sees. Everything but the routers is frozen until the part is removed. No
+    gradient leaves a layer, so a backward pass costs next to nothing; gradient checkpointing would lose it.
 
     Args:
         model: converted model with norm routers.

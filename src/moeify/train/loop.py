@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from .. import _config
 from .._progress import NO_PROGRESS, Progress
 from ..errors import ConfigError, DataError, TrainingError
+from ..sites.policy import matching_key
 from .capture import fast_dtype
 from .labels import counted_labels, shifts_labels
 from .state import has_state, load_state, open_state, save_state
@@ -133,6 +134,7 @@ def train(
     config: TrainConfig,
     *,
     parts: Sequence[Part] = (),
+    lr_factors: Mapping[str, float] | None = None,
     state: Path | None = None,
     run: Mapping[str, Any] | None = None,
     evaluate: Callable[[nn.Module], float] | None = None,
@@ -148,6 +150,7 @@ def train(
         data: sequences; see `TrainConfig.epochs` for how often they are passed over.
         config: optimizer, schedule and what is kept.
         parts: what a stage has attached to the model.
+        lr_factors: factors on the learning rate by parameter name, or by 're:' pattern on it.
         state: folder for what a killed run leaves; the same ``run`` and ``config`` go on there, to the same losses (on a CPU bit for bit).
             A finished run's state gives its result at once.
         run: JSON object that, with ``config``, tells this run from others.
@@ -167,7 +170,8 @@ def train(
     compute = _compute_dtype(config, device)
     if len(data) == 0:
         raise DataError("the training data has no sequence.")
-    optimizer = torch.optim.AdamW(_parameter_groups(model, config.weight_decay), lr=config.lr, betas=config.betas, fused=True)
+    groups = _parameter_groups(model, config, lr_factors or {})
+    optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(_lr_factor, config=config))
     scaler = torch.amp.GradScaler(device.type, enabled=compute is torch.float16)
     log = _Log()
@@ -305,16 +309,23 @@ def _num_tokens(batch: Mapping[str, Tensor]) -> int:
 # ---- optimizer and precision
 
 
-def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Trainer's two groups: biases and all that belongs to a norm do not decay."""
+def _parameter_groups(model: nn.Module, config: TrainConfig, lr_factors: Mapping[str, float]) -> list[dict[str, Any]]:
+    """Trainer's two groups, biases and all that belongs to a norm do not decay; two more for each factor on the learning rate."""
     norms = tuple(name for name, module in model.named_modules() if isinstance(module, nn.LayerNorm))
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     if not trained:
         raise ConfigError("no parameter of the model requires a gradient: nothing to train.")
-    still = {name for name, _ in trained if _NOT_DECAYED.search(name.lower()) or name.rpartition(".")[0] in norms}
+    groups: dict[tuple[str | None, bool], list[nn.Parameter]] = {(None, True): [], (None, False): []}
+    for name, parameter in trained:
+        is_still = _NOT_DECAYED.search(name.lower()) or name.rpartition(".")[0] in norms
+        groups.setdefault((matching_key(lr_factors, name), not is_still), []).append(parameter)
     return [
-        {"params": [p for name, p in trained if name not in still], "weight_decay": weight_decay},
-        {"params": [p for name, p in trained if name in still], "weight_decay": 0.0},
+        {
+            "params": parameters,
+            "weight_decay": config.weight_decay if decays else 0.0,
+            "lr": config.lr * (1.0 if key is None else lr_factors[key]),
+        }
+        for (key, decays), parameters in groups.items()
     ]
 
 
