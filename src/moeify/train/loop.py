@@ -143,7 +143,7 @@ def train(
     """Train in place the parameters of ``model`` that require a gradient.
 
     Epoch e takes the sequences in the order ``randperm(len(data))`` of seed ``seed + e``, ``batch_sequences`` a step, its last what is
-    left. The loss of a step is the mean over all its labels, however they fall into micro-batches: each one's mean is weighted by its share.
+    left. A step's loss is the mean over all its labels, however they fall into micro-batches: each one's mean is weighted by its share.
 
     Args:
         model: any whose forward takes a batch's entries and returns an object with ``loss``, the mean over its labels.
@@ -190,6 +190,8 @@ def train(
                 start = time.perf_counter()
                 for part in parts:
                     part.set_step(step)
+                if order.begins_epoch(step):
+                    torch.empty((), dtype=torch.int64).random_()  # a DataLoader does when it starts: so dropout is Trainer's, too
                 generator = torch.Generator().manual_seed(1_000_003 * (config.seed + 1) + step)
                 batches = [data.batch(rows, generator=generator) for rows in order.micro_batches(step)]
                 if shifted is None:
@@ -279,6 +281,9 @@ class _Order:
         self._per_epoch = math.ceil(sequences / config.batch_sequences)
         self._epoch = -1
         self._rows: list[int] = []
+
+    def begins_epoch(self, step: int) -> bool:
+        return step % self._per_epoch == 0
 
     def micro_batches(self, step: int) -> list[list[int]]:
         """Rows of each forward of a step."""
