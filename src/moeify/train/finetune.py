@@ -19,11 +19,11 @@ from ..errors import ConfigError, UnsupportedModelError
 from ..layers import MoEFFN, moe_layers, set_rule
 from ..routers import NormRouter, expert_grams, expert_norms
 from ..select.calibrate import Scope
-from ..sites import FFNWeights, in_decoder, token_mask_of
+from ..sites import in_decoder, token_mask_of
 from .calibration import calibrate_rules, recalibrate, spread
 from .capture import capture_ffn_inputs, fast_dtype
 from .distill import Distillation, DistillConfig
-from .fit import RouterTrainConfig, fit_new_router, router_loss, router_targets, split_tokens
+from .fit import RouterTrainConfig, _cast, fit_new_router, router_loss, router_targets, split_tokens
 from .loop import Part, TrainConfig, TrainingData, TrainRecord, train
 from .selection import SelectionConfig, SelectionTraining
 from .work import fingerprint, open_work, read_tensors, weights_checksum, write_tensors
@@ -36,7 +36,8 @@ class FinetuneConfig(SelectionConfig):
     """How a converted model is trained further, with hard selection."""
 
     parameters: Literal["all", "ffn", "routers"] = "all"
-    """What is trained: the whole model, its converted FFNs, or nothing but routers. Routers only if ``routers`` is not 'frozen'."""
+    """What is trained of the parameters that require gradients: all, those of converted FFNs, or nothing but routers. Routers only if
+    ``routers`` is not 'frozen'."""
     router_lr_factor: float = 10.0
     """Learning rate of routers over that of everything else, greater than 0."""
     distill: DistillConfig | None = None
@@ -93,7 +94,7 @@ def finetune_converted(
         if config.distill is not None and teacher is not None:
             sites = [layer.site for layer in layers]
             parts.append(stack.enter_context(Distillation(model, teacher, config.distill, sites)))
-        factors = {r"re:.*\.moe\.router\..*": config.router_lr_factor}
+        factors = {r"re:(.*\.)?moe\.router\..*": config.router_lr_factor}
         record = train(
             model,
             data,
@@ -119,9 +120,8 @@ def _trainable(model: nn.Module, config: FinetuneConfig) -> Iterator[None]:
     if config.routers == "frozen":
         chosen -= routers
     try:
-        for parameter in before:
-            if parameter.is_floating_point():
-                parameter.requires_grad_(parameter in chosen)
+        for parameter, was in before.items():
+            parameter.requires_grad_(was and parameter in chosen)
         yield
     finally:
         for parameter, was in before.items():
@@ -204,7 +204,7 @@ def train_routers(
             found = read_tensors(path)
             if found is None:
                 train_TD, held_out_TD = split_tokens(inputs.read(name), config.holdout_frac, name=name)
-                weights = _on_cpu(layer.weights())
+                weights = _cast(layer.weights().dequantized(torch.float32), torch.float32, device=torch.device("cpu"))
                 states[name], scores_TE, captured[name] = fit_new_router(
                     layer.router.config, train_TD, held_out_TD, weights, layer.site, layer.num_experts, config
                 )
@@ -229,11 +229,6 @@ def train_routers(
         layer.router.load_state_dict(states[name])
     set_rule(model, rules)
     return record
-
-
-def _on_cpu(weights: FFNWeights) -> FFNWeights:
-    weights = weights.dequantized(torch.float32)
-    return FFNWeights(**{name: None if t is None else t.detach().to("cpu", torch.float32) for name, t in vars(weights).items()})
 
 
 class RouterTraining:
@@ -262,9 +257,8 @@ class RouterTraining:
         self._modes = [layer.mode for layer in self._layers]
         self._required = {parameter: parameter.requires_grad for parameter in model.parameters()}
         routers = {p for layer in self._layers for p in layer.router.parameters()}
-        for parameter in self._required:
-            if parameter.is_floating_point():
-                parameter.requires_grad_(parameter in routers)
+        for parameter, was in self._required.items():
+            parameter.requires_grad_(was and parameter in routers)
         self._handles: list[RemovableHandle] = [
             model.register_forward_pre_hook(self._begin, with_kwargs=True),
             model.register_forward_hook(self._end, prepend=True),

@@ -25,7 +25,7 @@ from ..sites import FFNSite, FFNWeights, ffn_hidden, find_ffn_sites, site_weight
 from ..sites.formula import ACTIVATIONS
 from ..sparsity.losses import LOSSES, sparsity_loss
 from .capture import capture_ffn_inputs, fast_dtype
-from .fit import _adam, _held_out
+from .fit import _adam, _cast, _held_out
 from .work import fingerprint, open_work, read_tensors, weights_checksum, write_tensors
 
 _CHUNK_TOKENS = 1024
@@ -195,7 +195,7 @@ def _regress(
     }
 
     def weights() -> FFNWeights:
-        return FFNWeights(**{name: leaf.t() if name == "down_FD" else leaf for name, leaf in leaves.items()})
+        return replace(new, **{name: leaf.t() if name == "down_FD" else leaf for name, leaf in leaves.items()})
 
     def error() -> float:
         y_TD = _outputs(x_TD[held_out_T], weights(), site.activation)
@@ -241,7 +241,7 @@ def _forward(x_TD: Tensor, weights: FFNWeights, activation: str) -> tuple[Tensor
 def _outputs(x_TD: Tensor, weights: FFNWeights, activation: str) -> Tensor:
     """The FFN's outputs in bfloat16, a chunk of tokens at a time."""
     low = fast_dtype(x_TD.device)
-    weights = FFNWeights(**{f.name: None if (t := getattr(weights, f.name)) is None else t.to(low) for f in fields(weights)})
+    weights = _cast(weights, low)
     y_TD = torch.empty(len(x_TD), weights.down_FD.shape[1], dtype=torch.bfloat16, device=x_TD.device)
     for y, x in zip(y_TD.split(_CHUNK_TOKENS), x_TD.split(_CHUNK_TOKENS), strict=True):
         y.copy_(F.linear(ffn_hidden(x.to(low), weights, activation=activation), weights.down_FD.t(), weights.down_bias_D))
