@@ -207,7 +207,7 @@ def train(
                         if count == 0:  # its mean is NaN
                             continue
                         with _autocast(device, compute):
-                            loss = model(**_to(batch, device)).loss * (count / sum(counts))
+                            loss = _loss(model, _to(batch, device)) * (count / sum(counts))
                         scaler.scale(loss).backward()
                         total += loss.detach()
                     scaler.unscale_(optimizer)
@@ -302,6 +302,13 @@ class _Order:
 
 def _to(batch: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
     return {key: value.to(device, non_blocking=True) for key, value in batch.items()}
+
+
+def _loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    loss = getattr(model(**batch), "loss", None)
+    if loss is None:
+        raise DataError(f"{type(model).__name__} gives no loss for {', '.join(batch)}: it needs a head, and the data labels.")
+    return cast(Tensor, loss)
 
 
 def _num_tokens(batch: Mapping[str, Tensor]) -> int:

@@ -8,7 +8,7 @@ import torch
 from families.models import build
 from tiny import tiny_llama
 from torch import nn
-from training import F32, emotions, text, tiny_classifier, weights, without_dropout
+from training import F32, Rows, emotions, text, tiny_classifier, weights, without_dropout
 
 from moeify.errors import ConfigError, DataError, TrainingError
 from moeify.train.loop import TrainConfig, TrainRecord, train
@@ -256,6 +256,11 @@ def test_train_when_there_is_nothing_to_train_or_to_train_on_says_so():
         train(tiny_llama(), text(rows=0), TrainConfig(steps=1))
     with pytest.raises(ConfigError, match="float16' needs a GPU"):
         train(tiny_llama(), text(), TrainConfig(steps=1, compute="float16"))
+
+
+def test_train_when_there_is_no_loss_says_so():
+    with pytest.raises(DataError, match="LlamaModel gives no loss for input_ids, attention_mask: it needs a head, and the data labels"):
+        train(tiny_llama().model, Rows(**{k: v for k, v in text().tensors.items() if k != "labels"}), TrainConfig(steps=1, **F32))
 
 
 def test_train_when_the_model_cannot_be_checkpointed_says_so():
