@@ -12,7 +12,7 @@ converted model, unselected experts contribute nothing; the backward pass may re
     norms             the regression that routers are fitted by, of their raw scores to the present experts' output norms
 
 Neither sends anything into the FFN's input: a router learns from the model, the model does not move to please it. The regression's gradient
-is injected on the way back (see `sparsity.enforce`), so that it survives checkpointing and is multiplied by what multiplies the loss.
+is injected on the way back (see `sparsity.inflight`), so that it survives checkpointing and is multiplied by what multiplies the loss.
 """
 
 import math
@@ -31,8 +31,8 @@ from ..kernels.plan import neuron_mask
 from ..layers import MoEFFN, moe_layers
 from ..routers import NormRouter, expert_grams, expert_norms
 from ..select import Rule
-from ..sites import in_decoder, not_plain_reason, token_mask_of
-from ..sparsity.enforce import _State
+from ..sites import in_decoder, token_mask_of
+from ..sparsity.inflight import InFlight
 from .fit import router_loss, router_targets
 
 _MOST_PAIRS = 1 << 20  # scores that set a batch's threshold; more are sampled by token: 0.1 points of active fraction
@@ -78,7 +78,7 @@ class SelectionTraining:
 
     Raises:
         ConfigError: the model is dense, or a router cannot learn what ``routers`` asks for.
-        UnsupportedModelError: another is attached already, or norms are asked for of a down projection whose weights cannot be read.
+        UnsupportedModelError: another is attached already, or norms are asked for of experts whose weights cannot be read (adapters).
 
     Cost: the dense step, a pass over (T, F) each way for the mask, the routers, and a selection of the n-th of T * E scores.
     """
@@ -93,7 +93,7 @@ class SelectionTraining:
         self.active = 1.0
         """Active fraction of the present step."""
         self._seed = seed
-        self._state = _State(model)
+        self._state = InFlight(model)
         self._layers = {layer: _Layer(self, layer, share=1 / len(layers), in_decoder=in_decoder(model, layer.site)) for layer in layers}
         self._handles: list[RemovableHandle] = [
             model.register_forward_pre_hook(self._state.begin, with_kwargs=True),
@@ -113,8 +113,7 @@ class SelectionTraining:
                 raise ConfigError(
                     f"'{name}' has a {router.config.name} router, which predicts no norms; use routers='straight_through' or 'frozen'."
                 )
-            if reason := not_plain_reason(layer.projections()[1]):
-                raise UnsupportedModelError(f"'{name}': its down projection {reason}, so the experts' norms are not known; freeze routers.")
+            layer.weights()
         if wanted in ("straight_through", "both") and not any(True for _ in router.parameters()):
             raise ConfigError(f"'{name}' has a {router.config.name} router, which has nothing to learn; use routers='frozen'.")
 
@@ -276,7 +275,7 @@ class _Carry(torch.autograd.Function):
     """Identity of ``h``, whose backward gives ``raw`` the gradient ``scale * slope``."""
 
     @staticmethod
-    def forward(ctx: Any, h: Tensor, raw: Tensor, slope: Tensor, state: _State) -> Tensor:
+    def forward(ctx: Any, h: Tensor, raw: Tensor, slope: Tensor, state: InFlight) -> Tensor:
         ctx.save_for_backward(slope)
         ctx.state = state
         return h.view_as(h)

@@ -17,6 +17,7 @@ from moeify.routers import MLPRouterConfig, NormRouterConfig
 from moeify.select import DynKMass, Threshold
 from moeify.sites import find_ffn_sites
 from moeify.train.calibration import TARGETS, recalibrate
+from moeify.train.distill import DistillConfig
 from moeify.train.finetune import FinetuneConfig, RouterTraining, finetune_converted, train_routers
 from moeify.train.fit import RouterTrainConfig, fit_new_router, split_tokens
 from moeify.train.loop import TrainConfig, train
@@ -141,6 +142,17 @@ def test_finetune_converted_evaluates_at_the_middle_budget():
 
     finetune_converted(converted(), Pattern(), config_of(target_active=(0.2, 0.6)), replace(TRAIN, steps=2), evaluate=evaluate)
     assert seen == [pytest.approx(0.4, abs=0.01)]
+
+
+def test_finetune_converted_with_a_teacher_adds_its_loss():
+    teacher = tiny.tiny_llama(seed=1)
+    records = [
+        finetune_converted(converted(), Pattern(), config_of(routers="both", distill=distill), replace(TRAIN, steps=3), teacher=given)
+        for distill, given in ((None, None), (DistillConfig(logits_weight=0.5, ffn_weight=0.1), teacher))
+    ]
+    found = records[1].parts[-1]
+    assert {"active_fraction", "router_deviance", "task_loss", "distill_kl", "distill_ffn"} <= found.keys()
+    assert records[1].losses[0] > records[0].losses[0] + 0.01
 
 
 @pytest.mark.parametrize(
