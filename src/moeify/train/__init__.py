@@ -2,6 +2,7 @@
 
 from .calibration import recalibrate as recalibrate
 from .finetune import FinetuneConfig as FinetuneConfig
+from .finetune import Finetuning as Finetuning
 from .finetune import RouterTraining as RouterTraining
 from .finetune import finetune_converted as finetune_converted
 from .finetune import train_routers as train_routers

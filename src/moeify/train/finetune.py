@@ -24,7 +24,7 @@ from .calibration import calibrate_rules, recalibrate, spread
 from .capture import capture_ffn_inputs, fast_dtype
 from .distill import Distillation, DistillConfig
 from .fit import RouterTrainConfig, _cast, fit_new_router, router_loss, router_targets, split_tokens
-from .loop import Part, TrainConfig, TrainingData, TrainRecord, train
+from .loop import TrainConfig, TrainingData, TrainRecord, train
 from .selection import SelectionConfig, SelectionTraining
 from .work import fingerprint, open_work, read_tensors, weights_checksum, write_tensors
 
@@ -49,6 +49,67 @@ class FinetuneConfig(SelectionConfig):
             raise ConfigError(f"router_lr_factor must be finite and greater than 0, got {self.router_lr_factor}.")
         if self.parameters == "routers" and self.routers == "frozen":
             raise ConfigError("parameters='routers' with routers='frozen' leaves nothing to train.")
+
+
+class Finetuning:
+    """What `finetune_converted` attaches to a model: a `moeify.train.Part` for any loop, and a context manager that removes it.
+
+    Selection and distillation. Parameters that are not trained lose ``requires_grad`` until it is removed: make the optimizer afterwards.
+
+    Args:
+        model: converted model.
+        config: what to do. ``router_lr_factor`` is the loop's business.
+        seed: of the budgets; a step's is a function of (seed, step) alone.
+        teacher: for ``config.distill``.
+        compute: see `Distillation`.
+
+    Raises:
+        ConfigError: distillation without a teacher, a teacher without it, int8 experts, or what `SelectionTraining` refuses.
+        UnsupportedModelError: as `SelectionTraining` and `Distillation`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: FinetuneConfig | None = None,
+        *,
+        seed: int = 0,
+        teacher: nn.Module | None = None,
+        compute: torch.dtype | None = None,
+    ) -> None:
+        config = config or FinetuneConfig()
+        layers = list(moe_layers(model).values())
+        if (config.distill is None) != (teacher is None):
+            given, missing = ("distill", "a teacher") if teacher is None else ("a teacher", "distill")
+            raise ConfigError(f"{given} is given without {missing}; distillation needs both.")
+        if config.parameters != "routers" and any(layer.is_int8 for layer in layers):
+            raise ConfigError("int8 experts cannot be trained; call dequantize(model) first, or train parameters='routers'.")
+        with ExitStack() as stack:
+            self._parts: list[SelectionTraining | Distillation] = [stack.enter_context(SelectionTraining(model, config, seed=seed))]
+            if config.distill is not None and teacher is not None:
+                sites = [layer.site for layer in layers]
+                self._parts.append(stack.enter_context(Distillation(model, teacher, config.distill, sites, compute=compute)))
+            stack.enter_context(_trainable(model, config))
+            self._attached = stack.pop_all()
+
+    def set_step(self, step: int) -> None:
+        """Draw the active fraction of an optimizer step."""
+        for part in self._parts:
+            part.set_step(step)
+
+    def values(self) -> Mapping[str, Tensor]:
+        """Of `SelectionTraining` and `Distillation`."""
+        return {name: value for part in self._parts for name, value in part.values().items()}
+
+    def remove(self) -> None:
+        """Give the layers their rules, and the parameters their gradients back."""
+        self._attached.close()
+
+    def __enter__(self) -> "Finetuning":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
 
 
 def finetune_converted(
@@ -79,30 +140,18 @@ def finetune_converted(
         checkpoint).
 
     Raises:
-        ConfigError: distillation without a teacher, a teacher without it, int8 experts, a router that cannot learn what is asked.
+        ConfigError, UnsupportedModelError: see `Finetuning`.
         TrainingError, CheckpointError: see `train`.
     """
-    layers = list(moe_layers(model).values())
-    if (config.distill is None) != (teacher is None):
-        raise ConfigError("distillation needs both a teacher and config.distill; give both or neither.")
-    if config.parameters != "routers" and any(layer.is_int8 for layer in layers):
-        raise ConfigError("int8 experts cannot be trained; call dequantize(model) first, or train parameters='routers'.")
-    identity = {**(run or {}), "finetune": _config.to_dict(config)}
-    with ExitStack() as stack:
-        stack.enter_context(_trainable(model, config))
-        parts: list[Part] = [stack.enter_context(SelectionTraining(model, config, seed=train_config.seed))]
-        if config.distill is not None and teacher is not None:
-            sites = [layer.site for layer in layers]
-            parts.append(stack.enter_context(Distillation(model, teacher, config.distill, sites)))
-        factors = {r"re:(.*\.)?moe\.router\..*": config.router_lr_factor}
+    with Finetuning(model, config, seed=train_config.seed, teacher=teacher) as part:
         record = train(
             model,
             data,
             train_config,
-            parts=parts,
-            lr_factors=factors,
+            parts=[part],
+            lr_factors={r"re:(.*\.)?moe\.router\..*": config.router_lr_factor},
             state=state,
-            run=identity,
+            run={**(run or {}), "finetune": _config.to_dict(config)},
             evaluate=evaluate,
             progress=progress,
         )

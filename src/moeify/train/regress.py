@@ -162,13 +162,15 @@ def _in_parallel(function: Callable[[int], Any], items: Iterable[int], *, worker
     if workers == 1:
         yield from map(function, items)
         return
-    share = max(1, torch.get_num_threads() // workers)
-    # A thread's number of torch threads is its own; the operators of one layer release Python's lock for the other.
+    threads = torch.get_num_threads()
+    share = max(1, threads // workers)
+    # The operators of one layer release Python's lock for the other.
     pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(share,))
     try:
         yield from pool.map(function, items)
     finally:
         pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(threads)  # a thread's number is its own, but for that of MKL
 
 
 def _regress(

@@ -176,7 +176,7 @@ def test_finetune_config_when_written_as_json_reads_back_and_each_field_is_docum
 
 def test_finetune_converted_of_int8_experts_or_with_half_a_distillation_is_refused():
     model = converted()
-    with pytest.raises(ConfigError, match="both a teacher and"):
+    with pytest.raises(ConfigError, match="a teacher is given without distill"):
         finetune_converted(model, Pattern(), config_of(), TRAIN, teacher=tiny.tiny_llama())
     quantize(model)
     with pytest.raises(ConfigError, match="int8 experts"):
