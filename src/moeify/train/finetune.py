@@ -20,6 +20,7 @@ from ..layers import MoEFFN, moe_layers, set_rule
 from ..routers import NormRouter, expert_grams, expert_norms
 from ..select.calibrate import Scope
 from ..sites import in_decoder, token_mask_of
+from ..sparsity.inflight import InFlight
 from .calibration import calibrate_rules, recalibrate, spread
 from .capture import capture_ffn_inputs, fast_dtype
 from .distill import Distillation, DistillConfig
@@ -302,14 +303,14 @@ class RouterTraining:
             if not isinstance(layer.router, NormRouter):
                 raise ConfigError(f"'{layer.site.name}' has a {layer.router.config.name} router, which predicts no norms.")
         self._losses: list[Tensor] = []
-        self._masks: dict[str, Tensor | None] = {}
+        self._state = InFlight(model)
         self._modes = [layer.mode for layer in self._layers]
         self._required = {parameter: parameter.requires_grad for parameter in model.parameters()}
         routers = {p for layer in self._layers for p in layer.router.parameters()}
         for parameter, was in self._required.items():
             parameter.requires_grad_(was and parameter in routers)
         self._handles: list[RemovableHandle] = [
-            model.register_forward_pre_hook(self._begin, with_kwargs=True),
+            model.register_forward_pre_hook(self._state.begin, with_kwargs=True),
             model.register_forward_hook(self._end, prepend=True),
         ]
         for layer in self._layers:
@@ -325,7 +326,7 @@ class RouterTraining:
 
         def regress(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
             if torch.is_grad_enabled():
-                self._losses.append(self._loss(layer, inputs.pop(), args[0], self._masks.get(name)))
+                self._losses.append(self._loss(layer, inputs.pop(), args[0], self._state.masks[name]))
 
         first, down = layer.projections()
         return [first.register_forward_pre_hook(remember), down.register_forward_pre_hook(regress)]
@@ -341,13 +342,11 @@ class RouterTraining:
         z_TE, output = router.raw_scores(x_TD), router.config.output
         return router_loss(z_TE - 2 * scale.log() if output == "exp" else z_TE / scale, targets_TE, output=output)
 
-    def _begin(self, _model: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._losses.clear()
-        self._masks = {name: kwargs.get(name) for name in ("attention_mask", "decoder_attention_mask")}
-
     def _end(self, _model: nn.Module, _args: tuple[Any, ...], outputs: Any) -> Any:
         if self._losses:
-            outputs["loss"] = torch.stack(self._losses).sum()
+            share = self._state.share
+            outputs["loss"] = torch.stack(self._losses).sum() * (1.0 if share is None else share)
+            self._losses.clear()
         return outputs
 
     def set_step(self, step: int) -> None:

@@ -271,6 +271,8 @@ def test_router_training_makes_the_routers_regression_the_models_loss_and_trains
     with RouterTraining(model) as training:
         loss = model(**inputs).loss
         assert loss.item() == pytest.approx(regression(model, inputs), rel=1e-5)
+        items = torch.tensor(2 * int((inputs["labels"][:, 1:] != -100).sum()))  # Trainer's, of two micro-batches
+        assert model(**inputs, num_items_in_batch=items).loss.item() == pytest.approx(loss.item() / 2, rel=1e-5)
         record = train(model, Pattern(), replace(TRAIN, steps=30, lr=1e-2), parts=[training])
         with torch.no_grad():
             plain = model(**inputs).loss
