@@ -68,3 +68,79 @@ def without_dropout(model):
 
 def weights(model):
     return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+class Dies(Exception):  # noqa: N818 - stands for a kill
+    pass
+
+
+class DyingData:
+    """Data that cannot be read at one step."""
+
+    def __init__(self, data, *, at):
+        self.data, self.calls, self.at = data, 0, at
+
+    def __len__(self):
+        return len(self.data)
+
+    def batch(self, rows, *, generator):
+        self.calls += 1
+        if self.calls == self.at:
+            raise Dies
+        return self.data.batch(rows, generator=generator)
+
+
+class _Examples(torch.utils.data.Dataset):
+    def __init__(self, data):
+        self.data = data
+
+    def __len__(self):
+        return len(self.data)
+
+    def __getitem__(self, row):
+        return row
+
+
+def trainer_of(model, data, config, folder, *, callbacks=(), **options):
+    """A quiet transformers Trainer with the settings of a `TrainConfig`; ``options`` are TrainingArguments'."""
+    import transformers
+
+    micro = config.micro_sequences or config.batch_sequences
+    settings = {
+        "output_dir": str(folder),
+        "max_steps": config.steps,
+        "per_device_train_batch_size": micro,
+        "gradient_accumulation_steps": config.batch_sequences // micro,
+        "learning_rate": config.lr,
+        "lr_scheduler_type": config.schedule,
+        "warmup_steps": config.warmup_steps,
+        "weight_decay": config.weight_decay,
+        "adam_beta1": config.betas[0],
+        "adam_beta2": config.betas[1],
+        "max_grad_norm": config.clip,
+        "optim": "adamw_torch_fused",
+        "seed": config.seed,
+        "logging_steps": 1,
+        "logging_nan_inf_filter": False,
+        "save_strategy": "no",
+        "report_to": [],
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "remove_unused_columns": False,
+        "dataloader_pin_memory": False,
+    }
+    trainer = transformers.Trainer(
+        model=model,
+        args=transformers.TrainingArguments(**settings | options),
+        train_dataset=_Examples(data),
+        data_collator=lambda rows: data.batch(rows, generator=None),
+        callbacks=list(callbacks),
+    )
+    trainer.remove_callback(transformers.PrinterCallback)
+    return trainer
+
+
+def trainer_losses(trainer):
+    """Trains, and gives the loss of every step."""
+    trainer.train()
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]

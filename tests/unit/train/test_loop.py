@@ -8,7 +8,7 @@ import torch
 from families.models import build
 from tiny import tiny_llama
 from torch import nn
-from training import F32, Rows, emotions, text, tiny_classifier, weights, without_dropout
+from training import F32, Rows, emotions, text, tiny_classifier, trainer_losses, trainer_of, weights, without_dropout
 
 from moeify.errors import ConfigError, DataError, TrainingError
 from moeify.train.loop import TrainConfig, TrainRecord, train
@@ -140,69 +140,16 @@ def test_train_tells_parts_the_step_and_logs_their_values(caplog):
 # ---- Trainer
 
 
-def trainer_losses(model, data, config, tmp_path, **more):
-    """The loss of every step, by transformers."""
-    from transformers import Trainer, TrainingArguments
-
-    class Examples(torch.utils.data.Dataset):
-        def __len__(self):
-            return len(data)
-
-        def __getitem__(self, row):
-            return row
-
-    micro = config.micro_sequences or config.batch_sequences
-    arguments = TrainingArguments(
-        output_dir=str(tmp_path),
-        max_steps=config.steps,
-        per_device_train_batch_size=micro,
-        gradient_accumulation_steps=config.batch_sequences // micro,
-        learning_rate=config.lr,
-        lr_scheduler_type=config.schedule,
-        warmup_steps=config.warmup_steps,
-        weight_decay=config.weight_decay,
-        adam_beta1=config.betas[0],
-        adam_beta2=config.betas[1],
-        max_grad_norm=config.clip,
-        optim="adamw_torch_fused",
-        seed=config.seed,
-        logging_steps=1,
-        logging_nan_inf_filter=False,
-        save_strategy="no",
-        report_to=[],
-        use_cpu=True,
-        disable_tqdm=True,
-        remove_unused_columns=False,
-        dataloader_pin_memory=False,
-    )
-    trainer = Trainer(
-        model=model, args=arguments, train_dataset=Examples(), data_collator=lambda rows: data.batch(rows, generator=None), **more
-    )
-    trainer.remove_callback(next(type(c) for c in trainer.callback_handler.callbacks if "Printer" in type(c).__name__))
-    trainer.train()
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-
-
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant_with_warmup"])
 @pytest.mark.parametrize("micro", [None, 2])
 def test_train_and_trainer_give_a_causal_model_the_same_losses(schedule, micro, tmp_path):
     options = {"steps": 8, "batch_sequences": 4, "micro_sequences": micro, "lr": 1e-2, "warmup_steps": 2, "weight_decay": 0.5, "clip": 0.2}
     config = TrainConfig(**options | {"schedule": schedule.partition("_")[0], "betas": (0.8, 0.9), "seed": 3} | F32)
     ours, theirs = build("llama")[0], build("llama")[0]
-    wanted = trainer_losses(theirs, text(), config if schedule != "constant_with_warmup" else _WithName(config, schedule), tmp_path)
+    wanted = trainer_losses(trainer_of(theirs, text(), config, tmp_path, lr_scheduler_type=schedule))
     assert train(ours, text(), config).losses == pytest.approx(wanted, rel=1e-6, abs=0)
     for name, p in theirs.named_parameters():
         torch.testing.assert_close(ours.get_parameter(name), p, rtol=1e-5, atol=1e-6)
-
-
-class _WithName:
-    """A config under another name of its schedule."""
-
-    def __init__(self, config, schedule):
-        self._config, self.schedule = config, schedule
-
-    def __getattr__(self, name):
-        return getattr(self._config, name)
 
 
 @pytest.mark.parametrize("micro", [None, 2])
@@ -212,7 +159,7 @@ def test_train_and_trainer_give_a_classifier_with_dropout_the_same_losses(micro,
     ours, theirs = (tiny_classifier(hidden_dropout_prob=0.2, attention_probs_dropout_prob=0.2) for _ in range(2))
     # BERT's heads take num_items_in_batch and ignore it; unless told, Trainer adds the means of micro-batches up.
     theirs.accepts_loss_kwargs = False
-    wanted = trainer_losses(theirs, emotions(rows=12), config, tmp_path)
+    wanted = trainer_losses(trainer_of(theirs, emotions(rows=12), config, tmp_path))
     assert train(ours, emotions(rows=12), config).losses == pytest.approx(wanted, rel=1e-6, abs=0)
 
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from tiny import tiny_llama
 from torch import nn
-from training import F32, emotions, text, tiny_classifier, weights
+from training import F32, Dies, DyingData, emotions, text, tiny_classifier, weights
 
 from moeify.errors import CheckpointError, TrainingError
 from moeify.train import state as states
@@ -32,26 +32,6 @@ def model_of():
 
     model.register_forward_pre_hook(count)
     return model
-
-
-class Dies(Exception):  # noqa: N818 - stands for a kill
-    pass
-
-
-class DyingData:
-    """Data that cannot be read at one step."""
-
-    def __init__(self, data, *, at):
-        self.data, self.calls, self.at = data, 0, at
-
-    def __len__(self):
-        return len(self.data)
-
-    def batch(self, rows, *, generator):
-        self.calls += 1
-        if self.calls == self.at:
-            raise Dies
-        return self.data.batch(rows, generator=generator)
 
 
 @pytest.fixture(scope="module")
