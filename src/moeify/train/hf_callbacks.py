@@ -15,6 +15,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from ..errors import ConfigError
 from ..sites import FFNSite
 from .distill import Distillation, DistillConfig
+from .finetune import FinetuneConfig, Finetuning, RouterTraining
 from .loop import Part
 from .sparsify import Sparsification, SparsifyConfig
 
@@ -118,6 +119,38 @@ class SparsifyCallback(PartsCallback):
             return [part]
 
         super().__init__(attach)
+
+
+class FinetuneCallback(PartsCallback):
+    """`Finetuning` for Trainer: a converted model trained as it runs. Call `recalibrate` afterwards.
+
+    Routers learn at Trainer's learning rate, unless its ``optimizers`` argument says otherwise: ``router_lr_factor`` has no effect.
+
+    Args:
+        config: budgets, what is trained, how routers learn, distillation; the budgets' seed is Trainer's.
+        teacher: for ``config.distill``; moved to the student's device.
+
+    Raises:
+        ConfigError: with ``torch_compile``, or as `Finetuning`.
+    """
+
+    def __init__(self, config: FinetuneConfig | None = None, *, teacher: nn.Module | None = None) -> None:
+        def attach(model: nn.Module, args: TrainingArguments) -> list[AttachedPart]:
+            if args.torch_compile:
+                raise ConfigError("torch_compile and selection in training do not go together; leave torch_compile out.")
+            moved = teacher.to(args.device) if teacher is not None else None
+            return [Finetuning(model, config, seed=args.seed, teacher=moved, compute=_compute(args))]
+
+        super().__init__(attach)
+
+
+class RouterTrainingCallback(PartsCallback):
+    """`RouterTraining` for Trainer: the routers' regression is the loss, in dense mode, everything else frozen. Call `recalibrate`
+    afterwards.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(lambda model, _args: [RouterTraining(model)])
 
 
 def _compute(args: TrainingArguments) -> torch.dtype | None:

@@ -7,14 +7,16 @@ import sys
 
 import pytest
 import torch
-from tiny import tiny_inputs, tiny_llama
+from tiny import convert_tiny, tiny_inputs, tiny_llama
 from training import F32, text, trainer_losses, trainer_of
 
 from moeify.errors import ConfigError
+from moeify.layers import moe_layers
 from moeify.sites import find_ffn_sites
 from moeify.sparsity import EnforcementConfig
 from moeify.train.distill import Distillation, DistillConfig
-from moeify.train.hf_callbacks import DistillationCallback, PartsCallback, SparsifyCallback
+from moeify.train.finetune import FinetuneConfig, Finetuning, RouterTraining
+from moeify.train.hf_callbacks import DistillationCallback, FinetuneCallback, PartsCallback, RouterTrainingCallback, SparsifyCallback
 from moeify.train.loop import TrainConfig, train
 from moeify.train.sparsify import SparsifyConfig, sparsify
 
@@ -122,6 +124,39 @@ def test_callbacks_when_the_whole_model_is_compiled_refuse_what_would_be_wrong(t
     for callback in (DistillationCallback(tiny_llama()), SparsifyCallback(sites)):
         with pytest.raises(ConfigError, match="torch_compile of the whole model cannot be combined with .* compile its layers instead"):
             trainer_of(model, text(), STEPS, tmp_path, callbacks=[callback], torch_compile=True)
+
+
+# ---- converted models
+
+
+def test_finetune_callback_trains_as_our_loop_does(tmp_path):
+    config = FinetuneConfig(target_active=(0.3, 0.7), routers="both", router_lr_factor=1.0, router_tokens=16)
+    model, other = convert_tiny(tiny_llama()), convert_tiny(tiny_llama())
+    with Finetuning(model, config) as part:
+        record = train(model, whole_rows(), STEPS, parts=[part])
+    trainer = trainer_of(other, whole_rows(), STEPS, tmp_path, callbacks=[FinetuneCallback(config)])
+    assert trainer_losses(trainer) == pytest.approx(record.losses, rel=1e-5)
+    same_weights(other, model)
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    for entry, values in zip(logged, record.parts, strict=True):
+        assert {name: entry[name] for name in values} == pytest.approx(values, rel=1e-4, abs=1e-5)
+    assert not any(layer.selector for layer in moe_layers(other).values())
+
+
+def test_router_training_callback_trains_routers_alone_as_our_loop_does(tmp_path):
+    model, other = convert_tiny(tiny_llama()), convert_tiny(tiny_llama())
+    with RouterTraining(model) as part:
+        record = train(model, whole_rows(), STEPS, parts=[part])
+    trainer = trainer_of(other, whole_rows(), STEPS, tmp_path, callbacks=[RouterTrainingCallback()])
+    assert trainer_losses(trainer) == pytest.approx(record.losses, rel=1e-5)
+    same_weights(other, model)
+    dense = convert_tiny(tiny_llama())
+    assert all(torch.equal(p, dense.get_parameter(name)) == ("router" not in name) for name, p in other.named_parameters())
+
+
+def test_finetune_callback_when_compiled_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="torch_compile and selection"):
+        trainer_of(convert_tiny(tiny_llama()), text(), STEPS, tmp_path, callbacks=[FinetuneCallback()], torch_compile=True)
 
 
 SCRIPT = """
