@@ -32,7 +32,8 @@ class InFlight:
         is_seq2seq = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
         self._first_label = int(getattr(model, "loss_type", None) in _SHIFTED and not is_seq2seq)
         self._names = list(inspect.signature(model.forward).parameters)
-        self._share: Tensor | None = None
+        self.share: Tensor | None = None
+        """What the forward's labels are of all that its loss is divided by; None: it is their mean."""
         self._followed: RemovableHandle | None = None
 
     def begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -51,7 +52,7 @@ class InFlight:
         total, labels = inputs.get("num_items_in_batch"), inputs.get("labels")
         # The loss is then a sum over this micro-batch's labels, divided by the number of all micro-batches' labels.
         given = total is not None and isinstance(labels, Tensor)
-        self._share = (labels[..., self._first_label :] != -100).sum() / total if given and labels is not None else None
+        self.share = (labels[..., self._first_label :] != -100).sum() / total if given and labels is not None else None
 
     def end(self, _model: nn.Module, _args: tuple[Any, ...], outputs: Any) -> None:
         """Hook of the model: follow its loss."""
@@ -61,7 +62,7 @@ class InFlight:
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
         self.scale.data.fill_(1)
         if isinstance(loss, Tensor) and loss.requires_grad:
-            self.follow(loss, share=self._share)
+            self.follow(loss, share=self.share)
 
     def follow(self, loss: Tensor, *, share: Tensor | None = None) -> None:
         """Take the factor from this loss, times ``share``, in place of the one before."""
