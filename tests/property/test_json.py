@@ -25,6 +25,7 @@ from moeify.select import RULES
 from moeify.sites import FFNSite
 from moeify.sparsity.profile import ActivationProfile
 from moeify.split import SPLITS
+from moeify.train.distill import DistillConfig
 from moeify.train.fit import RouterTrainConfig
 from moeify.train.loop import TrainConfig
 
@@ -41,6 +42,7 @@ UNTAGGED = [
     CalibrationConfig,
     DataConfig,
     TrainConfig,
+    DistillConfig,
 ]
 
 finite = st.floats(allow_nan=False, allow_infinity=False)

@@ -33,7 +33,7 @@ class InFlight:
         self._first_label = int(getattr(model, "loss_type", None) in _SHIFTED and not is_seq2seq)
         self._names = list(inspect.signature(model.forward).parameters)
         self.share: Tensor | None = None
-        """This micro-batch's share of the labels in ``num_items_in_batch``, where it is given: then losses are sums divided by that."""
+        """What the forward's labels are of all that its loss is divided by; None: it is their mean."""
         self._followed: RemovableHandle | None = None
 
     def begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -3,7 +3,7 @@
 Letters: N rows of logits, V classes or vocabulary, T tokens, D model width, L FFNs, R rows of a chunk.
 
     loss = task_weight * own loss + logits_weight * T^2 * mean over rows of KL(softmax(teacher / T) || softmax(student / T))
-         + ffn_weight / L * sum_l |y_l - y*_l|^2 / |y*_l|^2
+         + ffn_weight / L * sum_l |y_l - y*_l|^2 / |y*_l|^2, over the tokens of a forward
 
 Hooks do it, so any loop trains with it. The first two terms are in ``outputs.loss``; the third is injected as a gradient where the FFNs'
 outputs are, as `moeify.sparsity.enforce` does it, which is exact whatever is checkpointed.
@@ -170,12 +170,14 @@ class Distillation:
         self._logits = None
         own = outputs.loss
         terms = [] if own is None else [own] if config.task_weight == 1 else [config.task_weight * own]
-        self._values = {} if own is None else {"task_loss": own.detach()}
+        # Trainer's loss of a micro-batch is its labels' share of a mean; what is shown is the mean.
+        share = 1 if self._state.share is None else self._state.share
+        self._values = {} if own is None else {"task_loss": own.detach() / share}
         if config.logits_weight:
             if teacher_logits is None:
                 raise UnsupportedModelError(f"the teacher ({type(self._teacher).__name__}) gives no logits; load it with its head.")
             kl = self._kl(outputs.logits, teacher_logits, inputs)
-            self._values["distill_kl"] = kl.detach()
+            self._values["distill_kl"] = kl.detach() / share
             terms.append(config.logits_weight * kl)
         if terms:
             outputs.loss = sum(terms[1:], terms[0])

@@ -37,8 +37,9 @@ class FinetuneConfig(SelectionConfig):
     """How a converted model is trained further, with hard selection."""
 
     parameters: Literal["all", "ffn", "routers"] = "all"
-    """What is trained of the parameters that require gradients: all, those of converted FFNs, or nothing but routers. Routers only if
-    ``routers`` is not 'frozen'."""
+    """What is trained of the parameters that require gradients: all but the gains and biases of norms (routers, which read what they
+    give, do not survive a change of the smallest), those of converted FFNs, or nothing but routers. Routers only if ``routers`` is not
+    'frozen'."""
     router_lr_factor: float = 10.0
     """Learning rate of routers over that of everything else, greater than 0."""
     distill: DistillConfig | None = None
@@ -166,7 +167,9 @@ def _trainable(model: nn.Module, config: FinetuneConfig) -> Iterator[None]:
     before = {parameter: parameter.requires_grad for parameter in model.parameters()}
     routers = {p for layer in moe_layers(model).values() for p in layer.router.parameters()}
     ffns = {p for layer in moe_layers(model).values() for p in layer.projection_parameters()}
-    chosen = {"all": set(before), "ffn": ffns | routers, "routers": routers}[config.parameters]
+    # One step of Adam is as long for a gain of 4e-5 as for one of 0.3, and a router divides by each channel's spread: see docs/log.
+    norms = {p for module in model.modules() if "norm" in type(module).__name__.lower() for p in module._parameters.values()}
+    chosen = {"all": set(before) - norms, "ffn": ffns | routers, "routers": routers}[config.parameters]
     if config.routers == "frozen":
         chosen -= routers
     try:

@@ -176,7 +176,7 @@ def train(
     scaler = torch.amp.GradScaler(device.type, enabled=compute is torch.float16)
     log = _Log()
     done = 0
-    with _seeded(config.seed, device), _gradient_checkpointing(model, enabled=config.gradient_checkpointing):
+    with _own_random_numbers(device, seed=config.seed), _gradient_checkpointing(model, enabled=config.gradient_checkpointing):
         if state is not None:
             open_state(state, {"train": _identity(config), "sequences": len(data), "run": dict(run or {})})
             if kept := load_state(state, model=model, optimizer=optimizer, schedule=schedule, scaler=scaler):
@@ -195,7 +195,7 @@ def train(
                 generator = torch.Generator().manual_seed(1_000_003 * (config.seed + 1) + step)
                 batches = [data.batch(rows, generator=generator) for rows in order.micro_batches(step)]
                 if shifted is None:
-                    with _autocast(device, compute):
+                    with _autocast(device, compute), _own_random_numbers(device):
                         shifted = shifts_labels(model, _to(batches[0], device))
                 counts = [counted_labels(batch, shifted=shifted) for batch in batches]
                 if sum(counts) == 0:
@@ -364,10 +364,11 @@ def _autocast(device: torch.device, compute: torch.dtype) -> Any:
 
 
 @contextmanager
-def _seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Random numbers of a run of its own; the caller's go on afterwards as if nothing had happened."""
+def _own_random_numbers(device: torch.device, *, seed: int | None = None) -> Iterator[None]:
+    """Those outside go on afterwards as if nothing had been drawn."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
+        if seed is not None:
+            torch.manual_seed(seed)
         yield
 
 
@@ -390,7 +391,7 @@ def _gradient_checkpointing(model: nn.Module, *, enabled: bool) -> Iterator[None
 def _evaluated(model: nn.Module, evaluate: Callable[[nn.Module], float], device: torch.device) -> float:
     """Leaves mode and random numbers as they were."""
     model.eval()
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.no_grad():
+    with _own_random_numbers(device), torch.no_grad():
         value = float(evaluate(model))
     model.train()
     return value

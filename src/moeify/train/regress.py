@@ -39,7 +39,7 @@ class RegressConfig:
     """Passes over the captured tokens."""
     batch_tokens: int = 512
     """Tokens per optimizer step."""
-    lr: float = 3e-3
+    lr: float = 5e-3
     """Largest learning rate of AdamW; warms up and decays to zero within each layer's run."""
     sparsity_loss: str = "hoyer"
     """Penalty of a token's activations beside the error, 'hoyer' or 'l1'; see `EnforcementConfig.loss`. For functions with exact zeros."""

@@ -36,6 +36,7 @@ from ..sparsity.inflight import InFlight
 from .fit import router_loss, router_targets
 
 _MOST_PAIRS = 1 << 20  # scores that set a batch's threshold; more are sampled by token: 0.1 points of active fraction
+_MOST_RATIO = 100.0  # true over predicted squared norm, beyond which a pair pulls its router no harder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,6 +201,8 @@ class _Layer:
             z_SE = raw_SE.detach().requires_grad_()
             loss = router_loss(z_SE - 2 * scale.log() if output == "exp" else z_SE / scale, targets_SE, output=output)
             (slope_SE,) = torch.autograd.grad(loss, z_SE)
+        if output == "exp":  # an expert that was predicted silent and fires must not be all that Adam remembers
+            slope_SE = slope_SE.clamp_min(-_MOST_RATIO / slope_SE.numel())
         loss = loss.detach()
         self.values["router_deviance"] = loss - (targets_SE.log() + 1).mean() if output == "exp" else loss
         return cast(Tensor, _Carry.apply(h_TF, raw_SE, slope_SE * (self._config.router_weight * self._share), self._state))

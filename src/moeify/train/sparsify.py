@@ -103,6 +103,7 @@ class Sparsification:
 
     @total_steps.setter
     def total_steps(self, steps: int) -> None:
+        """For a run whose length is not known when this is attached."""
         self._enforcement.total_steps = steps
 
     def set_step(self, step: int) -> None:

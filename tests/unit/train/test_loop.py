@@ -1,5 +1,6 @@
 """The training loop: what Trainer computes, in any split into micro-batches, and errors that say where it went wrong."""
 
+import json
 import logging
 import math
 
@@ -11,6 +12,7 @@ from torch import nn
 from training import F32, Rows, emotions, text, tiny_classifier, trainer_losses, trainer_of, weights, without_dropout
 
 from moeify.errors import ConfigError, DataError, TrainingError
+from moeify.train import loop
 from moeify.train.loop import TrainConfig, TrainRecord, train
 
 
@@ -100,6 +102,32 @@ def test_train_in_bfloat16_keeps_the_weights_dtype_and_nearly_the_losses():
     assert one != two
     assert two == pytest.approx(one, rel=0.02)
     assert models[1].lm_head.weight.dtype is torch.float32
+
+
+def test_train_in_float16_skips_a_step_that_overflows_and_its_place_in_the_schedule(monkeypatch, tmp_path):
+    monkeypatch.setattr(loop, "_compute_dtype", lambda _config, _device: torch.float16)  # a CPU can, slowly
+    grads = []
+
+    def overflow(grad):
+        grads.append(grad)
+        return grad * (float("inf") if len(grads) == 2 else 1)
+
+    model, plain = tiny_llama(), tiny_llama()
+    seen = []
+    model.register_forward_pre_hook(lambda m, _args: seen.append(m.lm_head.weight.detach().clone()) if m.training else None)
+    model.lm_head.weight.register_hook(overflow)
+    options = {"steps": 5, "lr": 1e-3, "warmup_steps": 3, "batch_sequences": 11, "save_every": 3} | F32
+    record = train(model, text(), TrainConfig(**options), state=tmp_path)
+    assert torch.equal(seen[1], seen[2])
+    assert not torch.equal(seen[2], seen[3])
+    monkeypatch.undo()
+    wanted = train(plain, text(), TrainConfig(**options | {"steps": 4})).losses
+    assert record.losses[0] == pytest.approx(wanted[0], rel=1e-2)
+    # The first step's rate is 0, the second's is lost: the third takes the second's, a third of lr, which is Adam's first step.
+    assert (seen[3] - seen[2]).abs().max().item() == pytest.approx(1e-3 / 3, rel=0.05)
+    saved = json.loads((tmp_path / "step-00000005" / "state.json").read_text())
+    assert saved["scaler"]["scale"] == 2.0**15
+    assert saved["schedule"]["last_epoch"] == 4
 
 
 def test_train_evaluates_in_eval_mode_every_so_often_and_at_the_end_without_a_trace():

@@ -258,6 +258,24 @@ def test_norms_of_an_abs_router_are_the_squared_error():
     same(routers_of(found), grads_of(model))
 
 
+def test_norms_of_a_pair_that_fires_against_all_prediction_pull_no_harder_than_a_hundredfold():
+    model, inputs = converted(), batch(pad=False)
+    for layer in moe_layers(model).values():
+        with torch.no_grad():
+            layer.router.out.bias.fill_(-25.0)
+    biases = []
+    for _ in range(2):
+        with SelectionTraining(model):
+            model(**inputs).loss.backward()
+        biases.append(torch.stack([layer.router.out.bias.grad for layer in moe_layers(model).values()]))
+        model.zero_grad()
+        for layer in moe_layers(model).values():
+            with torch.no_grad():
+                layer.router.out.bias.fill_(-20.0)
+    torch.testing.assert_close(biases[0], biases[1])
+    assert biases[0].sum().item() == pytest.approx(-100, rel=0.05)  # mean over layers of the sum over pairs of 100 / pairs
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_selection_training_when_layers_are_checkpointed_gives_the_same_gradients(reentrant):
     model, inputs = converted(), batch()
