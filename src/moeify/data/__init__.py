@@ -4,6 +4,7 @@ from .batches import class_ids as class_ids
 from .batches import image_batches as image_batches
 from .batches import lm_batches as lm_batches
 from .batches import padded_text_batches as padded_text_batches
+from .batches import padding_id as padding_id
 from .batches import seq2seq_batches as seq2seq_batches
 from .config import DataConfig as DataConfig
 from .read import Example as Example

@@ -66,7 +66,7 @@ def calibration_batches(
     limit = most_positions(model, processor, data.window)
     pieces = text_pieces(read_texts(data), processor, max_length=limit)
     texts = padded_text_batches(pieces, processor, max_length=limit, batch_size=max(1, batch_tokens // limit))
-    return _take_tokens(texts, data.max_tokens)
+    return take_tokens(texts, data.max_tokens)
 
 
 def evaluation_batches(
@@ -85,11 +85,11 @@ def evaluation_batches(
     examples = _numbered(read_examples(data), **head_classes(model))
     if getattr(model, "main_input_name", "") == "pixel_values":
         images = image_batches(examples, processor, batch_size=batch_size, mode=image_mode(model))
-        return _take_tokens(images, data.max_tokens, tokens_per_image=tokens_per_image(model.config))
+        return take_tokens(images, data.max_tokens, tokens_per_image=tokens_per_image(model.config))
     length = most_positions(model, processor, data.window)
     for_texts, for_labels = tee(examples)  # read in step
     texts, labels = (e.text or "" for e in for_texts), (cast(int, e.label) for e in for_labels)
-    return _take_tokens(padded_text_batches(texts, processor, max_length=length, batch_size=batch_size, labels=labels), data.max_tokens)
+    return take_tokens(padded_text_batches(texts, processor, max_length=length, batch_size=batch_size, labels=labels), data.max_tokens)
 
 
 def head_classes(model: nn.Module) -> dict[str, Any]:
@@ -137,7 +137,7 @@ def _image_batches(model: nn.Module, processor: Any, data: DataConfig, *, batch_
     images = (
         {"pixel_values": b["pixel_values"]} for b in image_batches(examples, processor, batch_size=batch_size, mode=image_mode(model))
     )
-    return _take_tokens(images, data.max_tokens, tokens_per_image=tokens_per_image(model.config))
+    return take_tokens(images, data.max_tokens, tokens_per_image=tokens_per_image(model.config))
 
 
 def _seq2seq_batches(
@@ -204,7 +204,7 @@ def _side(size: Any, side: int) -> int:
     return size if isinstance(size, int) else 0
 
 
-def _take_tokens(batches: Iterable[dict[str, Tensor]], max_tokens: int | None, *, tokens_per_image: int = 1) -> list[dict[str, Tensor]]:
+def take_tokens(batches: Iterable[dict[str, Tensor]], max_tokens: int | None, *, tokens_per_image: int = 1) -> list[dict[str, Tensor]]:
     """Batches up to the one that reaches ``max_tokens``."""
     taken, tokens = [], 0
     for batch in batches:
