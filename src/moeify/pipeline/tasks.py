@@ -3,7 +3,7 @@
 Letters: B batch.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -155,7 +155,7 @@ def task_batches(loaded: Loaded, data: DataConfig, *, batch_size: int = 8, progr
     return [examples.batch(rows[i : i + batch_size], generator=generator) for i in range(0, len(rows), batch_size)]
 
 
-def measure_task(model: nn.Module, task: str, batches: list[dict[str, Tensor]], *, progress: Progress = NO_PROGRESS) -> float:
+def measure_task(model: nn.Module, task: str, batches: Sequence[Mapping[str, Tensor]], *, progress: Progress = NO_PROGRESS) -> float:
     """The task's metric on `task_batches`."""
     return measure_quality(model, batches, metric=TASKS[task].metric, progress=progress).value
 

@@ -7,13 +7,14 @@ import pytest
 import tiny
 import torch
 import transformers
+from tokenizers.processors import TemplateProcessing
 
 from moeify.data import AugmentConfig, DataConfig
 from moeify.errors import ConfigError, DataError, UnsupportedModelError
 from moeify.pipeline import tasks
 from moeify.pipeline.tasks import load_for_task, measure_task, task_batches, training_data, window_tokens
 
-BERT = {"vocab_size": 258, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+BERT = {"vocab_size": 260, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
 BERT["max_position_embeddings"] = 32
 SIX = ("sadness", "joy", "love", "anger", "fear", "surprise")
 
@@ -26,7 +27,10 @@ def save_bert(directory, cls="BertModel", **options):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         getattr(transformers, cls)(transformers.BertConfig(**BERT, **options)).save_pretrained(directory)
-    tiny.byte_tokenizer(mask_token="<mask>").save_pretrained(directory)
+    tokenizer = tiny.byte_tokenizer(mask_token="<mask>", cls_token="<s>", sep_token="</s>")
+    around = [("<s>", tokenizer.cls_token_id), ("</s>", tokenizer.sep_token_id)]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A </s>", special_tokens=around)
+    tokenizer.save_pretrained(directory)
     return str(directory)
 
 
@@ -121,9 +125,10 @@ def test_masked_lm_reads_windows_as_long_as_the_model_and_masks_always_the_same(
     wide = DataConfig(data=text.data, window=1024, max_tokens=100)
     assert window_tokens(loaded, wide) == 32
     first, again = (task_batches(loaded, wide) for _ in range(2))
-    assert [b["input_ids"].shape for b in first] == [(3, 32)]
+    assert [b["input_ids"].shape for b in first] == [(3, 32)]  # two of them special: three windows of 30 in 100 tokens
     assert torch.equal(first[0]["labels"], again[0]["labels"])
-    assert (first[0]["input_ids"] == 257).any()
+    assert (first[0]["input_ids"] == loaded.processor.mask_token_id).any()
+    assert (first[0]["input_ids"][:, [0, -1]] == torch.tensor([loaded.processor.cls_token_id, loaded.processor.sep_token_id])).all()
     with torch.no_grad():
         loss = loaded.model(**first[0]).loss.item()
     assert measure_task(loaded.model, loaded.task, first) == pytest.approx(math.exp(loss), rel=1e-4)
@@ -259,6 +264,12 @@ def test_augmentation_of_text_is_refused(tmp_path, text):
     loaded = load_for_task(str(tiny.save_dense_tiny(tmp_path / "llama")), text)
     with pytest.raises(ConfigError, match="vary images; LlamaForCausalLM reads text"):
         training_data(loaded, text, augment=AugmentConfig(crop=1))
+
+
+def test_windows_that_special_tokens_fill_are_refused(tmp_path, text):
+    loaded = load_for_task(save_bert(tmp_path / "bert", "BertForMaskedLM"), text)
+    with pytest.raises(DataError, match="--window 3 leaves 1 tokens of text beside 2 special ones"):
+        training_data(loaded, DataConfig(data=text.data, window=3))
 
 
 def test_windows_longer_than_the_model_are_refused(tmp_path, text):
