@@ -90,6 +90,7 @@ def trained_card(model: nn.Module, *, name: str, base_model: str, record: Mappin
         "task": record["task"],
         f"{record['metric'].replace('_', '-')}, before and after": [record["quality"][when] for when in ("before", "after")],
         "zeros among activations, before and after": [before["zero_frac"], after["zero_frac"]],
+        "at most 0.001 among activations, before and after": [before["near_zero_frac"], after["near_zero_frac"]],
         "non-zero neurons a token, before and after": [before["nonzeros_per_token"], after["nonzeros_per_token"]],
         "activation": config["activation"],
         "penalty": f"{config['enforcement']['loss']}, weight {config['enforcement']['weight']:g}",

@@ -35,7 +35,7 @@ VALIDATION_TOKENS = 100_000
 _MEASURED = "before.json"
 _PROFILE_TOKENS = 8192  # zeros of 8192 tokens: a standard error of under 0.1 points in every layer
 _FORWARD_TOKENS = 2048  # of an evaluation, as far as windows allow; short texts and images come in batches of 32
-_LOSS_POINTS = 20
+_POINTS = 20  # of a long run, in the record
 _FREE = (
     "micro_sequences",
     "gradient_checkpointing",
@@ -82,8 +82,8 @@ def sparsify_checkpoint(
 
     Returns:
         What ``sparsify.json`` holds: ``task``, ``metric``, ``quality`` and ``activations`` (shares of zeros, by FFN and their mean), each
-        "before" and "after", ``losses`` (means over a twentieth of the run each), ``evals``, ``parts``, ``tokens``, ``epochs``,
-        ``seconds``, ``config`` and ``versions``.
+        "before" and "after", ``losses`` (means over a twentieth of the run each), ``evals``, ``parts`` (twenty readings of the penalties),
+        ``tokens``, ``epochs``, ``seconds``, ``config`` and ``versions``.
 
     Raises:
         MoeifyError: see `errors`; whatever goes wrong, ``source`` and an existing ``out`` are untouched.
@@ -247,7 +247,11 @@ def _report(
         "quality": {"before": before["quality"], "after": after["quality"]},
         "activations": {"before": before["activations"], "after": after["activations"]},
         "losses": _loss_points(record.losses),
-        **{key: value for key, value in _config.to_dict(record).items() if key != "losses"},
+        "evals": [{"step": step, "quality": value} for step, value in record.evals],
+        "parts": [record.parts[stop - 1] for stop in _ends(len(record.parts))],
+        "tokens": record.tokens,
+        "epochs": record.epochs,
+        "seconds": record.seconds,
         "new_head": loaded.has_new_head,
         "versions": library_versions(),
         "run": run_id(run),
@@ -255,7 +259,12 @@ def _report(
 
 
 def _loss_points(losses: Sequence[float]) -> list[dict[str, float]]:
-    """Means over equal parts of the run, at most `_LOSS_POINTS`, by the step that ends each."""
-    count = min(_LOSS_POINTS, len(losses))
-    bounds = [len(losses) * i // count for i in range(count + 1)] if count else []
-    return [{"step": stop, "loss": math.fsum(losses[start:stop]) / (stop - start)} for start, stop in zip(bounds, bounds[1:], strict=False)]
+    """Means over equal parts of the run, by the step that ends each."""
+    ends = _ends(len(losses))
+    return [{"step": stop, "loss": math.fsum(losses[start:stop]) / (stop - start)} for start, stop in zip([0, *ends], ends, strict=False)]
+
+
+def _ends(count: int) -> list[int]:
+    """Where equal parts of so many steps end, at most `_POINTS` of them."""
+    parts = min(_POINTS, count)
+    return [count * (i + 1) // parts for i in range(parts)]

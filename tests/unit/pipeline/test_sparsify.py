@@ -94,8 +94,9 @@ def test_sparsify_records_losses_tokens_and_evaluations(made):
     _, record = made
     assert [point["step"] for point in record["losses"]] == list(range(1, 11))
     assert record["losses"][-1]["loss"] < 0.9 * record["losses"][0]["loss"]
-    assert [step for step, _ in record["evals"]] == [5, 10]
-    assert record["evals"][-1][1] == record["quality"]["after"]
+    assert [point["step"] for point in record["evals"]] == [5, 10]
+    assert record["evals"][-1]["quality"] == record["quality"]["after"]
+    assert [set(reading) for reading in record["parts"]] == [{"step", *LAYERS}]
     assert record["tokens"] == 10 * 4 * 16
     assert record["new_head"] is False
     assert record["train"]["lr"] == 0.01
