@@ -96,7 +96,7 @@ def test_sparsify_records_losses_tokens_and_evaluations(made):
     assert record["losses"][-1]["loss"] < 0.9 * record["losses"][0]["loss"]
     assert [point["step"] for point in record["evals"]] == [5, 10]
     assert record["evals"][-1]["quality"] == record["quality"]["after"]
-    assert [set(reading) for reading in record["parts"]] == [{"step", *LAYERS}]
+    assert [(reading["step"], reading["sparsity_weight"]) for reading in record["parts"]] == [(10, pytest.approx(0.05))]
     assert record["tokens"] == 10 * 4 * 16
     assert record["new_head"] is False
     assert record["train"]["lr"] == 0.01
@@ -113,6 +113,24 @@ def test_sparsify_writes_a_card_of_what_was_measured(made):
     assert f"| zeros among activations, before and after | 0, {zeros:.4g} |" in card
     assert "| penalty | hoyer, weight 0.05 |" in card
     assert "an ordinary dense LlamaForCausalLM" in card
+
+
+@pytest.mark.parametrize(("anneal_frac", "measured"), [(0.5, 1), (1.0, 2)])
+def test_quality_after_is_that_of_the_saved_model_whenever_its_activation_arrives(
+    llama, text, tmp_path, monkeypatch, anneal_frac, measured
+):
+    """With anneal_frac 1 the function is not ReLU yet in the evaluation after the last step."""
+    arguments = options(text, train={"steps": 3})
+    arguments["config"] = replace(arguments["config"], anneal_frac=anneal_frac)
+    calls = []
+    real = sparsify.measure_task
+    monkeypatch.setattr(sparsify, "measure_task", lambda *a, **k: calls.append(1) or real(*a, **k))
+    record = sparsify_checkpoint(llama, tmp_path / "out", **arguments)
+    validation = replace(text, split="validation")
+    loaded = load_for_task(str(tmp_path / "out"), validation)
+    assert loaded.model.config.hidden_act == "relu"
+    assert record["quality"]["after"] == pytest.approx(real(loaded.model, "causal-lm", task_batches(loaded, validation)), rel=1e-5)
+    assert len(calls) == 1 + measured
 
 
 @pytest.mark.parametrize(("count", "points"), [(0, 0), (1, 1), (20, 20), (47, 20)])
@@ -174,7 +192,7 @@ def test_distilling_loads_the_source_again_as_a_frozen_teacher(llama, text, tmp_
 
     def spy(model, sites, data, config, train, *, teacher, **more):
         seen.update(teacher=teacher, model=model)
-        return real(model, sites, data, replace(config, distill=None), train, **more)
+        return real(model, sites, data, config, train, teacher=teacher, **more)
 
     real = sparsify.sparsify
     monkeypatch.setattr(sparsify, "sparsify", spy)
@@ -187,6 +205,7 @@ def test_distilling_loads_the_source_again_as_a_frozen_teacher(llama, text, tmp_
     weights = transformers.AutoModelForCausalLM.from_pretrained(llama).state_dict()
     assert all(torch.equal(value, weights[name]) for name, value in seen["teacher"].state_dict().items())
     assert record["config"]["distill"]["temperature"] == 1.0
+    assert "distill_kl" in record["parts"][0]
     assert "| distilled from the source | yes |" in (tmp_path / "out" / "README.md").read_text()
 
 
@@ -287,11 +306,11 @@ def test_a_run_that_kept_no_step_does_not_stand_in_the_way_of_another(llama, tex
 
 
 def test_overwrite_continues_the_state_of_the_same_run(llama, text, tmp_path, monkeypatch):
-    arguments = options(text, train={"steps": 4, "save_every": 1}, overwrite=True)
+    arguments = options(text, train={"steps": 4}, overwrite=True)
     stop_after(monkeypatch, 3)
     with pytest.raises(Stop):
         sparsify_checkpoint(llama, tmp_path / "out", **arguments)
-    stop_after(monkeypatch, 1)  # one step is left
+    stop_after(monkeypatch, 1)  # one step is left: all others were saved, at least one in twenty
     sparsify_checkpoint(llama, tmp_path / "out", **arguments)
 
 
