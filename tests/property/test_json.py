@@ -16,7 +16,7 @@ from hypothesis import given, settings
 
 from moeify._config import from_dict, from_tagged, to_dict
 from moeify.convert import SCHEMA, ConvertConfig, Manifest, SiteRecord
-from moeify.data import DataConfig
+from moeify.data import AugmentConfig, DataConfig
 from moeify.errors import CheckpointError, ConfigError, DataError
 from moeify.evaluate.sweep import Curve, CurvePoint, DenseQuality
 from moeify.pipeline import CalibrationConfig
@@ -41,6 +41,7 @@ UNTAGGED = [
     RouterTrainConfig,
     CalibrationConfig,
     DataConfig,
+    AugmentConfig,
     TrainConfig,
     DistillConfig,
 ]

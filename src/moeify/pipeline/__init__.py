@@ -1,7 +1,8 @@
 """The command line's verbs as functions: source checkpoint in, converted checkpoint or measurement out.
 
-`convert` makes a checkpoint, `quantize` one with int8 weights of it, `work` keeps what an interrupted run has done, `heldout` measures the
-result, `measure` holds the other verbs, `inputs` reads batches of each kind of model, `names` knows types and devices by name.
+`sparsify` trains a dense checkpoint, `convert` makes a converted one, `quantize` one with int8 weights of it, `work` keeps what an
+interrupted run has done, `heldout` measures the result, `measure` holds the other verbs, `inputs` reads batches of each kind of model,
+`tasks` knows what a model is trained for, `names` knows types and devices by name.
 """
 
 from ..train.calibration import TARGETS as TARGETS
@@ -16,3 +17,5 @@ from .measure import profile_checkpoint as profile_checkpoint
 from .measure import report_checkpoint as report_checkpoint
 from .measure import sweep_checkpoint as sweep_checkpoint
 from .quantize import quantize_checkpoint as quantize_checkpoint
+from .sparsify import sparsify_checkpoint as sparsify_checkpoint
+from .tasks import TASKS as TASKS

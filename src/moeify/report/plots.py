@@ -5,12 +5,13 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DataError
-from ..evaluate import Curve, CurvePoint
+from ..evaluate import METRICS, Curve, CurvePoint
 
 FORMATS = (".png", ".svg", ".pdf")
 
 _QUALITY = {
     "perplexity": "perplexity / dense (lower is better)",
+    "pseudo_perplexity": "pseudo-perplexity / dense (lower is better)",
     "accuracy": "accuracy / dense",
     "cosine": "cosine to dense sentence vectors",
 }
@@ -53,7 +54,7 @@ def plot_curve(curve: Curve | Mapping[str, Curve], path: str | Path, *, max_rati
         axes.set_xlim(left=0.0)
     first = next(iter(curves.values()))
     panels[0].set_ylabel(_QUALITY.get(first.metric, f"{first.metric} / dense"))
-    if first.metric == "perplexity":
+    if first.metric in METRICS and METRICS[first.metric].lower_is_better:
         panels[0].set_ylim(bottom=min(0.98, *(p.quality_ratio for one in curves.values() for p in one.points)), top=_top(curves, max_ratio))
     panels[1].legend()
     figure.suptitle(", ".join(dict.fromkeys(one.model for one in curves.values())))
