@@ -27,7 +27,7 @@ from ._progress import Progress, Task
 from .convert import ConvertConfig
 from .data import AugmentConfig, DataConfig
 from .errors import ConfigError, MoeifyError
-from .pipeline import TASKS, CalibrationConfig
+from .pipeline import STAGES, TASKS, CalibrationConfig
 from .routers import ROUTERS, NormRouterConfig
 from .select import RULES, Rule
 from .sparsity import EnforcementConfig
@@ -364,6 +364,31 @@ def sweep(
         device=device,
         out=out,
         progress=make_progress(),
+    )
+
+
+@command(resumes=lambda _values: True)
+def pipeline(
+    recipe: Annotated[Path, typer.Argument(help="TOML file; see docs/recipes.md.")],
+    *,
+    out: Annotated[Path, typer.Option(help="Folder of the recipe's stages and result; what it holds of them is used and continued.")],
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="NAME=VALUE", help="Change an option of the recipe, such as model.source=PATH; may be repeated."),
+    ] = None,
+    stage: Annotated[
+        str | None,
+        typer.Option(help=f"Stop after this stage: {', '.join(STAGES)}."),
+    ] = None,
+    smoke: Annotated[bool, typer.Option("--smoke", help="Shrink every stage to seconds: does it run, not what does it give.")] = False,
+    device: Device = "cpu",
+) -> Any:
+    """Carry out a recipe: train, make sparse, convert, tune and measure a model and its baselines."""
+    from .pipeline import read_recipe, run_recipe
+
+    chosen = read_recipe(recipe, settings=set_ or (), smoke=smoke)
+    return run_recipe(
+        chosen, out, stage=stage, device=device, progress=make_progress(), say=lambda line: print(line, file=sys.stderr, flush=True)
     )
 
 

@@ -17,6 +17,7 @@ from .convert import ConvertConfig
 from .data import DataConfig, text_windows
 from .errors import CheckpointError, MoeifyError
 from .hf.checkpoint import check_output, save_dense
+from .hf.random import byte_tokenizer
 from .pipeline import CalibrationConfig, convert_checkpoint, sweep_checkpoint
 from .report.plots import plot_curve
 from .routers import NormRouterConfig
@@ -45,7 +46,7 @@ def run_demo(out: Path, *, steps: int = 300, seed: int = 0, overwrite: bool = Fa
         MoeifyError: ``out`` exists and is not empty, or a stage failed.
     """
     train_data = DataConfig(data="builtin:pydoc", split="train", window=CONTEXT)
-    tokenizer = byte_tokenizer()
+    tokenizer = byte_tokenizer(context=CONTEXT)
     dense, moe = out / "dense", out / "moe"
     check_output(moe, overwrite=overwrite)
     run = {"steps": steps, "seed": seed}
@@ -109,18 +110,6 @@ def small_relu_gpt(*, seed: int) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return GPT2LMHeadModel(config)
-
-
-def byte_tokenizer() -> Any:
-    """A transformers tokenizer of the 256 bytes, so that the checkpoint is an ordinary one."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    vocabulary = {character: i for i, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=CONTEXT)
 
 
 class RandomWindows:

@@ -2,7 +2,7 @@
 
 `sparsify` trains a dense checkpoint, `convert` makes a converted one, `quantize` one with int8 weights of it, `work` keeps what an
 interrupted run has done, `heldout` measures the result, `measure` holds the other verbs, `inputs` reads batches of each kind of model,
-`tasks` knows what a model is trained for, `names` knows types and devices by name.
+`recipe`, `stages`, `run_recipe` and `results` carry out whole experiments, from the model that `start` loads or builds; `tasks` knows what a model is trained for, `names` knows types and devices by name.
 """
 
 from ..train.calibration import TARGETS as TARGETS
@@ -17,5 +17,9 @@ from .measure import profile_checkpoint as profile_checkpoint
 from .measure import report_checkpoint as report_checkpoint
 from .measure import sweep_checkpoint as sweep_checkpoint
 from .quantize import quantize_checkpoint as quantize_checkpoint
+from .recipe import RecipeConfig as RecipeConfig
+from .recipe import read_recipe as read_recipe
+from .run_recipe import STAGES as STAGES
+from .run_recipe import run_recipe as run_recipe
 from .sparsify import sparsify_checkpoint as sparsify_checkpoint
 from .tasks import TASKS as TASKS

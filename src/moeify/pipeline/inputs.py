@@ -123,7 +123,7 @@ def hold_out(model: nn.Module, batches: Sequence[dict[str, Tensor]]) -> tuple[li
     total = sum(sizes)
     if total < _LEAST_SEQUENCES:
         return list(batches), []
-    tokens = sum(_num_tokens(batch, tokens_per_image=tokens_per_image(model.config)) for batch in batches)
+    tokens = sum(num_tokens(batch, tokens_per_image=tokens_per_image(model.config)) for batch in batches)
     count = max(1, min(total // _HELD_OUT_SHARE, _HELD_OUT_TOKENS * total // max(1, tokens)))
     chosen_N = torch.zeros(total, dtype=torch.bool)
     chosen_N[[(i + 1) * total // count - 1 for i in range(count)]] = True
@@ -209,13 +209,13 @@ def take_tokens(batches: Iterable[dict[str, Tensor]], max_tokens: int | None, *,
     taken, tokens = [], 0
     for batch in batches:
         taken.append(batch)
-        tokens += _num_tokens(batch, tokens_per_image=tokens_per_image)
+        tokens += num_tokens(batch, tokens_per_image=tokens_per_image)
         if max_tokens is not None and tokens >= max_tokens:
             break
     return taken
 
 
-def _num_tokens(batch: Mapping[str, Tensor], *, tokens_per_image: int) -> int:
+def num_tokens(batch: Mapping[str, Tensor], *, tokens_per_image: int) -> int:
     """Tokens of a batch, padding left out; of an encoder-decoder those of both sides."""
     if "pixel_values" in batch:
         return batch["pixel_values"].shape[0] * tokens_per_image
