@@ -2,7 +2,8 @@
 
 `sparsify` trains a dense checkpoint, `convert` makes a converted one, `quantize` one with int8 weights of it, `work` keeps what an
 interrupted run has done, `heldout` measures the result, `measure` holds the other verbs, `inputs` reads batches of each kind of model,
-`recipe`, `stages`, `run_recipe` and `results` carry out whole experiments, from the model that `start` loads or builds; `tasks` knows what a model is trained for, `names` knows types and devices by name.
+`tasks` knows what a model is trained for, `names` knows types and devices by name. `recipe`, `stages`, `run_recipe` and `results` carry out
+whole experiments, from the model that `start` loads or builds.
 """
 
 from ..train.calibration import TARGETS as TARGETS
