@@ -127,16 +127,19 @@ def test_seeds_are_added_to_those_of_the_recipe(tmp_path):
     assert _SeedRun(chosen, stages, seed=2, device="cpu")._seeded(replace(chosen.train, save_every=9)).save_every == 9
 
 
-def test_a_stage_of_another_seed_has_another_key(tmp_path):
-    keys = set()
+def test_stages_of_another_seed_have_other_keys_the_starting_model_too(tmp_path):
+    made = []
     for seed in (0, 1):
         with NO_PROGRESS.task("", total=1) as overall:
             stages = Stages(tmp_path, owner="r", total=1, progress=NO_PROGRESS, overall=overall, say=print)
-        run = _SeedRun(recipe(), stages, seed=seed, device="cpu")
-        seen = []
-        run._stages.run = lambda label, inputs, work, seen=seen: (
-            seen.append(json.dumps(inputs)) or Stage(label=label, key="k", folder=Path(), result={}, seconds=0.0)
-        )
+        run, inputs = _SeedRun(recipe(), stages, seed=seed, device="cpu"), {}
+
+        def remember(label, found, _work, inputs=inputs):
+            inputs[label.partition("/")[2]] = json.dumps(found)
+            return Stage(label=label, key=label, folder=Path(), result={}, seconds=0.0)
+
+        stages.run = remember
         run.dense()
-        keys.add(tuple(seen[:2]))
-    assert len(keys) == 2
+        made.append(inputs)
+    assert set(made[0]) == {"dense", "start", "dense.quality"}
+    assert all(made[0][name] != made[1][name] for name in made[0])
