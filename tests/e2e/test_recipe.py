@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import transformers
-from tiny import save_dense_tiny, tiny_inputs
+from tiny import save_dense_tiny
 
 from moeify import cli
 from moeify._progress import NO_PROGRESS
@@ -21,7 +21,6 @@ from moeify.hf.checkpoint import load_model, read_calibration
 from moeify.layers import moe_layers
 from moeify.pipeline.recipe import read_recipe
 from moeify.pipeline.run_recipe import run_recipe
-from moeify.sites import find_ffn_sites
 
 RECIPE = """
 name = "tiny"
@@ -179,7 +178,7 @@ def test_converted_models_of_a_recipe_are_ordinary_checkpoints(folder):
     assert stored[0]["knobs"] != stored[1]["knobs"]
     (dense,) = (folder / "whole/seed0").glob("sparsify.relu-*")
     assert load_model(dense / "model")[0].config.hidden_act == "relu"
-    assert not [path for path in (folder / "whole").rglob("*") if path.name in ("state", "work", "regress") or path.suffix == ".work"]
+    assert not [path for path in (folder / "whole").rglob("*") if path.name == "scratch" or path.suffix == ".work"]
 
 
 SCRIPT = """
@@ -206,7 +205,7 @@ def test_recipe_killed_in_and_between_stages_continues_to_the_same_result(folder
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=environment)
     assert done.returncode == -signal.SIGKILL, done.stderr
     (killed,) = (folder / "killed/seed0").glob("sparsify.relu-*")
-    assert (killed / "state").is_dir()
+    assert (killed / "scratch/state").is_dir()
     assert {name.rpartition("-")[0] for name in stages(folder, "killed")} == {"start", "dense", "dense.quality"}
 
     said = []
@@ -261,11 +260,20 @@ def test_other_weights_or_data_under_the_same_name_run_again(folder):
     assert "seed0/dense: runs again (model.source" in "".join(said)
 
 
-def test_a_threshold_is_set_once_although_layers_are_fitted_before_training(folder):
-    run(folder, "threshold", "variant.relu.sparsify.threshold=0.05", stage="sparsify")
+def test_a_threshold_is_subtracted_once_although_layers_are_fitted_before_training(folder):
+    sizes = "hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=64"
+    settings = [
+        f"model={{tokenizer='bytes', architecture={{model_type='llama', mlp_bias=true, {sizes}}}}}",
+        "task=causal-lm",
+        "train.lr=0.0",
+        "variant.relu.regress.lr=1e-9",
+        "variant.relu.sparsify.threshold=0.05",
+    ]
+    run(folder, "threshold", *settings, stage="sparsify")
     (trained,) = (folder / "threshold/seed0").glob("sparsify.relu-*")
-    sites = find_ffn_sites(load_model(trained / "model")[0], tiny_inputs())
-    assert [site.activation for site in sites] == ["shifted_relu:0.05"] * 2
+    model, _ = load_model(trained / "model")
+    assert model.config.hidden_act == "relu"
+    assert model.model.layers[0].mlp.gate_proj.bias.tolist() == pytest.approx([-0.05] * 24, abs=1e-6)
 
 
 def test_bad_arguments_of_a_run_are_refused_before_anything_is_made(folder):

@@ -46,7 +46,7 @@ from .measure import sweep_checkpoint
 from .names import torch_device, torch_dtype
 from .recipe import RecipeConfig, VariantConfig, merged
 from .results import recipe_result, write_result
-from .stages import Stage, Stages
+from .stages import SCRATCH, Stage, Stages
 from .start import start_model
 from .tasks import TASKS, Loaded, training_data
 
@@ -250,10 +250,10 @@ class _SeedRun:
             tokens, errors = 0, None
             chosen = options
             if regress is not None:
-                tokens, errors, sites = self._regress(model, processor, sites, variant, folder / "regress", progress)
+                tokens, errors, sites = self._regress(model, processor, sites, variant, folder / SCRATCH / "regress", progress)
                 # The functions have changed; a threshold may be in a bias, and would be subtracted once more.
                 chosen = None if options is None else replace(options, activation="keep", threshold=0.0)
-            kept: dict[str, Any] = {"state": folder / "state", "run": inputs, "progress": progress}
+            kept: dict[str, Any] = {"state": folder / SCRATCH / "state", "run": inputs, "progress": progress}
             kept["evaluate"] = self._evaluator(model, processor, config, progress)
             if chosen is None:
                 record = train(model, data, config, **kept)
@@ -261,8 +261,6 @@ class _SeedRun:
                 teacher = self._teacher(variant.teacher, None, progress) if follows else None
                 record = sparsify(model, sites, data, chosen, config, teacher=teacher, **kept)
             _replace_dense(model.to("cpu"), processor, folder / "model")
-            for left in ("state", "regress"):
-                shutil.rmtree(folder / left, ignore_errors=True)
             return {**_summary(record, config), "regress_errors": errors, "regress_tokens": tokens}
 
         self._run(name, inputs, work, timed=True)
@@ -353,11 +351,10 @@ class _SeedRun:
             data = training_data(loaded, self.recipe.data, augment=self.recipe.augment, progress=progress)
             model.to(torch_device(self._device))
             teacher = self._teacher(stage.teacher, variant, progress) if follows else None
-            options: dict[str, Any] = {"state": folder / "state", "run": inputs, "progress": progress}
+            options: dict[str, Any] = {"state": folder / SCRATCH / "state", "run": inputs, "progress": progress}
             evaluate = self._evaluator(model, processor, config, progress)
             record = finetune_converted(model, data, stage.config, config, teacher=teacher, evaluate=evaluate, **options)
             self._save_converted(model, processor, folder / "moe", {**read_calibration(converted.folder / "moe"), "measured": None})
-            shutil.rmtree(folder / "state", ignore_errors=True)
             return _summary(record, config)
 
         self._run(f"finetune.{variant.name}", inputs, work, timed=True)
@@ -380,10 +377,9 @@ class _SeedRun:
                 record = recalibrate(model, batches, **options)
             else:
                 train_config = replace(self.recipe.routers, seed=self.recipe.routers.seed + self.seed)
-                record = train_routers(model, batches, train_config, work=folder / "work", **options)
+                record = train_routers(model, batches, train_config, work=folder / SCRATCH / "routers", **options)
             record["measured"] = measure_converted(model, held_out, progress=progress)
             self._save_converted(model, processor, folder / "moe", {**read_calibration(before.folder / "moe"), **record})
-            shutil.rmtree(folder / "work", ignore_errors=True)
             tokens = sum(num_tokens(batch, tokens_per_image=1) for batch in batches)
             return {"tokens": tokens, **{key: record[key] for key in _CALIBRATED}}
 

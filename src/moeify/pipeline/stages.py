@@ -8,6 +8,7 @@ nothing.
 import hashlib
 import json
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -20,6 +21,8 @@ from ..errors import CheckpointError, ConfigError
 
 OWNER_FILE = "recipe.json"
 """What says whose folder it is."""
+SCRATCH = "scratch"
+"""Folder in a stage's folder for what only a killed run needs; it goes when the stage is recorded."""
 _RECORD, _INPUTS, _CLOCK = "record.json", "inputs.json", "seconds.json"
 _BEAT_S = 5.0
 
@@ -91,6 +94,7 @@ class Stages:
             result = work(found, _Within(self._progress, heading, clock))
             write_json(found / _RECORD, {"label": label, "key": key, "inputs": inputs, "result": result, "seconds": clock.beat(force=True)})
         record = _read(found / _RECORD)
+        shutil.rmtree(found / SCRATCH, ignore_errors=True)
         self._overall.advance(1)
         return Stage(label=record["label"], key=key, folder=found, result=record["result"], seconds=record["seconds"])
 

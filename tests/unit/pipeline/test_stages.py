@@ -9,7 +9,7 @@ import pytest
 from moeify._progress import NO_PROGRESS
 from moeify.errors import CheckpointError, ConfigError
 from moeify.pipeline import stages as module
-from moeify.pipeline.stages import Stages, differences
+from moeify.pipeline.stages import Stages, differences, write_json
 
 
 class Listener:
@@ -100,6 +100,29 @@ def test_a_killed_stage_gets_its_folder_back_and_its_time_is_summed(tmp_path, mo
     assert said == ["seed0/a: continues where it stopped."]
     assert stage.seconds == 9
     assert open_stages(tmp_path).run("seed0/a", {"x": 1}, finished).seconds == 9
+
+
+def test_the_scratch_of_a_stage_stays_until_it_is_recorded(tmp_path, monkeypatch):
+    def work(path, progress):
+        (path / "scratch").mkdir(exist_ok=True)
+        return add(path, progress)
+
+    def killed(path, value):
+        if path.name == "record.json":
+            raise KeyboardInterrupt
+        write_json(path, value)
+
+    stages = open_stages(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "write_json", killed)
+        with pytest.raises(KeyboardInterrupt):
+            stages.run("seed0/a", {}, work)
+    assert [path.name for path in tmp_path.glob("seed0/*/scratch")] == ["scratch"]
+    stage = open_stages(tmp_path).run("seed0/a", {}, work)
+    assert not (stage.folder / "scratch").exists()
+    (stage.folder / "scratch").mkdir()  # killed while it was deleted
+    assert open_stages(tmp_path).run("seed0/a", {}, work) == stage
+    assert not (stage.folder / "scratch").exists()
 
 
 def test_tasks_of_a_stage_are_shown_under_its_number_and_name(tmp_path):
