@@ -125,7 +125,7 @@ class TrainRecord:
     epochs: float = 0.0
     """Passes over the data."""
     seconds: float = 0.0
-    """Time in the loop, of all processes that took part in turn, evaluation included."""
+    """Time in the loop, of all processes that took part in turn; evaluation included, saving not."""
 
 
 def train(

@@ -14,7 +14,7 @@ from moeify.errors import ConfigError, DataError, UnsupportedModelError
 from moeify.layers import moe_layers, record_active
 from moeify.quantize import quantize
 from moeify.routers import MLPRouterConfig, NormRouterConfig
-from moeify.select import DynKMass, Threshold
+from moeify.select import DynKMass, Threshold, TopK
 from moeify.sites import find_ffn_sites
 from moeify.train.calibration import TARGETS, recalibrate
 from moeify.train.distill import DistillConfig
@@ -212,8 +212,8 @@ def test_recalibrate_and_train_routers_of_a_dense_model_say_so(tmp_path):
 
 
 def test_train_routers_fits_each_router_to_the_present_experts_from_dense_inputs(tmp_path):
-    model = converted()
-    moe_layers(model)["model.layers.0.mlp"].mode = "dense"
+    model = converted(rule=TopK(k=1))
+    moe_layers(model)["model.layers.1.mlp"].mode = "dense"
     with torch.no_grad():
         for layer in moe_layers(model).values():
             layer.weights().down_FD.mul_(torch.rand(48)[:, None] * 3)  # experts that have changed
@@ -231,8 +231,9 @@ def test_train_routers_fits_each_router_to_the_present_experts_from_dense_inputs
         for key, tensor in state.items():
             torch.testing.assert_close(layer.router.state_dict()[key], tensor, rtol=0.05, atol=0.05)  # inputs under autocast
         assert record["router_scores"][name]["captured@0.5"] == pytest.approx(captured["captured@0.5"], abs=0.05)
-    assert [layer.mode for layer in moe_layers(model).values()] == ["dense", "moe"]
+    assert [layer.mode for layer in moe_layers(model).values()] == ["moe", "dense"]
     assert record["active_fraction"] == pytest.approx(0.5, abs=0.02)
+    assert [layer.rule for layer in moe_layers(model).values()] == [TopK(k=3), TopK(k=3)]
 
 
 def test_train_routers_when_killed_goes_on_and_gives_equal_routers(tmp_path, monkeypatch):

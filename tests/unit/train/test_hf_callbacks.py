@@ -4,6 +4,8 @@ import json
 import os
 import subprocess
 import sys
+import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -124,6 +126,21 @@ def test_callbacks_when_the_whole_model_is_compiled_refuse_what_would_be_wrong(t
     for callback in (DistillationCallback(tiny_llama()), SparsifyCallback(sites)):
         with pytest.raises(ConfigError, match=r"torch_compile of the whole model cannot be combined with .* compile its layers instead"):
             trainer_of(model, text(), STEPS, tmp_path, callbacks=[callback], torch_compile=True)
+
+
+@pytest.mark.slow
+def test_sparsify_callback_when_the_model_is_compiled_trains_as_when_it_is_not(tmp_path):
+    config = SparsifyConfig(enforcement=EnforcementConfig(weight=0.05, schedule="constant"))
+    steps = replace(STEPS, steps=2, micro_sequences=4)
+    model, sites = silu()
+    wanted = sparsify(model, sites, whole_rows(), config, steps)
+    other, sites = silu()
+    torch._dynamo.reset()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        options = {"torch_compile": True, "torch_compile_backend": "aot_eager"}
+        trainer = trainer_of(other, whole_rows(), steps, tmp_path, callbacks=[SparsifyCallback(sites, config)], **options)
+        assert trainer_losses(trainer) == pytest.approx(wanted.losses, rel=1e-5)
 
 
 # ---- converted models

@@ -9,8 +9,8 @@ import torch
 from families.models import build
 
 from moeify import _config
-from moeify.errors import ConfigError, DataError
-from moeify.sites import ffn_hidden, find_ffn_sites, site_weights
+from moeify.errors import ConfigError
+from moeify.sites import find_ffn_sites
 from moeify.sparsity import set_activation
 from moeify.train import regress
 from moeify.train.fit import _held_out
@@ -109,35 +109,20 @@ def test_regress_layers_when_killed_goes_on_and_gives_equal_weights(workers, tmp
     regress_layers(model, teacher, sites, batches(), config, work=tmp_path / "b")
     assert len(calls) == 3
     assert all(torch.equal(value, weights(expected)[name]) for name, value in weights(model).items())
+    regress_layers(model, teacher, sites, batches(), config, work=tmp_path / "b")  # from other weights: another run
+    assert len(calls) == 5
 
 
-def test_regress_layers_with_a_penalty_makes_activations_sparser(tmp_path):
-    def zeros(weight, folder):
-        teacher, model, sites = changed()
-        found = regress_layers(
-            model, teacher, sites, batches(), RegressConfig(epochs=20, batch_tokens=32, lr=1e-2, sparsity_weight=weight), work=folder
-        )
-        h_TF = ffn_hidden(watched(teacher, sites)[sites[0].name][0], site_weights(model, sites[0]), activation="relu")
-        return (h_TF == 0).float().mean().item(), found[sites[0].name]["after"]
-
-    (plain, error), (sparse, sparse_error) = zeros(0.0, tmp_path / "a"), zeros(0.1, tmp_path / "b")
-    assert sparse > plain + 0.1
-    assert sparse_error > error
-
-
-def test_regress_layers_when_it_cannot_be_says_so(tmp_path):
+def test_regress_layers_fits_nothing_to_the_tokens_that_measure_it(tmp_path, monkeypatch):
     teacher, model, sites = changed()
-    with pytest.raises(ConfigError, match="same object"):
-        regress_layers(model, model, sites, batches(), work=tmp_path / "work")
-    with pytest.raises(ConfigError, match=r"teacher has no FFN like 'model\.layers\.0\.mlp'"):
-        regress_layers(model, tiny.tiny_llama(intermediate_size=40), sites, batches(), work=tmp_path / "work")
-    with pytest.raises(DataError, match="no batch"):
-        regress_layers(model, teacher, sites, [], work=tmp_path / "work")
-    old = find_ffn_sites(teacher, batches(1)[0])
-    with pytest.raises(ConfigError, match="silu, without exact zeros"):
-        regress_layers(copy.deepcopy(teacher), teacher, old, batches(), RegressConfig(sparsity_weight=1.0), work=tmp_path / "work")
-    with pytest.raises(DataError, match="saw 1 tokens"):
-        regress_layers(model, teacher, sites, [{"input_ids": torch.tensor([[1]])}], work=tmp_path / "work")
+    seen = []
+    monkeypatch.setattr(regress, "_adam", lambda _leaves, loss_of, count, **_: seen.append(loss_of(torch.arange(count - 30, count)).item()))
+    regress_layers(model, teacher, sites, batches(), CONFIG, work=tmp_path / "work")
+    for name, (x, y) in watched(teacher, sites).items():
+        energy = y.square().sum(1)
+        error = (model.get_submodule(name)(x) - y).square().sum(1) / (energy + 0.01 * energy.mean())
+        fitted = error[~_held_out(len(x), 0.2)]
+        assert seen.pop(0) == pytest.approx(fitted[-30:].mean().item(), rel=0.01)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import torch
 from moeify.convert import ConvertConfig, convert
 from moeify.errors import ConfigError, UnsupportedModelError
 from moeify.layers import moe_layers, record_active, set_impl
-from moeify.routers import CentreRouterConfig, MLPRouterConfig, NormRouterConfig, OracleRouterConfig
+from moeify.routers import CentreRouterConfig, MLPRouterConfig, NormRouter, NormRouterConfig, OracleRouterConfig
 from moeify.select import RULES, DynKMass, DynKMax, Threshold, TopK
 from moeify.sites import find_ffn_sites
 from moeify.train.selection import SelectionConfig, SelectionTraining, _spread, select_share, straight_through
@@ -20,6 +20,9 @@ def converted(*, router=None, rule=None, width=48, seed=0):
     model = tiny.tiny_llama(intermediate_size=width, seed=seed)
     config = ConvertConfig(expert_size=8, router=router or NormRouterConfig(width=4), rule=rule or Threshold(theta=0.0))
     convert(model, config, sites=find_ffn_sites(model, tiny.tiny_inputs()))
+    for layer in moe_layers(model).values():
+        if isinstance(layer.router, NormRouter):  # near the norms that there are: above a hundredfold the pull is limited
+            layer.router.out.bias.data.add_(5.0)
     return model.double().train()
 
 
