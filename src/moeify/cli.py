@@ -458,7 +458,7 @@ def run(arguments: Sequence[str]) -> int:
         return _fail(str(error), INTERRUPTED)
     except KeyboardInterrupt:
         return _fail("interrupted.", INTERRUPTED)
-    except (MoeifyError, OSError, FloatingPointError) as error:  # the last is training that diverged
+    except (MoeifyError, OSError) as error:
         if "--debug" in arguments:
             traceback.print_exc()
         return _fail(str(error), BAD_INPUT)

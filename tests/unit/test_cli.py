@@ -20,7 +20,7 @@ from moeify import cli
 from moeify._config import field_docs
 from moeify._progress import NO_PROGRESS
 from moeify.data import AugmentConfig, DataConfig
-from moeify.errors import CheckpointError
+from moeify.errors import CheckpointError, TrainingError
 from moeify.layers import moe_layers
 from moeify.sparsity import EnforcementConfig
 from moeify.train.distill import DistillConfig
@@ -585,7 +585,7 @@ def test_a_bug_is_one_line_with_exit_code_1_and_its_traceback_with_debug(failing
 
 
 def test_training_that_diverged_is_bad_input(failing, capsys):
-    failing(FloatingPointError("the loss is nan at step 3; lower the learning rate (9)."))
+    failing(TrainingError("the loss is nan at step 3; lower the learning rate (9)."))
     assert run(capsys, "doctor") == (2, "", "error: the loss is nan at step 3; lower the learning rate (9).\n")
 
 

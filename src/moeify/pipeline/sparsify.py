@@ -221,6 +221,7 @@ def _measured(
     loaded: Loaded, sites: Sequence[FFNSite], batches: Sequence[Mapping[str, Tensor]], progress: Progress, *, quality: float | None = None
 ) -> dict[str, Any]:
     """Quality, and what the neurons do: shares of zeros by FFN, and their mean."""
+    # without labels: nobody reads the loss
     inputs = ({key: value for key, value in batch.items() if key != "labels"} for batch in batches)
     few = take_tokens(inputs, _PROFILE_TOKENS, tokens_per_image=tokens_per_image(loaded.model.config))
     summaries = {name: profile.summary() for name, profile in profile_activations(loaded.model, sites, few, progress=progress).items()}
