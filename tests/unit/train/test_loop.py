@@ -146,6 +146,21 @@ def test_train_evaluates_in_eval_mode_every_so_often_and_at_the_end_without_a_tr
     assert record.losses == plain.losses
 
 
+def test_train_when_forwards_in_eval_mode_draw_random_numbers_trains_as_without():
+    losses = []
+    for draws in (False, True):
+        model = tiny_llama()
+
+        def noise(module, _args, output, draws=draws):
+            if draws and not module.training:
+                torch.rand(1)
+            return output + 0.1 * torch.randn_like(output) if module.training else output
+
+        model.model.layers[0].mlp.register_forward_hook(noise)
+        losses.append(train(model, text(), TrainConfig(steps=2, **F32)).losses)
+    assert losses[0] == losses[1]
+
+
 def test_train_tells_parts_the_step_and_logs_their_values(caplog):
     class Counter:
         def __init__(self):
