@@ -48,7 +48,8 @@ name = "relu"
 main = true
 regress_tokens = 1024
 regress = { epochs = 1 }
-sparsify = { activation = "relu", enforcement = { weight = 1e-2 } }
+sparsify = { activation = "relu", enforcement = { weight = 1e-2 }, distill = {} }
+teacher = "dense"
 [[variant]]
 name = "plain"
 finetune = false
@@ -57,6 +58,7 @@ config = { expert_size = 8, router = { name = "norm", width = 8 } }
 calibration = { max_tokens = 2048, window = 32, router = { epochs = 1 } }
 [finetune]
 train = { steps = 3, lr = 5e-4 }
+config = { distill = {} }
 [routers]
 epochs = 1
 [sweep]
@@ -161,7 +163,7 @@ def test_control_is_trained_for_all_tokens_that_the_main_variant_took(folder):
     calibration = 2048 - 32  # one window is kept to measure
     assert tokens["sparsify.relu"]["regress_tokens"] == 1024
     assert tokens["convert.relu"]["tokens"] == tokens["routers.relu"]["tokens"] == calibration
-    trained = (4 + 3) * 4 * 32
+    trained = (4 + 4 + 3) * 4 * 32  # the teacher's training is the main variant's, too
     assert found["train_tokens"] == trained + 1024 + 2 * calibration
     assert found["train_tokens"] <= found["control_tokens"] < found["train_tokens"] + 4 * 32
     assert tokens["control"]["tokens"] == tokens["moefication"]["tokens"] == found["control_tokens"]
