@@ -8,7 +8,7 @@ from moeify import CalibrationConfig, ConvertConfig, DataConfig, convert_checkpo
 from moeify.demo import byte_tokenizer
 from moeify.hf.checkpoint import save_dense
 from moeify.routers import NormRouterConfig
-from moeify.train.stages import RouterTrainConfig
+from moeify.train.fit import RouterTrainConfig
 
 
 def save_tiny(folder: Path) -> str:

@@ -18,13 +18,13 @@ from moeify.sites import find_ffn_sites
 VOCAB = 257  # the bytes, and the end of text
 
 
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """Bytes as tokens, in the files that a transformers tokenizer has."""
+def byte_tokenizer(**options: Any) -> PreTrainedTokenizerFast:
+    """Bytes as tokens, in the files that a transformers tokenizer has; ``options`` add special tokens from 257."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={symbol: i for i, symbol in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>")
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", **options)
 
 
 def tiny_llama(

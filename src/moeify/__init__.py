@@ -21,6 +21,7 @@ from .errors import ConfigError as ConfigError
 from .errors import DataError as DataError
 from .errors import KernelError as KernelError
 from .errors import MoeifyError as MoeifyError
+from .errors import TrainingError as TrainingError
 from .errors import UnsupportedModelError as UnsupportedModelError
 from .evaluate import Curve as Curve
 from .evaluate import accuracy as accuracy
@@ -67,6 +68,12 @@ from .sparsity import set_mix as set_mix
 from .sparsity import sparsity_loss as sparsity_loss
 from .split import ExpertSplit as ExpertSplit
 from .split import split_neurons as split_neurons
+from .train import Distillation as Distillation
+from .train import DistillConfig as DistillConfig
+from .train import SparsifyConfig as SparsifyConfig
+from .train import TrainConfig as TrainConfig
+from .train import TrainRecord as TrainRecord
+from .train import sparsify as sparsify
 
 try:
     __version__ = _version("moeify")

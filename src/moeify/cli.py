@@ -25,16 +25,21 @@ import typer
 from . import _config
 from ._progress import Progress, Task
 from .convert import ConvertConfig
-from .data import DataConfig
+from .data import AugmentConfig, DataConfig
 from .errors import ConfigError, MoeifyError
-from .pipeline import CalibrationConfig
+from .pipeline import STAGES, TASKS, CalibrationConfig
 from .routers import ROUTERS, NormRouterConfig
 from .select import RULES, Rule
+from .sparsity import EnforcementConfig
 from .split import SPLITS
-from .train.stages import RouterTrainConfig
+from .train.distill import DistillConfig
+from .train.fit import RouterTrainConfig
+from .train.loop import TrainConfig
+from .train.sparsify import SparsifyConfig
 
 BUG, BAD_INPUT, INTERRUPTED = 1, 2, 130
 _WIDEST = 140
+_MEMORY_OPTIONS = ("micro_sequences", "batch_size", "window", "max_tokens", "max_new_tokens")
 
 app = typer.Typer(
     name="moeify",
@@ -68,8 +73,10 @@ def _signed(
     return function
 
 
-def _option_type(hint: Any) -> tuple[type, Callable[[Any], Any] | None, str]:
-    """The type of an option, its parser where "none" is a value, and what help shows as its value."""
+def _option_type(hint: Any) -> tuple[type, Callable[[Any], Any] | None, str | None]:
+    """The type of an option, its parser where "none" is a value, and what help shows as its value; a flag has none."""
+    if hint is bool:
+        return bool, None, None
     if typing.get_origin(hint) is Literal:
         return str, None, "|".join(typing.get_args(hint))  # from_dict names the choices if it is none of them
     if typing.get_origin(hint) not in (typing.Union, types.UnionType):
@@ -167,6 +174,87 @@ def profile(
     data = dataclasses.replace(data, seed=seed)
     profiles = profile_checkpoint(model, data=data, eps=eps, dtype=dtype, device=device, progress=make_progress())
     return {name: profile.summary() for name, profile in profiles.items()}
+
+
+@command(resumes=lambda _values: True)
+@takes("data", DataConfig, skip=("seed", "split", "max_tokens"))
+@takes("config", SparsifyConfig, skip=("enforcement", "distill"))
+@takes(
+    "enforcement",
+    EnforcementConfig,
+    skip=("layer_weights", "eps"),
+    schedule="weight_schedule",
+    warmup_frac="weight_warmup_frac",
+)
+@takes("distillation", DistillConfig, **{field: f"distill_{field}" for field in _config.field_docs(DistillConfig)})
+@takes("train", TrainConfig, skip=("batch_sequences", "save_every", "betas", "seed"))
+@takes("augment", AugmentConfig)
+def sparsify(
+    model: Model,
+    *,
+    data: DataConfig,
+    config: SparsifyConfig,
+    enforcement: EnforcementConfig,
+    distillation: DistillConfig,
+    train: TrainConfig,
+    augment: AugmentConfig,
+    out: Annotated[Path, typer.Option(help="New folder for the trained checkpoint.")],
+    data_split: Annotated[str, typer.Option(help=_config.field_docs(DataConfig)["split"])] = "train",
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Most training tokens, rounded down to whole windows.")] = None,
+    validation: Annotated[str | None, typer.Option(help="What to measure on, as --data; by default --data itself.")] = None,
+    validation_split: Annotated[str, typer.Option(help="Part of it to measure on.")] = "validation",
+    validation_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to measure on.")] = 100_000,
+    task: Annotated[
+        str | None,
+        typer.Option(
+            metavar="|".join(TASKS), help="What to train for; by default what the model's head is for. Another gives it a new head."
+        ),
+    ] = None,
+    batch_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of an optimizer step, rounded down to whole windows; for windows of text.")
+    ] = None,
+    batch_sequences: Annotated[
+        int | None, typer.Option(min=1, help=f"Instead: sequences of an optimizer step; {TrainConfig.batch_sequences} by default.")
+    ] = None,
+    save_every: Annotated[
+        int | None,
+        typer.Option(min=1, help="Steps between saved states, which a killed run continues from; by default a twentieth of the run."),
+    ] = None,
+    layer_weights: Annotated[
+        str | None, typer.Option(help="JSON object, or the path of one. " + _config.field_docs(EnforcementConfig)["layer_weights"])
+    ] = None,
+    distill: Annotated[bool, typer.Option("--distill", help="Learn from the model as it was, too.")] = False,
+    dtype: DType = "float32",
+    device: Device = "cpu",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result, and the state of another run to it.")] = False,
+    seed: Seed = None,
+) -> Any:
+    """Train a dense model so that most of its activations are zero; convert then makes more of it."""
+    from .pipeline import sparsify_checkpoint
+
+    if batch_tokens is not None and batch_sequences is not None:
+        raise ConfigError("give --batch-tokens or --batch-sequences, not both.")
+    if not distill and distillation != DistillConfig():
+        raise ConfigError("options that begin with --distill- need --distill.")
+    data = dataclasses.replace(data, split=data_split, max_tokens=max_tokens, seed=seed)
+    enforcement = dataclasses.replace(enforcement, layer_weights=_json_object(layer_weights, option="--layer-weights"))
+    return sparsify_checkpoint(
+        model,
+        out,
+        data=data,
+        config=dataclasses.replace(config, enforcement=enforcement, distill=distillation if distill else None),
+        train=dataclasses.replace(
+            train, batch_sequences=batch_sequences or TrainConfig.batch_sequences, save_every=save_every, seed=seed or 0
+        ),
+        task=task,
+        validation=dataclasses.replace(data, data=validation or data.data, split=validation_split, max_tokens=validation_tokens, seed=None),
+        augment=augment,
+        batch_tokens=batch_tokens,
+        dtype=dtype,
+        device=device,
+        overwrite=overwrite,
+        progress=make_progress(),
+    )
 
 
 @command(resumes=lambda _values: True)
@@ -279,6 +367,31 @@ def sweep(
     )
 
 
+@command(resumes=lambda _values: True)
+def pipeline(
+    recipe: Annotated[Path, typer.Argument(help="TOML file; see docs/recipes.md.")],
+    *,
+    out: Annotated[Path, typer.Option(help="Folder of the recipe's stages and result; what it holds of them is used and continued.")],
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="NAME=VALUE", help="Change an option of the recipe, such as model.source=PATH; may be repeated."),
+    ] = None,
+    stage: Annotated[
+        str | None,
+        typer.Option(help=f"Stop after this stage: {', '.join(STAGES)}."),
+    ] = None,
+    smoke: Annotated[bool, typer.Option("--smoke", help="Shrink every stage to seconds: does it run, not what does it give.")] = False,
+    device: Device = "cpu",
+) -> Any:
+    """Carry out a recipe: train, make sparse, convert, tune and measure a model and its baselines."""
+    from .pipeline import read_recipe, run_recipe
+
+    chosen = read_recipe(recipe, settings=set_ or (), smoke=smoke)
+    return run_recipe(
+        chosen, out, stage=stage, device=device, progress=make_progress(), say=lambda line: print(line, file=sys.stderr, flush=True)
+    )
+
+
 @command()
 def generate(
     directory: Converted,
@@ -345,7 +458,7 @@ def run(arguments: Sequence[str]) -> int:
         return _fail(str(error), INTERRUPTED)
     except KeyboardInterrupt:
         return _fail("interrupted.", INTERRUPTED)
-    except (MoeifyError, OSError, FloatingPointError) as error:  # the last is training that diverged
+    except (MoeifyError, OSError) as error:
         if "--debug" in arguments:
             traceback.print_exc()
         return _fail(str(error), BAD_INPUT)
@@ -472,7 +585,8 @@ def _is_out_of_memory(error: Exception) -> bool:
 def _out_of_memory(error: Exception, *, options: Mapping[str, Any]) -> str:
     """One line with the size that was asked for, and those of the command's options that need less of it."""
     size = re.search(r"tried to allocate ([\d.]+ [A-Za-z]+)", str(error), flags=re.IGNORECASE)
-    less = [f"a smaller --{name.replace('_', '-')}" for name in ("batch_size", "window", "max_tokens", "max_new_tokens") if name in options]
+    less = [f"a smaller --{name.replace('_', '-')}" for name in _MEMORY_OPTIONS if name in options]
+    less += ["--gradient-checkpointing"] * (options.get("gradient_checkpointing") is False)
     less += ["--dtype bfloat16"] * (options.get("dtype") == "float32")
     way_out = f"try {' or '.join(less)}" if less else "free some, or use a machine with more"
     return f"out of memory{f' (an allocation of {size[1]})' if size else ''}; {way_out}."

@@ -4,7 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,12 @@ from .convert import ConvertConfig
 from .data import DataConfig, text_windows
 from .errors import CheckpointError, MoeifyError
 from .hf.checkpoint import check_output, save_dense
+from .hf.random import byte_tokenizer
 from .pipeline import CalibrationConfig, convert_checkpoint, sweep_checkpoint
 from .report.plots import plot_curve
 from .routers import NormRouterConfig
 from .select import DynKMass
-from .train.capture import fast_dtype
-from .train.loop import TrainConfig, train_lm
+from .train.loop import TrainConfig, train
 
 CONTEXT = 256
 PROMPT = "The "
@@ -46,7 +46,7 @@ def run_demo(out: Path, *, steps: int = 300, seed: int = 0, overwrite: bool = Fa
         MoeifyError: ``out`` exists and is not empty, or a stage failed.
     """
     train_data = DataConfig(data="builtin:pydoc", split="train", window=CONTEXT)
-    tokenizer = byte_tokenizer()
+    tokenizer = byte_tokenizer(context=CONTEXT)
     dense, moe = out / "dense", out / "moe"
     check_output(moe, overwrite=overwrite)
     run = {"steps": steps, "seed": seed}
@@ -56,8 +56,10 @@ def run_demo(out: Path, *, steps: int = 300, seed: int = 0, overwrite: bool = Fa
                 raise CheckpointError(f"'{old}' is of another demo; --overwrite replaces it, or choose another --out.")
         model = small_relu_gpt(seed=seed)
         ids = text_windows(replace(train_data, max_tokens=None), tokenizer, progress=progress).reshape(-1)
-        config = TrainConfig(steps=steps, lr=2e-3)
-        train_lm(model, random_batches(ids, seed=seed), config, compute=fast_dtype(torch.device("cpu")), progress=progress)
+        config = TrainConfig(
+            steps=steps, batch_sequences=16, lr=2e-3, warmup_steps=20, min_lr_frac=0.1, weight_decay=0.1, betas=(0.9, 0.95), seed=seed
+        )
+        train(model, RandomWindows(ids, seed=seed, count=16 * steps), config, progress=progress)
         if dense.exists():
             shutil.rmtree(dense)
         save_dense(model, tokenizer, dense)
@@ -110,24 +112,20 @@ def small_relu_gpt(*, seed: int) -> Any:
         return GPT2LMHeadModel(config)
 
 
-def byte_tokenizer() -> Any:
-    """A transformers tokenizer of the 256 bytes, so that the checkpoint is an ordinary one."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
+class RandomWindows:
+    """Training data: windows that start anywhere in ``ids_T``."""
 
-    vocabulary = {character: i for i, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=CONTEXT)
+    def __init__(self, ids_T: Tensor, *, seed: int, count: int) -> None:
+        self._ids_T = ids_T
+        self._starts = torch.randint(0, len(ids_T) - CONTEXT, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
 
+    def __len__(self) -> int:
+        return len(self._starts)
 
-def random_batches(ids_T: Tensor, *, seed: int, batch_size: int = 16) -> Iterator[dict[str, Tensor]]:
-    """Endless batches of windows that start anywhere in ``ids_T``."""
-    generator = torch.Generator().manual_seed(seed)
-    while True:
-        starts = torch.randint(0, len(ids_T) - CONTEXT, (batch_size,), generator=generator).tolist()
-        yield {"input_ids": torch.stack([ids_T[s : s + CONTEXT] for s in starts])}
+    def batch(self, rows: Sequence[int], *, generator: torch.Generator) -> dict[str, Tensor]:
+        """Each window is its own label."""
+        ids_BS = torch.stack([self._ids_T[self._starts[row] : self._starts[row] + CONTEXT] for row in rows])
+        return {"input_ids": ids_BS, "labels": ids_BS}
 
 
 def generate_elsewhere(checkpoint: Path, prompt: str) -> str:

@@ -1,7 +1,7 @@
 """The library's exceptions: one line each, saying what, where and the way out.
 
 ``ConfigError``, ``UnsupportedModelError``, ``CheckpointError`` and ``DataError`` are also ``ValueError``, because to a caller they are bad
-arguments; ``KernelError`` is a ``RuntimeError``. The command line prints the message alone and exits with 2.
+arguments; ``KernelError`` and ``TrainingError`` are ``RuntimeError``. The command line prints the message alone and exits with 2.
 """
 
 
@@ -27,3 +27,7 @@ class CheckpointError(MoeifyError, ValueError):
 
 class DataError(MoeifyError, ValueError):
     """A data source is missing, empty, binary, too short, or lacks the named column."""
+
+
+class TrainingError(MoeifyError, RuntimeError):
+    """Training cannot go on: the loss or a gradient is no number any more, or memory ran out; what was kept before is still there."""

@@ -11,7 +11,8 @@ that one instance:
 
 Everything between and around them (activation, product, dropout, reshapes, Bloom's residual, BERT's split in two modules) is the family's
 own code, so one mechanism serves every layout. Where weights must not be read directly (adapters, offload hooks; decision D7) the
-projections run as they are and the down projection's input is multiplied by the neuron mask: the same result, at dense cost.
+projections run as they are and the down projection's input is multiplied by the neuron mask: the same result, at dense cost. Training with
+hard selection (`MoEFFN.selector`) runs that way, too.
 
 Others may put a module of theirs in a projection's place (PEFT, quantisers), which calls ours or does not. A pre-hook of the host looks
 before every forward, and such a module gets hooks that remember x and mask h from outside. A down projection that runs in moe mode while
@@ -42,6 +43,8 @@ from .select import RULES, Rule
 from .sites import FFNSite, FFNWeights, expert_bounds, has_int8, in_decoder, not_plain_reason, site_weights, store_by_neuron, token_mask_of
 
 Mode = Literal["dense", "moe"]
+Selector = Callable[["MoEFFN", Tensor, Tensor], tuple[Tensor, Tensor]]
+"""(layer, x (..., D), h (..., F)) -> h with the unselected neurons at zero, and the mask_TE that this was, for the record."""
 
 
 class _Call(NamedTuple):
@@ -134,6 +137,9 @@ class MoEFFN(nn.Module):
         self.mode: Mode = "moe"
         self.impl = "auto"
         self.recorder: ActiveRecorder | None = None
+        self.selector: Selector | None = None
+        """In training: takes the place of router and rule in every forward in moe mode, and zeroes neurons itself, so that gradients can
+        reach the router. The projections then run as they are, at dense cost; not for torch.compile."""
         # Input of the call in flight, one a thread: the same model may be called from several.
         self._calls: dict[int, _Call] = {}
         self._native: _Native | None = None
@@ -205,6 +211,15 @@ class MoEFFN(nn.Module):
         """The module that holds the FFN's projections."""
         return cast(nn.Module, self.__dict__["_host"])
 
+    def projections(self) -> tuple[nn.Module, nn.Module]:
+        """The modules in the places of the first projection that reads x and of the down projection."""
+        return _module_at(self.host, self._local.first[0]), _module_at(self.host, self._local.down)
+
+    @property
+    def is_int8(self) -> bool:
+        """Whether the experts' weights are int8."""
+        return has_int8(self.host, self._local)
+
     def weights(self) -> FFNWeights:
         """Canonical views of the projections' weights."""
         return site_weights(self.host, self._local)
@@ -262,6 +277,8 @@ class MoEFFN(nn.Module):
 
     def _decide(self, first: nn.Module, x: Tensor) -> _Call:
         """What computes the forward that begins with ``x``."""
+        if self.selector is not None:
+            return _Call(x, first, None)
         is_native = self._is_native(x)
         if is_recorded(x):
             if self.masked_reason() is not None:
@@ -291,9 +308,10 @@ class MoEFFN(nn.Module):
             return False
         if self.host.training or torch.is_autocast_enabled("cpu") or wants_tangents():  # training: see `moe_ffn`
             return False
-        return not torch.is_grad_enabled() or not (x.requires_grad or any(p.requires_grad for p in self._projection_parameters()))
+        return not torch.is_grad_enabled() or not (x.requires_grad or any(p.requires_grad for p in self.projection_parameters()))
 
-    def _projection_parameters(self) -> Iterator[nn.Parameter]:
+    def projection_parameters(self) -> Iterator[nn.Parameter]:
+        """The parameters of the FFN itself; the router's are not among them."""
         return (p for leaf in self._leaves.values() for p in leaf._parameters.values() if p is not None)
 
     def _make_native(self, dtype: torch.dtype) -> _Native | None:
@@ -378,6 +396,10 @@ class MoEFFN(nn.Module):
         return call
 
     def _masked(self, h: Tensor, x: Tensor) -> Tensor:
+        if self.selector is not None:
+            h, mask_TE = self.selector(self, x, h)
+            self._record(mask_TE, x)
+            return h
         mask_TF = neuron_mask(self.select(x), self.site.d_ff)
         return h.masked_fill(~mask_TF.reshape(h.shape), 0)  # not a product: an overflow in an unselected neuron stays unseen
 

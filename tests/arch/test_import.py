@@ -14,6 +14,8 @@ HEAVY = (
     "accelerate",
     "transformers.modeling_utils",
     "transformers.models.auto",
+    "transformers.trainer_callback",
+    "moeify.train.hf_callbacks",
 )
 
 SCRIPT = f"""

@@ -261,6 +261,112 @@ def test_bad_source_is_one_line(here, capsys, source, message):
     check(here, capsys, convert(source=source), message)
 
 
+# -- training --------------------------------------------------------------------------------------------------------------------------
+
+
+def sparsify(*options, source="dense", data=DATA, steps="2"):
+    small = ["--window", "16", "--max-tokens", "6400", "--validation-tokens", "160"]
+    return ["sparsify", source, "--out", "out", "--steps", steps, *small, *data, *options]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        pytest.param(sparsify(steps="0"), "steps must be at least 1, got 0", id="no step"),
+        pytest.param(sparsify("--loss", "hoier"), ("'hoier'", "did you mean 'hoyer'"), id="unknown penalty"),
+        pytest.param(sparsify("--activation", "gelu"), ("'relu', 'keep'", "'gelu'"), id="unknown activation"),
+        pytest.param(sparsify("--weight", "-1"), "weight must be finite and >= 0", id="weight below 0"),
+        pytest.param(sparsify("--lr", "nan"), "lr must be finite", id="lr nan"),
+        pytest.param(
+            sparsify("--batch-tokens", "64", "--batch-sequences", "4"), "--batch-tokens or --batch-sequences, not both", id="two batches"
+        ),
+        pytest.param(sparsify("--batch-tokens", "15"), "--batch-tokens 15 is less than one window of 16", id="batch below a window"),
+        pytest.param(sparsify("--distill-temperature", "2"), "need --distill", id="distillation options alone"),
+        pytest.param(sparsify("--task", "masked_lm"), ("--task", "did you mean 'masked-lm'"), id="unknown task"),
+        pytest.param(sparsify("--crop", "2"), "vary images; LlamaForCausalLM reads text", id="crop of text"),
+        pytest.param(sparsify("--layer-weights", '{"model.layers.7": 0}'), ("model.layers.7", "matches no"), id="weights of no layer"),
+        pytest.param(sparsify("--layer-weights", "0.5"), "--layer-weights must be a JSON object", id="weights no object"),
+        pytest.param(sparsify("--device", "cuda:99"), "--device cuda:99: torch sees", id="device that is not there"),
+        pytest.param(sparsify("--validation", "./other"), "no such file or folder: './other'", id="validation not there"),
+        pytest.param(sparsify("--validation-split", "test"), "has no split 'test'", id="validation split not there"),
+        pytest.param(sparsify("--window", "256"), "--window 256 is more than the 128 positions", id="window too long"),
+        pytest.param(sparsify("--max-tokens", "9"), "max_tokens 9 is less than one window of 16", id="less data than a window"),
+        pytest.param(sparsify(source="moe"), "'moe' is converted already; give the dense checkpoint", id="converted already"),
+    ],
+)
+def test_bad_training_option_is_one_line(here, capsys, arguments, message):
+    check(here, capsys, arguments, message)
+
+
+def test_a_penalty_on_activations_without_zeros_is_one_line(here, capsys):
+    tiny.edit_config(here / "dense", lambda config: config.update(hidden_act="silu"))
+    options = ["--activation", "keep", "--loss", "l1", "--on", "activations"]
+    check(here, capsys, sparsify(*options), ("the activation silu, which is never zero", "change the activation to relu first"))
+
+
+ROWS = [{"text": "good", "label": "LABEL_1"}, {"text": "bad", "label": "LABEL_0"}] * 30
+
+
+@pytest.mark.parametrize(
+    ("rows", "options", "message"),
+    [
+        pytest.param([{"text": "a", "emotion": 1}] * 60, [], ("no column 'label'", "'text', 'emotion'"), id="label column missing"),
+        pytest.param(
+            [{**r, "label": "joy"} for r in ROWS], [], ("'rows.jsonl': label 'joy' is not a class", "LABEL_0"), id="unknown class"
+        ),
+        pytest.param([{**r, "label": 2} for r in ROWS], [], "label 2 is not a class of the model's head, whose 2 are 0 to 1", id="number"),
+        pytest.param([{**r, "label": None} for r in ROWS], [], "label None is neither an integer nor a string", id="no label"),
+        pytest.param(ROWS, ["--batch-tokens", "64"], "give --batch-sequences for sequence-classification", id="tokens of texts"),
+        pytest.param(ROWS, ["--task", "image-classification"], "no head for image-classification in the family 'bert'", id="other task"),
+        pytest.param(ROWS, ["--task", "masked-lm"], "has no mask token", id="no mask token"),
+    ],
+)
+def test_bad_labelled_data_is_one_line(here, capsys, rows, options, message):
+    shutil.rmtree(here / "dense")
+    config = transformers.BertConfig(
+        vocab_size=tiny.VOCAB, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=64
+    )
+    transformers.BertForSequenceClassification(config).save_pretrained(here / "dense")
+    tiny.byte_tokenizer().save_pretrained(here / "dense")
+    (here / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    check(here, capsys, sparsify(*options, data=["--data", "rows.jsonl"]), message)
+
+
+def test_a_model_without_a_head_is_one_line(here, capsys):
+    model = transformers.AutoModel.from_pretrained(here / "dense")
+    shutil.rmtree(here / "dense")
+    model.save_pretrained(here / "dense")
+    tiny.byte_tokenizer().save_pretrained(here / "dense")
+    check(here, capsys, sparsify(), ("LlamaModel has no head for a known task", "--task causal-lm, masked-lm"))
+
+
+def test_a_loss_that_is_no_number_is_one_line_and_keeps_the_last_good_state(here, capsys, recwarn):
+    code = cli.run(sparsify("--lr", "1e20", "--clip", "0", "--save-every", "1", steps="20"))
+    err = capsys.readouterr().err
+    assert code == 2
+    assert err.startswith("error: the ")
+    assert err.count("\n") == 1
+    assert "out.work/train" in err
+    assert list((here / "out.work" / "train").glob("step-*"))
+    assert not (here / "out").exists()
+
+
+def test_the_state_of_another_run_is_one_line(here, capsys):
+    assert cli.run(sparsify("--lr", "1e20", "--clip", "0", steps="20")) == 2
+    capsys.readouterr()
+    check(here, capsys, sparsify(), ("'out.work' is the state of another run", "train.lr was 1e+20, is 0.0001", "--overwrite"))
+    check(here, capsys, convert(), ("'out.work' is the state of a training run, which is not deleted", "another --out"))
+    assert cli.run(sparsify("--overwrite")) == 0
+    assert not (here / "out.work").exists()
+
+
+def test_the_state_of_a_conversion_is_not_taken_for_one_of_training(here, capsys, monkeypatch):
+    monkeypatch.setattr("moeify.pipeline.convert.apply_site", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert cli.run(convert()) == 130
+    capsys.readouterr()
+    check(here, capsys, sparsify(), ("'out.work' is the state of a conversion", "--overwrite deletes it"))
+
+
 # -- converted checkpoints -----------------------------------------------------------------------------------------------------------
 
 
@@ -384,6 +490,7 @@ def no_loading(monkeypatch):
 
     monkeypatch.setattr("moeify.pipeline.measure.load_model", fail)
     monkeypatch.setattr("moeify.pipeline.convert.load_model", fail)
+    monkeypatch.setattr("moeify.pipeline.tasks.load_model", fail)
 
 
 @pytest.mark.usefixtures("no_loading")
@@ -403,6 +510,8 @@ def no_loading(monkeypatch):
             id="convert: a file as folder",
         ),
         pytest.param(["profile", "dense", "--data", "./texts"], "no such file or folder: './texts'", id="profile: no such data"),
+        pytest.param(sparsify(data=["--data", "./texts"]), "no such file or folder: './texts'", id="sparsify: no such data"),
+        pytest.param(sparsify("--task", "masked"), "did you mean 'masked-lm'", id="sparsify: unknown task"),
     ],
 )
 def test_what_can_be_checked_without_the_model_is(here, capsys, arguments, message):

@@ -29,7 +29,7 @@ from moeify.pipeline import TARGETS, CalibrationConfig, convert_checkpoint, meas
 from moeify.pipeline import convert as conversion
 from moeify.routers import NormRouterConfig
 from moeify.select import DynKMax, TopK
-from moeify.train.stages import RouterTrainConfig
+from moeify.train.fit import RouterTrainConfig
 
 WINDOW, TOKENS = 64, 9_000  # three batches of calibration data
 TRAIN = RouterTrainConfig(epochs=1)

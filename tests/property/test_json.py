@@ -16,7 +16,7 @@ from hypothesis import given, settings
 
 from moeify._config import from_dict, from_tagged, to_dict
 from moeify.convert import SCHEMA, ConvertConfig, Manifest, SiteRecord
-from moeify.data import DataConfig
+from moeify.data import AugmentConfig, DataConfig
 from moeify.errors import CheckpointError, ConfigError, DataError
 from moeify.evaluate.sweep import Curve, CurvePoint, DenseQuality
 from moeify.pipeline import CalibrationConfig
@@ -25,8 +25,9 @@ from moeify.select import RULES
 from moeify.sites import FFNSite
 from moeify.sparsity.profile import ActivationProfile
 from moeify.split import SPLITS
+from moeify.train.distill import DistillConfig
+from moeify.train.fit import RouterTrainConfig
 from moeify.train.loop import TrainConfig
-from moeify.train.stages import RouterTrainConfig
 
 TABLES = {"rules": RULES, "splits": SPLITS, "routers": {name: config for name, (config, _) in ROUTERS.items()}}
 TAGGED = [cls for table in TABLES.values() for cls in table.values()]
@@ -40,7 +41,9 @@ UNTAGGED = [
     RouterTrainConfig,
     CalibrationConfig,
     DataConfig,
+    AugmentConfig,
     TrainConfig,
+    DistillConfig,
 ]
 
 finite = st.floats(allow_nan=False, allow_infinity=False)
@@ -87,6 +90,8 @@ def values_of(hint):
         return st.sampled_from(args)
     if origin is tuple and args[1:] == (Ellipsis,):
         return st.lists(values_of(args[0]), max_size=3).map(tuple)
+    if origin is tuple:
+        return st.tuples(*map(values_of, args))
     assert dataclasses.is_dataclass(hint), f"no values for a field of type {hint}"
     return configs(hint)
 

@@ -19,12 +19,16 @@ from typer.testing import CliRunner
 from moeify import cli
 from moeify._config import field_docs
 from moeify._progress import NO_PROGRESS
-from moeify.data import DataConfig
-from moeify.errors import CheckpointError
+from moeify.data import AugmentConfig, DataConfig
+from moeify.errors import CheckpointError, TrainingError
 from moeify.layers import moe_layers
+from moeify.sparsity import EnforcementConfig
+from moeify.train.distill import DistillConfig
+from moeify.train.loop import TrainConfig
+from moeify.train.sparsify import SparsifyConfig
 
 SMALL = ["--window", "32", "--max-tokens", "640", "--data", "builtin:pydoc"]
-COMMANDS = ("profile", "convert", "quantize", "sweep", "generate", "report", "doctor", "demo")
+COMMANDS = ("profile", "sparsify", "convert", "quantize", "sweep", "generate", "report", "doctor", "demo")
 
 
 @pytest.fixture(autouse=True)
@@ -170,6 +174,7 @@ def test_convert_with_options_of_router_and_experts_writes_them_to_the_manifest(
     ("arguments", "name"),
     [
         (["convert", "m", "--data", "d", "--out", "o"], "convert_checkpoint"),
+        (["sparsify", "m", "--data", "d", "--out", "o", "--steps", "1"], "sparsify_checkpoint"),
         (["sweep", "m", "--data", "d"], "sweep_checkpoint"),
         (["profile", "m", "--data", "d"], "profile_checkpoint"),
         (["generate", "m", "text"], "generate_text"),
@@ -212,6 +217,73 @@ def test_convert_with_int8_weights_measures_before_and_after_them(dense, tmp_pat
     assert "no other loader takes its int8 weights" in card
     mlp = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "moe").model.layers[0].mlp
     assert (mlp.up_proj.weight.dtype, mlp.up_proj.weight_scale.dtype) == (torch.int8, torch.float32)
+
+
+TRAIN = ["--window", "16", "--data", "builtin:pydoc", "--max-tokens", "6400", "--validation-tokens", "160", "--steps", "3"]
+
+
+def test_sparsify_makes_a_dense_checkpoint_that_convert_takes(tmp_path, capsys):
+    source = tiny.save_dense_tiny(tmp_path / "silu", hidden_act="silu")
+    options = ["--weight", "0.01", "--batch-tokens", "100", "--lr", "0.001", "--seed", "1"]
+    code, out, err = run(capsys, "sparsify", source, "--out", tmp_path / "relu", *TRAIN, *options, "--json")
+    assert (code, err) == (0, "")
+    record = json.loads((tmp_path / "relu" / "sparsify.json").read_text())
+    assert json.loads(out) == record
+    assert record["tokens"] == 3 * 96
+    assert (record["train"]["seed"], record["train"]["lr"]) == (1, 0.001)
+    assert transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "relu").config.hidden_act == "relu"
+    quick = ["--expert-size", "8", "--router", "centre", "--split", "contiguous"]
+    assert run(capsys, "convert", tmp_path / "relu", "--out", tmp_path / "moe", *quick, *SMALL)[0] == 0
+
+
+def test_sparsify_without_json_shows_quality_and_layers_but_no_long_lists(dense, tmp_path, capsys):
+    code, out, _ = run(capsys, "sparsify", dense, "--out", tmp_path / "out", *TRAIN)
+    assert code == 0
+    assert "metric: perplexity" in out
+    assert "model.layers.1.mlp" in out
+    assert all(len(line) < 200 for line in out.splitlines())
+
+
+@pytest.fixture
+def sparsify_call(monkeypatch):
+    got = {}
+
+    def take(source, out, **options):
+        got.update(options, source=source, out=out)
+        return {}
+
+    monkeypatch.setattr("moeify.pipeline.sparsify_checkpoint", take)
+    return got
+
+
+def test_sparsify_options_reach_the_configs(sparsify_call, tmp_path, capsys):
+    arguments = ["sparsify", "m", "--data", "d", "--out", "o", "--steps", "7"]
+    assert cli.run(arguments) == 0
+    plain = sparsify_call.copy()
+    assert plain["train"] == TrainConfig(steps=7)
+    assert plain["config"] == SparsifyConfig()
+    assert plain["data"] == DataConfig(data="d", split="train", max_tokens=None)
+    assert plain["validation"] == DataConfig(data="d", split="validation", max_tokens=100_000)
+    assert (plain["task"], plain["batch_tokens"], plain["overwrite"], plain["augment"]) == (None, None, False, AugmentConfig())
+    more = {
+        "--activation": "keep", "--loss": "l1", "--weight": "0.5", "--on": "preactivations", "--weight-schedule": "linear",
+        "--layer-weights": '{"re:.*": 2.0}', "--distill-temperature": "2", "--batch-sequences": "3", "--micro-sequences": "1",
+        "--schedule": "linear", "--save-every": "2", "--seed": "5", "--task": "masked-lm", "--crop": "4", "--max-tokens": "90",
+        "--data-split": "all", "--validation": "v", "--validation-split": "test", "--validation-tokens": "30", "--column": "c",
+    }  # fmt: skip
+    flags = ["--distill", "--gradient-checkpointing", "--flip", "--overwrite"]
+    assert cli.run([*arguments, *flags, *(part for pair in more.items() for part in pair)]) == 0
+    enforcement = EnforcementConfig(loss="l1", weight=0.5, on="preactivations", schedule="linear", layer_weights={"re:.*": 2.0})
+    got = sparsify_call
+    assert got["config"] == SparsifyConfig(activation="keep", enforcement=enforcement, distill=DistillConfig(temperature=2.0))
+    assert got["train"] == TrainConfig(
+        steps=7, batch_sequences=3, micro_sequences=1, schedule="linear", save_every=2, seed=5, gradient_checkpointing=True
+    )
+    assert got["data"] == DataConfig(data="d", column="c", split="all", max_tokens=90, seed=5)
+    assert got["validation"] == DataConfig(data="v", column="c", split="test", max_tokens=30)
+    assert (got["task"], got["overwrite"], got["augment"]) == ("masked-lm", True, AugmentConfig(flip=True, crop=4))
+    assert cli.run([*arguments, "--batch-tokens", "64"]) == 0
+    assert got["batch_tokens"] == 64
 
 
 @pytest.fixture(scope="module")
@@ -485,6 +557,7 @@ def test_debug_shows_the_traceback_before_the_line(failing, capsys):
     ("arguments", "resumes"),
     [
         pytest.param(["convert", "m", "--data", "d", "--out", "o"], True, id="convert"),
+        pytest.param(["sparsify", "m", "--data", "d", "--out", "o", "--steps", "1"], True, id="sparsify"),
         pytest.param(["sweep", "m", "--data", "d", "--out", "o"], True, id="sweep with a file"),
         pytest.param(["sweep", "m", "--data", "d"], False, id="sweep without a file"),
         pytest.param(["profile", "m", "--data", "d"], False, id="profile"),
@@ -495,7 +568,7 @@ def test_interrupt_exits_with_130_and_says_whether_it_resumes(monkeypatch, capsy
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    for name in ("convert_checkpoint", "sweep_checkpoint", "profile_checkpoint", "generate_text"):
+    for name in ("convert_checkpoint", "sparsify_checkpoint", "sweep_checkpoint", "profile_checkpoint", "generate_text"):
         monkeypatch.setattr(f"moeify.pipeline.{name}", interrupt)
     line = "error: interrupted; the same command again continues where it stopped.\n" if resumes else "error: interrupted.\n"
     assert run(capsys, *arguments) == (130, "", line)
@@ -512,7 +585,7 @@ def test_a_bug_is_one_line_with_exit_code_1_and_its_traceback_with_debug(failing
 
 
 def test_training_that_diverged_is_bad_input(failing, capsys):
-    failing(FloatingPointError("the loss is nan at step 3; lower the learning rate (9)."))
+    failing(TrainingError("the loss is nan at step 3; lower the learning rate (9)."))
     assert run(capsys, "doctor") == (2, "", "error: the loss is nan at step 3; lower the learning rate (9).\n")
 
 
@@ -551,6 +624,18 @@ def test_out_of_memory_is_one_line_that_names_the_options_that_help(monkeypatch,
     assert err.count("\n") == 1
     monkeypatch.setattr("moeify.doctor.doctor", fail)
     assert run(capsys, "doctor") == (2, "", f"error: out of memory{size}; free some, or use a machine with more.\n")
+
+
+def test_out_of_memory_in_training_names_the_options_that_help_there(monkeypatch, capsys):
+    def fail(*_, **__):
+        raise MemoryError
+
+    monkeypatch.setattr("moeify.pipeline.sparsify_checkpoint", fail)
+    arguments = ["sparsify", "m", "--data", "d", "--out", "o", "--steps", "1"]
+    less = "a smaller --micro-sequences or a smaller --window or a smaller --max-tokens"
+    end = "or --dtype bfloat16.\n"
+    assert run(capsys, *arguments) == (2, "", f"error: out of memory; try {less} or --gradient-checkpointing {end}")
+    assert run(capsys, *arguments, "--gradient-checkpointing") == (2, "", f"error: out of memory; try {less} {end}")
 
 
 def test_another_runtime_error_is_not_taken_for_missing_memory(failing, capsys):

@@ -10,14 +10,16 @@ import pytest
 from moeify._config import did_you_mean, field_docs, from_dict, from_tagged, lookup, to_dict
 from moeify.convert import ConvertConfig, Manifest, SiteRecord
 from moeify.data import DataConfig
-from moeify.errors import CheckpointError, ConfigError, DataError, KernelError, MoeifyError, UnsupportedModelError
+from moeify.errors import CheckpointError, ConfigError, DataError, KernelError, MoeifyError, TrainingError, UnsupportedModelError
 from moeify.pipeline import CalibrationConfig
 from moeify.routers import ROUTERS
 from moeify.select import RULES
 from moeify.sites import FFNSite
 from moeify.split import SPLITS
-from moeify.train.loop import TrainConfig
-from moeify.train.stages import RouterTrainConfig
+from moeify.train.distill import DistillConfig
+from moeify.train.fit import RouterTrainConfig
+from moeify.train.loop import TrainConfig, TrainRecord
+from moeify.train.sparsify import SparsifyConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,7 +176,8 @@ def test_field_docs_are_the_docstrings_under_the_fields_those_of_bases_too():
 
 
 CONFIGS = [
-    ConvertConfig, SiteRecord, Manifest, FFNSite, DataConfig, CalibrationConfig, RouterTrainConfig, TrainConfig,
+    ConvertConfig, SiteRecord, Manifest, FFNSite, DataConfig, CalibrationConfig, RouterTrainConfig, TrainConfig, TrainRecord,
+    DistillConfig, SparsifyConfig,
     *(config for config, _ in ROUTERS.values()), *RULES.values(), *SPLITS.values(),
 ]  # fmt: skip
 
@@ -195,4 +198,5 @@ def test_errors_about_arguments_are_value_errors(error):
     assert issubclass(error, ValueError)
     assert issubclass(error, MoeifyError)
     assert not issubclass(KernelError, ValueError)
+    assert not issubclass(TrainingError, ValueError)
     assert issubclass(KernelError, RuntimeError)

@@ -3,7 +3,7 @@
 Letters: B batch, S sequence (or window) length, W windows.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import repeat
 from typing import Any
 
@@ -63,24 +63,33 @@ def padded_text_batches(
         DataError: no text at all.
         ValueError: labels and texts of different number.
     """
-    pad_id = next((i for i in (getattr(tokenizer, name, None) for name in ("pad_token_id", "eos_token_id")) if i is not None), 0)
+    pad_id = padding_id(tokenizer)
     pairs = zip(texts, repeat(0), strict=False) if labels is None else zip(texts, labels, strict=True)
     empty = True
     for group in _groups(pairs, batch_size):
         empty = False
-        rows = [encode_example(tokenizer, text, max_length=max_length) for text, _ in group]
-        length = max([1, *map(len, rows)])
-        ids_BS = torch.full((len(rows), length), pad_id, dtype=torch.int64)
-        mask_BS = torch.zeros((len(rows), length), dtype=torch.int64)
-        for i, row in enumerate(rows):
-            ids_BS[i, : len(row)] = torch.tensor(row, dtype=torch.int64)
-            mask_BS[i, : len(row)] = 1
-        batch = {"input_ids": ids_BS, "attention_mask": mask_BS}
+        batch = padded([encode_example(tokenizer, text, max_length=max_length) for text, _ in group], pad_id=pad_id)
         if labels is not None:
             batch["labels"] = torch.tensor([label for _, label in group])
         yield batch
     if empty:
         raise DataError("there is no text to make a batch of.")
+
+
+def padding_id(tokenizer: Any) -> int:
+    """What short texts are filled up with: padding, the end of text, or 0."""
+    return next((i for i in (getattr(tokenizer, name, None) for name in ("pad_token_id", "eos_token_id")) if i is not None), 0)
+
+
+def padded(rows: Sequence[Sequence[int] | Tensor], *, pad_id: int) -> dict[str, Tensor]:
+    """``input_ids`` and ``attention_mask`` of token ids, padded on the right to the longest."""
+    length = max([1, *map(len, rows)])
+    ids_BS = torch.full((len(rows), length), pad_id, dtype=torch.int64)
+    mask_BS = torch.zeros((len(rows), length), dtype=torch.int64)
+    for i, row in enumerate(rows):
+        ids_BS[i, : len(row)] = torch.as_tensor(row, dtype=torch.int64)
+        mask_BS[i, : len(row)] = 1
+    return {"input_ids": ids_BS, "attention_mask": mask_BS}
 
 
 def image_batches(
@@ -110,14 +119,19 @@ def image_batches(
         yield {"pixel_values": pixels, "labels": torch.tensor(labels)}
 
 
-def class_ids(labels: Iterable[int | str], *, known: Mapping[str, int] | None = None) -> dict[int | str, int]:
+def class_ids(
+    labels: Iterable[int | str], *, known: Mapping[str, int] | None = None, num_classes: int | None = None
+) -> dict[int | str, int]:
     """Class id of each label that occurs: integers are their own, names are numbered in sorted order or as ``known``, a head's label2id.
 
     Raises:
-        DataError: a name that ``known`` lacks; integers mixed with names.
+        DataError: a name that ``known`` lacks, or an integer outside of ``num_classes``; integers mixed with names.
     """
     distinct = set(labels)
     if all(isinstance(label, int) for label in distinct):
+        for label in sorted(distinct, key=int):
+            if num_classes is not None and not 0 <= int(label) < num_classes:
+                raise DataError(f"label {label} is not a class of the model's head, whose {num_classes} are 0 to {num_classes - 1}.")
         return {label: int(label) for label in sorted(distinct, key=int)}
     if not all(isinstance(label, str) for label in distinct):
         raise DataError(f"labels mix integers and names: {sorted(map(str, distinct))[:6]}.")

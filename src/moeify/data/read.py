@@ -68,8 +68,7 @@ def read_examples(config: DataConfig) -> Iterator[Example]:
     def examples() -> Iterator[Example]:
         found = False
         for name, (value, label) in documents:
-            if isinstance(label, bool) or not isinstance(label, (int, str)):
-                raise DataError(f"'{config.data}', {name}: label {label!r} is neither an integer nor a string.")
+            label = _as_label(label, config, name)
             found = True
             if isinstance(value, str):
                 yield Example(label=label, text=value)
@@ -79,6 +78,16 @@ def read_examples(config: DataConfig) -> Iterator[Example]:
             raise DataError(f"'{config.data}' has no example{of_split(config)}.")
 
     return examples()
+
+
+def read_labels(config: DataConfig) -> Iterator[int | str]:
+    """The label of every example of a source, lazily; nothing is decoded.
+
+    Raises:
+        DataError: as in `read_examples`.
+    """
+    documents = open_documents(config, (config.column, config.label_column))
+    return (_as_label(label, config, name) for name, (_, label) in documents)
 
 
 def read_images(config: DataConfig) -> Iterator[Any]:
@@ -98,6 +107,12 @@ def read_images(config: DataConfig) -> Iterator[Any]:
             raise DataError(f"'{config.data}' has no image{of_split(config)}.")
 
     return images()
+
+
+def _as_label(label: Any, config: DataConfig, name: str) -> int | str:
+    if isinstance(label, bool) or not isinstance(label, (int, str)):
+        raise DataError(f"'{config.data}', {name}: label {label!r} is neither an integer nor a string.")
+    return label
 
 
 def _as_text(value: Any, config: DataConfig, name: str) -> str:

@@ -5,7 +5,7 @@ Letters: S window length, W windows.
 
 import re
 from array import array
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -159,6 +159,13 @@ def encode_example(tokenizer: Any, text: str, *, max_length: int | None = None) 
         # verbose=False: nothing is said of a text that is longer than the model's context
         return list(tokenizer(text, truncation=max_length is not None, max_length=max_length, verbose=False)["input_ids"])
     return list(tokenizer(text))[:max_length]
+
+
+def encode_examples(tokenizer: Any, texts: Sequence[str], *, max_length: int) -> list[list[int]]:
+    """`encode_example` of many texts, at once where the tokenizer can."""
+    if _is_transformers(tokenizer) and texts:
+        return list(tokenizer(list(texts), truncation=True, max_length=max_length, verbose=False)["input_ids"])
+    return [encode_example(tokenizer, text, max_length=max_length) for text in texts]
 
 
 def _is_transformers(tokenizer: Any) -> bool:

@@ -51,7 +51,7 @@ class Quality:
     """One measurement."""
 
     value: float
-    """Perplexity, accuracy in [0, 1], or mean cosine to the dense sentence vectors (of the last hidden states)."""
+    """Perplexity, pseudo-perplexity, accuracy in [0, 1], or mean cosine to the dense sentence vectors (of the last hidden states)."""
     count: int
     """Predicted positions or examples."""
     agreement: Agreement | None = None
@@ -80,7 +80,7 @@ class Metric:
     finish: Callable[[float], float]
     """Mean -> the number that is reported."""
     lower_is_better: bool
-    """Perplexity is; accuracy and cosine are not."""
+    """Perplexities are; accuracy and cosine are not."""
 
 
 def perplexity(model: nn.Module, windows_WS: Tensor, *, batch_size: int = 1, progress: Progress = NO_PROGRESS) -> float:
@@ -349,6 +349,18 @@ def _tally_hits(output: Output, batch: Batch) -> tuple[float, int]:
     return ((output.tensor.argmax(-1) == labels) & counts).sum().item(), int(counts.sum())
 
 
+def _tally_masked_nll(output: Output, batch: Batch) -> tuple[float, int]:
+    """Sum of -log p of each label, in fp32, one sequence at a time: of the masked positions only."""
+    _require_logits(output, "pseudo_perplexity")
+    if "labels" not in batch:
+        raise DataError("pseudo_perplexity needs labels at masked positions, and a batch has none.")
+    total, labels_BS = 0.0, batch["labels"].to(output.tensor.device)
+    for logits_SV, labels_S in zip(output.tensor, labels_BS, strict=True):
+        masked_S = labels_S != -100
+        total += F.cross_entropy(logits_SV[masked_S].float(), labels_S[masked_S], reduction="sum").item()
+    return total, int((labels_BS != -100).sum())
+
+
 def _tally_nothing(_output: Output, _batch: Batch) -> tuple[float, int]:
     """The cosine comes from the comparison with the dense reference."""
     return 0.0, 0
@@ -356,6 +368,7 @@ def _tally_nothing(_output: Output, _batch: Batch) -> tuple[float, int]:
 
 METRICS: dict[str, Metric] = {
     "perplexity": Metric(tally=_tally_nll, finish=lambda mean: math.exp(min(mean, 700.0)), lower_is_better=True),
+    "pseudo_perplexity": Metric(tally=_tally_masked_nll, finish=lambda mean: math.exp(min(mean, 700.0)), lower_is_better=True),
     "accuracy": Metric(tally=_tally_hits, finish=float, lower_is_better=False),
     "cosine": Metric(tally=_tally_nothing, finish=float, lower_is_better=False),
 }
@@ -363,7 +376,8 @@ METRICS: dict[str, Metric] = {
 
 
 def default_metric(model: nn.Module, batch: Batch) -> str:
-    """What to measure where nobody says: accuracy with labels, perplexity of models that generate, else cosine.
+    """What to measure where nobody says: accuracy with labels (pseudo-perplexity of masked language models), perplexity of models that
+    generate, else cosine.
 
     Cosine takes the last hidden states: of encoders, and of heads that predict something else than the next token, as masked language
     models do. Plain modules that give logits count as models that generate.
@@ -372,7 +386,7 @@ def default_metric(model: nn.Module, batch: Batch) -> str:
         ConfigError: the head has another task, or its hidden states cannot be had.
     """
     if "labels" in batch:
-        return "accuracy"
+        return "pseudo_perplexity" if type(model).__name__.endswith("ForMaskedLM") else "accuracy"
     if type(model).__name__.endswith(_OTHER_HEADS):
         raise ConfigError(f"the quality of a {type(model).__name__} cannot be measured; {_SUPPORTED}.")
     can_generate = getattr(model, "can_generate", None)

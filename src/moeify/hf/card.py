@@ -1,7 +1,7 @@
-"""The model card of a converted checkpoint, from measured numbers only."""
+"""The model card of a checkpoint that moeify made, from measured numbers only."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from ..convert import manifest_of
 from ..layers import moe_layers
 
 _TAGS = ("moeify", "mixture-of-experts", "dynamic-k", "activation-sparsity")
+_TRAINED_TAGS = ("moeify", "activation-sparsity")
 
 
 def model_card(
@@ -31,9 +32,6 @@ def model_card(
     layers, cls = moe_layers(model), type(model).__name__
     experts = sorted({moe.num_experts for moe in layers.values()})
     rules = sorted({str(moe.rule) for moe in layers.values()})
-    metadata = ["library_name: transformers", "tags:", *(f"- {tag}" for tag in _TAGS)]
-    if _is_hub_id(base_model):
-        metadata += [f"base_model: {base_model}", "base_model_relation: finetune"]
     rule = rules[0] if len(rules) == 1 else f"{rules[0]} ... {rules[-1]} (one a layer)"
     has_int8 = manifest_of(model).has_int8
     without = "no other loader takes its int8 weights" if has_int8 else "without it the same files load as the equal dense model"
@@ -49,9 +47,7 @@ def model_card(
     scores = calibration.get("router_scores")
     return "\n".join(
         [
-            "---",
-            *metadata,
-            "---",
+            *_metadata(base_model, _TAGS),
             f"# {name}",
             "",
             f"`{base_model}`, its dense FFNs turned into mixtures of experts with a dynamic number of experts per token by `moeify`.",
@@ -74,6 +70,59 @@ def model_card(
             "",
         ]
     )
+
+
+def trained_card(model: nn.Module, *, name: str, base_model: str, record: Mapping[str, Any]) -> str:
+    """Markdown with the Hub's metadata block, of a dense model that was trained towards sparse activations.
+
+    Args:
+        model: the dense model.
+        name: title.
+        base_model: Hub id of the source; a local path is named in the text only.
+        record: what ``sparsify.json`` holds.
+
+    Returns:
+        Text of ``README.md``.
+    """
+    config, train = record["config"], record["train"]
+    before, after = record["activations"]["before"]["mean"], record["activations"]["after"]["mean"]
+    rows = {
+        "task": record["task"],
+        f"{record['metric'].replace('_', '-')}, before and after": [record["quality"][when] for when in ("before", "after")],
+        "zeros among activations, before and after": [before["zero_frac"], after["zero_frac"]],
+        "at most 0.001 among activations, before and after": [before["near_zero_frac"], after["near_zero_frac"]],
+        "non-zero neurons a token, before and after": [before["nonzeros_per_token"], after["nonzeros_per_token"]],
+        "activation": config["activation"],
+        "penalty": f"{config['enforcement']['loss']}, weight {config['enforcement']['weight']:g}",
+        "distilled from the source": "no" if config["distill"] is None else "yes",
+        "training": f"{train['steps']} steps, {record['tokens']} tokens, {record['epochs']:.2f} epochs of `{record['data']}`",
+    }
+    return "\n".join(
+        [
+            *_metadata(base_model, _TRAINED_TAGS),
+            f"# {name}",
+            "",
+            f"`{base_model}`, trained by `moeify` so that more of its FFN activations are zero; an ordinary dense {type(model).__name__}.",
+            "`moeify convert` turns it into a mixture of experts.",
+            "",
+            "## Measured",
+            "",
+            "| | |",
+            "|---|---|",
+            *(f"| {key} | {', '.join(map(_cell, value)) if isinstance(value, list) else value} |" for key, value in rows.items()),
+            "",
+            "`sparsify.json` holds the same numbers by layer, the losses and the configuration.",
+            "",
+        ]
+    )
+
+
+def _metadata(base_model: str, tags: Sequence[str]) -> list[str]:
+    """The Hub's block at the head of a card."""
+    lines = ["library_name: transformers", "tags:", *(f"- {tag}" for tag in tags)]
+    if _is_hub_id(base_model):
+        lines += [f"base_model: {base_model}", "base_model_relation: finetune"]
+    return ["---", *lines, "---"]
 
 
 def _score_table(scores: Mapping[str, Any]) -> list[str]:

@@ -9,7 +9,6 @@ import importlib.util
 import json
 import os
 import re
-import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -21,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from .._config import did_you_mean
+from .._files import remove_folder
 from .._progress import NO_PROGRESS, Progress
 from ..convert import Manifest, stamp
 from ..errors import CheckpointError, MoeifyError, UnsupportedModelError
@@ -28,7 +28,10 @@ from .registration import QUANT_METHOD, register
 
 MANIFEST_FILE = "moeify.json"
 """The manifest and how it was calibrated, beside the checkpoint that convert writes."""
+TRAINING_FILE = "sparsify.json"
+"""How a dense checkpoint was trained, beside the one that sparsify writes."""
 
+_MARKERS = (MANIFEST_FILE, TRAINING_FILE)
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model")
 _PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
@@ -39,6 +42,8 @@ def load_model(
     *,
     dtype: torch.dtype | Literal["auto"] = torch.float32,
     auto_class: Any = None,
+    new_head: Mapping[str, Any] | None = None,
+    seed: int = 0,
     progress: Progress = NO_PROGRESS,
 ) -> tuple[Any, Any]:
     """A model, in eval mode, and its tokenizer or processor.
@@ -47,6 +52,9 @@ def load_model(
         source: Hub id, folder (dense or converted), or ``.gguf`` file.
         dtype: of the weights, "auto" as the checkpoint has them; routers stay fp32, and int8 weights int8.
         auto_class: transformers class to load with; None takes the one that the checkpoint's config names.
+        new_head: config entries (``num_labels``, ...) of a head that the checkpoint lacks: what ``auto_class`` has beside the base model
+            may then be missing in the files, or have other shapes there, and is drawn anew. None: every tensor must be there.
+        seed: of what is drawn.
         progress: told of the tokenizer, the weights and the check of each tensor.
 
     Returns:
@@ -59,37 +67,50 @@ def load_model(
     """
     register()
     source = os.fspath(source)
-    path = Path(source).expanduser()
-    where = source
-    options: dict[str, Any] = {}
-    if source.endswith(".gguf"):
-        where, options = _gguf_options(path)
-    elif path.is_dir():
-        where = str(path)
-        _check_folder(path)
-    elif path.exists() or not _HUB_ID.fullmatch(source):
-        what = "is a file" if path.exists() else "does not exist"
-        raise CheckpointError(f"'{source}' {what}; give the folder of a checkpoint, a .gguf file or a Hub id such as 'org/name'.")
+    where, options = _locate(source)
     file_options = {key: value for key, value in options.items() if key == "gguf_file"}
     with progress.task(f"read the tokenizer of {source}", total=1) as task:
         config = _load_config(where, file_options, source)
         cls = _model_class(config, source) if auto_class is None else auto_class
         processor = _load_processor(where, file_options, source)  # before the weights: a bad one is found at once
         task.advance(1)
-    with progress.task(f"load {source}", total=1) as task:
+    with progress.task(f"load {source}", total=1) as task, torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
         try:
             # Shapes that differ are let through here: `_check_complete` names the tensor, transformers' own error does not.
             model, info = cls.from_pretrained(
-                where, dtype=dtype, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True, **options
+                where,
+                dtype=dtype,
+                use_safetensors=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                **options,
+                **(new_head or {}),
             )
         except MoeifyError:
             raise
         except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
             raise CheckpointError(f"'{source}': {_first_line(error)}") from error
         task.advance(1)
+    if new_head is not None and (prefix := model.base_model_prefix):
+        info = {
+            key: [entry for entry in info[key] if _name_of(entry).startswith(f"{prefix}.")] for key in ("missing_keys", "mismatched_keys")
+        }
     _check_complete(info, source, type(model).__name__)
     _check_finite(model, source, progress=progress)
     return model.eval(), processor
+
+
+def model_class(source: str | os.PathLike[str]) -> Any:
+    """The transformers class that `load_model` takes, from the config alone.
+
+    Raises:
+        MoeifyError: as `load_model`, as far as the config shows it.
+    """
+    register()
+    source = os.fspath(source)
+    where, options = _locate(source)
+    return _model_class(_load_config(where, {key: value for key, value in options.items() if key == "gguf_file"}, source), source)
 
 
 def save_checkpoint(
@@ -137,6 +158,38 @@ def save_dense(model: nn.Module, processor: Any, out: Path) -> None:
         _save(model, processor, partial)
 
 
+def save_trained(
+    model: nn.Module,
+    processor: Any,
+    out: Path,
+    *,
+    record: Mapping[str, Any],
+    card: str,
+    overwrite: bool = False,
+    progress: Progress = NO_PROGRESS,
+) -> None:
+    """Write a dense model that was trained, its tokenizer, ``sparsify.json`` and ``README.md``; all of it, or nothing.
+
+    Args:
+        model: dense model.
+        processor: tokenizer or processor to save beside it, or None.
+        out: new folder.
+        record: how it was trained and what was measured; JSON values.
+        card: text of the model card.
+        overwrite: as in `save_checkpoint`.
+        progress: as in `save_checkpoint`.
+
+    Raises:
+        CheckpointError: as in `save_checkpoint`.
+    """
+    with progress.task(f"save {out}", total=1) as task:
+        with _whole_folder(out, overwrite=overwrite, marker=TRAINING_FILE) as partial:
+            (partial / TRAINING_FILE).write_text(json.dumps(record, indent=2) + "\n")
+            _save(model, processor, partial)
+            (partial / "README.md").write_text(card)
+        task.advance(1)
+
+
 def check_output(out: Path, *, overwrite: bool) -> None:
     """Refuse an output folder before any work is done for it; first `recover` what a killed save left.
 
@@ -147,13 +200,14 @@ def check_output(out: Path, *, overwrite: bool) -> None:
     recover(out)
     if out.is_dir():
         if any(out.iterdir()):
-            converted = (out / MANIFEST_FILE).is_file()
+            is_ours = _marker_of(out) is not None
             if not overwrite:
-                way_out = "--overwrite replaces it, or choose another --out" if converted else "choose another --out"
+                way_out = "--overwrite replaces it, or choose another --out" if is_ours else "choose another --out"
                 raise CheckpointError(f"the output folder '{out}' exists and is not empty; {way_out}.")
-            if not converted:
+            if not is_ours:
                 raise CheckpointError(
-                    f"'{out}' holds no {MANIFEST_FILE}, so it is not an earlier conversion and is not replaced; choose another --out."
+                    f"'{out}' holds no {' or '.join(_MARKERS)}, so it is not an earlier conversion and is not replaced; "
+                    "choose another --out."
                 )
     elif out.exists() or out.is_symlink():
         raise CheckpointError(f"the output '{out}' is a file; choose another --out.")
@@ -183,26 +237,16 @@ def recover(out: Path) -> None:
     Nothing happens where no replacement was under way.
     """
     replaced = _names_beside(out)[1]
-    if not (replaced / MANIFEST_FILE).is_file():
+    if (marker := _marker_of(replaced)) is None:
         if replaced.is_dir() and not any(replaced.iterdir()):
             replaced.rmdir()  # killed when all but the folder was deleted
         return
     if out.is_dir() and any(out.iterdir()):
-        remove_folder(replaced, last=MANIFEST_FILE)
+        remove_folder(replaced, last=marker)
     elif not out.exists() or out.is_dir():
         if out.is_dir():
             out.rmdir()
         replaced.rename(out)
-
-
-def remove_folder(folder: Path, *, last: str) -> None:
-    """Delete a folder, the file that says whose it is at the end: what remains if this is killed is still known to be ours."""
-    for child in folder.iterdir():
-        if child.is_dir() and not child.is_symlink():
-            shutil.rmtree(child)
-        elif child.name != last:
-            child.unlink()
-    shutil.rmtree(folder)
 
 
 def read_calibration(directory: Path) -> dict[str, Any]:
@@ -254,7 +298,26 @@ def library_versions() -> dict[str, str]:
     return found
 
 
+def _name_of(entry: Any) -> str:
+    """Tensor of an entry of transformers' loading info: a name, or a name with two shapes."""
+    return str(entry if isinstance(entry, str) else entry[0])
+
+
 # -- loading -------------------------------------------------------------------------------------------------------------------------
+
+
+def _locate(source: str) -> tuple[str, dict[str, Any]]:
+    """Where transformers is to look, and with which options."""
+    path = Path(source).expanduser()
+    if source.endswith(".gguf"):
+        return _gguf_options(path)
+    if path.is_dir():
+        _check_folder(path)
+        return str(path), {}
+    if path.exists() or not _HUB_ID.fullmatch(source):
+        what = "is a file" if path.exists() else "does not exist"
+        raise CheckpointError(f"'{source}' {what}; give the folder of a checkpoint, a .gguf file or a Hub id such as 'org/name'.")
+    return source, {}
 
 
 def _gguf_options(path: Path) -> tuple[str, dict[str, Any]]:
@@ -443,7 +506,7 @@ def _save(model: Any, processor: Any, directory: Path) -> None:
 
 
 @contextmanager
-def _whole_folder(out: Path, *, overwrite: bool) -> Iterator[Path]:
+def _whole_folder(out: Path, *, overwrite: bool, marker: str = MANIFEST_FILE) -> Iterator[Path]:
     """A folder beside ``out`` that takes its name when the body has ended without an error, and vanishes otherwise.
 
     Same parent, so same file system: the rename is atomic. Files reach the disk before the name does.
@@ -454,19 +517,18 @@ def _whole_folder(out: Path, *, overwrite: bool) -> Iterator[Path]:
     done = False
     try:
         if partial.exists():
-            remove_folder(partial, last=MANIFEST_FILE)
+            remove_folder(partial, last=_marker_of(partial) or marker)
         partial.mkdir(parents=True)
-        marker = partial / MANIFEST_FILE
-        marker.touch()  # says that the folder is ours, see _check_leftover
+        (partial / marker).touch()  # says that the folder is ours, see _check_leftover
         yield partial
-        is_dense = marker.stat().st_size == 0
+        is_dense = (partial / marker).stat().st_size == 0
         _sync(partial)
         if out.exists() and any(out.iterdir()):
             out.rename(replaced)
         partial.rename(out)
         done = True
         if is_dense:
-            (out / MANIFEST_FILE).unlink()
+            (out / marker).unlink()
         _sync_directory(out.parent)
     except MoeifyError:
         raise
@@ -475,7 +537,7 @@ def _whole_folder(out: Path, *, overwrite: bool) -> Iterator[Path]:
     finally:
         with suppress(OSError):  # the next run's check_output repeats it
             if not done and partial.exists():
-                remove_folder(partial, last=MANIFEST_FILE)
+                remove_folder(partial, last=marker)
             recover(out)
 
 
@@ -485,9 +547,14 @@ def _names_beside(out: Path) -> tuple[Path, Path]:
     return out.with_name(out.name + ".partial"), out.with_name(out.name + ".replaced-by-moeify")
 
 
+def _marker_of(folder: Path) -> str | None:
+    """The file that says that moeify wrote a folder; None where it did not."""
+    return next((name for name in _MARKERS if (folder / name).is_file()), None)
+
+
 def _check_leftover(folder: Path) -> None:
     """A killed save leaves folders of its own: they may go. Anything else of that name may not."""
-    if folder.exists() and not (folder.is_dir() and ((folder / MANIFEST_FILE).exists() or not any(folder.iterdir()))):
+    if folder.exists() and not (folder.is_dir() and (_marker_of(folder) is not None or not any(folder.iterdir()))):
         raise CheckpointError(f"'{folder}' is in the way and was not written by moeify; move it, or choose another --out.")
 
 

@@ -1,14 +1,16 @@
 """The command line's verbs as functions: source checkpoint in, converted checkpoint or measurement out.
 
-`convert` makes a checkpoint, `quantize` one with int8 weights of it, `work` keeps what an interrupted run has done, `heldout` measures the
-result, `measure` holds the other verbs, `inputs` reads batches of each kind of model, `names` knows types and devices by name.
+`sparsify` trains a dense checkpoint, `convert` makes a converted one, `quantize` one with int8 weights of it, `work` keeps what an
+interrupted run has done, `heldout` measures the result, `measure` holds the other verbs, `inputs` reads batches of each kind of model,
+`tasks` knows what a model is trained for, `names` knows types and devices by name. `recipe`, `stages`, `run_recipe` and `results` carry out
+whole experiments, from the model that `start` loads or builds.
 """
 
-from .convert import TARGETS as TARGETS
+from ..train.calibration import TARGETS as TARGETS
+from ..train.calibration import knob_table as knob_table
 from .convert import CalibrationConfig as CalibrationConfig
 from .convert import convert_checkpoint as convert_checkpoint
 from .convert import convert_model as convert_model
-from .convert import knob_table as knob_table
 from .inputs import calibration_batches as calibration_batches
 from .inputs import evaluation_batches as evaluation_batches
 from .measure import generate_text as generate_text
@@ -16,3 +18,9 @@ from .measure import profile_checkpoint as profile_checkpoint
 from .measure import report_checkpoint as report_checkpoint
 from .measure import sweep_checkpoint as sweep_checkpoint
 from .quantize import quantize_checkpoint as quantize_checkpoint
+from .recipe import RecipeConfig as RecipeConfig
+from .recipe import read_recipe as read_recipe
+from .run_recipe import STAGES as STAGES
+from .run_recipe import run_recipe as run_recipe
+from .sparsify import sparsify_checkpoint as sparsify_checkpoint
+from .tasks import TASKS as TASKS

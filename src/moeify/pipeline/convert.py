@@ -3,10 +3,8 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from statistics import fmean
-from typing import Any, cast
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from .. import _config
@@ -19,20 +17,16 @@ from ..hf.checkpoint import check_output, library_versions, load_model, recover,
 from ..hf.inputs import example_inputs
 from ..layers import moe_layers
 from ..quantize import quantize
-from ..select import RULES, RuleConfig
-from ..select.calibrate import Calibrator, Scope
+from ..select.calibrate import Scope
 from ..sites import find_ffn_sites, site_weights
+from ..train.calibration import calibrate_rules, spread
 from ..train.capture import FFNInputs, capture_ffn_inputs, fast_dtype
-from ..train.stages import FittedSite, RouterTrainConfig, fit_site
+from ..train.fit import FittedSite, RouterTrainConfig, fit_site
 from .heldout import card_rows, int8_rows, measure_converted
 from .inputs import calibration_batches, hold_out
 from .names import torch_device, torch_dtype
 from .work import fingerprint, finished_record, open_work, read_fitted, remove_work, run_id, weights_checksum, write_fitted
 
-TARGETS = tuple(round(0.05 * i, 2) for i in range(1, 20))
-"""Active fractions whose knobs a checkpoint keeps; 1.0 needs none."""
-
-_SCORE_TOKENS = 2048  # held-out tokens whose scores calibrate the rules: 0.1 points of active fraction
 _Plan = Sequence[tuple[SiteRecord, ConvertConfig]]
 
 
@@ -165,7 +159,15 @@ def convert_model(
     compute = fast_dtype(next(model.parameters()).device)
     inputs = capture_ffn_inputs(model, [record.site for record, _ in plan], batches, work / "inputs", compute=compute, progress=progress)
     fitted = _fit_sites(model, plan, inputs, calibration, work, progress)
-    rules, record = _calibrate(plan, fitted, config, calibration)
+    rules, record = calibrate_rules(
+        type(config.rule),
+        {name: site.scores_TE for name, site in fitted.items()},
+        neurons={site_record.site.name: site_record.site.d_ff for site_record, _ in plan},
+        always_on={name: site.always_on for name, site in fitted.items()},
+        router_scores={name: site.captured for name, site in fitted.items()},
+        target_active=calibration.target_active,
+        scope=calibration.scope,
+    )
     for site_record, _ in plan:
         name = site_record.site.name
         site_record = replace(site_record, rule=rules[name], always_on=fitted[name].always_on)
@@ -182,12 +184,6 @@ def card_of(model: nn.Module, record: Mapping[str, Any], *, name: str) -> str:
     return model_card(model, name=name, base_model=record["source"], calibration=shown, results=results)
 
 
-def knob_table(calibrator: Calibrator, *, scope: Scope) -> dict[str, list[float]]:
-    """The knob of every layer at each of `TARGETS`, by layer name: a checkpoint can be swept, or set to another budget, without data."""
-    columns = [calibrator.solve(target, scope=scope).rules for target in TARGETS]
-    return {name: [column[name].value for column in columns] for name in columns[0]}
-
-
 def _fit_sites(
     model: nn.Module, plan: _Plan, inputs: FFNInputs, calibration: CalibrationConfig, work: Path, progress: Progress
 ) -> dict[str, FittedSite]:
@@ -200,40 +196,11 @@ def _fit_sites(
             site = read_fitted(path)
             if site is None:
                 site = fit_site(site_weights(model, record.site), inputs.read(name), record, options, train)
-                # Evenly spaced rows: consecutive tokens resemble each other.
-                rows = torch.linspace(0, len(site.scores_TE) - 1, min(_SCORE_TOKENS, len(site.scores_TE))).long()
-                site = replace(site, scores_TE=site.scores_TE[rows].contiguous())
+                site = replace(site, scores_TE=spread(site.scores_TE))
                 write_fitted(path, site)
             fitted[name] = site
             task.advance(1)
     return fitted
-
-
-def _calibrate(
-    plan: _Plan, fitted: Mapping[str, FittedSite], config: ConvertConfig, calibration: CalibrationConfig
-) -> tuple[dict[str, RuleConfig], dict[str, Any]]:
-    """The rule of each layer, and what to record of how it was set."""
-    scores = {name: f.scores_TE for name, f in fitted.items()}
-    options: dict[str, Any] = {
-        "weights": {record.site.name: float(record.site.d_ff) for record, _ in plan},
-        "always_on": {name: f.always_on for name, f in fitted.items()},
-    }
-    calibrated = Calibrator(type(config.rule), scores, **options).solve(calibration.target_active, scope=calibration.scope)
-    values = [rule.value for rule in calibrated.rules.values()]
-    record = {
-        "rule": config.rule.name,
-        "knob": config.rule.knob,
-        "value": fmean(values),
-        "scope": calibration.scope,
-        "target_active": calibration.target_active,
-        "active_fraction": calibrated.active_fraction,
-        "router_scores": {name: f.captured for name, f in fitted.items()},
-        "targets": list(TARGETS),
-        # One calibrator at a time: each holds the sorted scores of all layers.
-        "knobs": {n: knob_table(Calibrator(rule_type, scores, **options), scope=calibration.scope) for n, rule_type in RULES.items()},
-        "most_experts": max(record.num_experts for record, _ in plan),
-    }
-    return {name: cast(RuleConfig, rule) for name, rule in calibrated.rules.items()}, record
 
 
 def _run_of(

@@ -60,13 +60,13 @@ def calibration_batches(
     if _is_seq2seq(model):
         return _seq2seq_batches(model, processor, data, batch_tokens=batch_tokens, progress=progress)
     if _is_decoder(model):
-        _check_window(model, data.window)
+        check_window(model, data.window)
         windows_WS = text_windows(data, processor, progress=progress)
         return lm_batches(windows_WS, batch_size=max(1, batch_tokens // data.window))
-    limit = _most_positions(model, processor, data.window)
+    limit = most_positions(model, processor, data.window)
     pieces = text_pieces(read_texts(data), processor, max_length=limit)
     texts = padded_text_batches(pieces, processor, max_length=limit, batch_size=max(1, batch_tokens // limit))
-    return _take_tokens(texts, data.max_tokens)
+    return take_tokens(texts, data.max_tokens)
 
 
 def evaluation_batches(
@@ -82,22 +82,33 @@ def evaluation_batches(
     """
     if not type(model).__name__.endswith(("ForSequenceClassification", "ForImageClassification")):
         return calibration_batches(model, processor, data, progress=progress, batch_tokens=batch_size * data.window)
-    examples = _numbered(read_examples(data), known={k: int(i) for k, i in (getattr(model.config, "label2id", None) or {}).items()})
+    examples = _numbered(read_examples(data), **head_classes(model))
     if getattr(model, "main_input_name", "") == "pixel_values":
-        images = image_batches(examples, processor, batch_size=batch_size)
-        return _take_tokens(images, data.max_tokens, tokens_per_image=_tokens_per_image(model.config))
-    length = _most_positions(model, processor, data.window)
+        images = image_batches(examples, processor, batch_size=batch_size, mode=image_mode(model))
+        return take_tokens(images, data.max_tokens, tokens_per_image=tokens_per_image(model.config))
+    length = most_positions(model, processor, data.window)
     for_texts, for_labels = tee(examples)  # read in step
     texts, labels = (e.text or "" for e in for_texts), (cast(int, e.label) for e in for_labels)
-    return _take_tokens(padded_text_batches(texts, processor, max_length=length, batch_size=batch_size, labels=labels), data.max_tokens)
+    return take_tokens(padded_text_batches(texts, processor, max_length=length, batch_size=batch_size, labels=labels), data.max_tokens)
 
 
-def _numbered(examples: Iterable[Example], *, known: Mapping[str, int]) -> Iterator[Example]:
+def head_classes(model: nn.Module) -> dict[str, Any]:
+    """What `class_ids` needs to know of a model's head: ``known`` names and ``num_classes``."""
+    config: Any = model.config
+    return {"known": {k: int(i) for k, i in (getattr(config, "label2id", None) or {}).items()}, "num_classes": config.num_labels}
+
+
+def image_mode(model: nn.Module) -> str:
+    """PIL mode with as many channels as the model reads."""
+    return "L" if getattr(model.config, "num_channels", 3) == 1 else "RGB"
+
+
+def _numbered(examples: Iterable[Example], *, known: Mapping[str, int], num_classes: int) -> Iterator[Example]:
     """The examples with class ids as labels, one at a time: images are large."""
     first = None
     for example in examples:
         first = example.label if first is None else first
-        yield replace(example, label=class_ids([first, example.label], known=known)[example.label])
+        yield replace(example, label=class_ids([first, example.label], known=known, num_classes=num_classes)[example.label])
 
 
 def hold_out(model: nn.Module, batches: Sequence[dict[str, Tensor]]) -> tuple[list[dict[str, Tensor]], list[dict[str, Tensor]]]:
@@ -112,7 +123,7 @@ def hold_out(model: nn.Module, batches: Sequence[dict[str, Tensor]]) -> tuple[li
     total = sum(sizes)
     if total < _LEAST_SEQUENCES:
         return list(batches), []
-    tokens = sum(_num_tokens(batch, tokens_per_image=_tokens_per_image(model.config)) for batch in batches)
+    tokens = sum(num_tokens(batch, tokens_per_image=tokens_per_image(model.config)) for batch in batches)
     count = max(1, min(total // _HELD_OUT_SHARE, _HELD_OUT_TOKENS * total // max(1, tokens)))
     chosen_N = torch.zeros(total, dtype=torch.bool)
     chosen_N[[(i + 1) * total // count - 1 for i in range(count)]] = True
@@ -123,15 +134,17 @@ def hold_out(model: nn.Module, batches: Sequence[dict[str, Tensor]]) -> tuple[li
 
 def _image_batches(model: nn.Module, processor: Any, data: DataConfig, *, batch_size: int) -> list[dict[str, Tensor]]:
     examples = (Example(label=0, image=image) for image in read_images(data))  # whatever the classes are, nothing is fitted to them
-    images = ({"pixel_values": b["pixel_values"]} for b in image_batches(examples, processor, batch_size=batch_size))
-    return _take_tokens(images, data.max_tokens, tokens_per_image=_tokens_per_image(model.config))
+    images = (
+        {"pixel_values": b["pixel_values"]} for b in image_batches(examples, processor, batch_size=batch_size, mode=image_mode(model))
+    )
+    return take_tokens(images, data.max_tokens, tokens_per_image=tokens_per_image(model.config))
 
 
 def _seq2seq_batches(
     model: nn.Module, tokenizer: Any, data: DataConfig, *, batch_tokens: int, progress: Progress
 ) -> list[dict[str, Tensor]]:
     specials = special_ids(tokenizer)
-    half = min(data.window // 2, _most_positions(model, tokenizer, data.window) - sum(map(len, specials)))
+    half = min(data.window // 2, most_positions(model, tokenizer, data.window) - sum(map(len, specials)))
     if half < 1:
         raise DataError(
             f"{type(model).__name__} has too few positions for a token of text; see max_position_embeddings in its config.json."
@@ -151,13 +164,13 @@ def _is_decoder(model: nn.Module) -> bool:
     return bool(getattr(model.config, "is_decoder", False)) or type(model).__name__.endswith(("ForCausalLM", "LMHeadModel"))
 
 
-def _most_positions(model: nn.Module, processor: Any, window: int) -> int:
+def most_positions(model: nn.Module, processor: Any, window: int) -> int:
     """Longest input of an encoder: what model, tokenizer and window allow, at most 512."""
     sizes = (getattr(model.config, "max_position_embeddings", None), getattr(processor, "model_max_length", None))
     return int(min(window, _MOST_POSITIONS, *(size for size in sizes if size)))
 
 
-def _check_window(model: nn.Module, window: int) -> None:
+def check_window(model: nn.Module, window: int) -> None:
     """Refuse windows with more tokens than the model has positions; a config that gives no number has no limit."""
     config: Any = model.config
     for name in ("max_position_embeddings", "n_positions", "n_ctx"):
@@ -172,7 +185,7 @@ def _check_window(model: nn.Module, window: int) -> None:
             return
 
 
-def _tokens_per_image(config: Any) -> int:
+def tokens_per_image(config: Any) -> int:
     """Patches of an image; 1 where the config has no such sizes."""
     config = getattr(config, "vision_config", None) or config
     patches = 1
@@ -191,18 +204,18 @@ def _side(size: Any, side: int) -> int:
     return size if isinstance(size, int) else 0
 
 
-def _take_tokens(batches: Iterable[dict[str, Tensor]], max_tokens: int | None, *, tokens_per_image: int = 1) -> list[dict[str, Tensor]]:
+def take_tokens(batches: Iterable[dict[str, Tensor]], max_tokens: int | None, *, tokens_per_image: int = 1) -> list[dict[str, Tensor]]:
     """Batches up to the one that reaches ``max_tokens``."""
     taken, tokens = [], 0
     for batch in batches:
         taken.append(batch)
-        tokens += _num_tokens(batch, tokens_per_image=tokens_per_image)
+        tokens += num_tokens(batch, tokens_per_image=tokens_per_image)
         if max_tokens is not None and tokens >= max_tokens:
             break
     return taken
 
 
-def _num_tokens(batch: Mapping[str, Tensor], *, tokens_per_image: int) -> int:
+def num_tokens(batch: Mapping[str, Tensor], *, tokens_per_image: int) -> int:
     """Tokens of a batch, padding left out; of an encoder-decoder those of both sides."""
     if "pixel_values" in batch:
         return batch["pixel_values"].shape[0] * tokens_per_image

@@ -8,16 +8,13 @@ and only then; wrappers of the model see ordinary gradients.
 
     term = weight / L * sum_l layer_weight_l * mean over real tokens of penalty(a_l)
 
-What multiplies the model's loss before ``backward`` (a gradient scaler, 1 / accumulation steps, a share of tokens) must multiply the term.
-That factor is read from where it can be seen: the gradient that arrives at the loss, the first thing a backward pass computes.
+What multiplies the model's loss before ``backward`` must multiply the term: see `inflight`.
 """
 
 import copy
-import inspect
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from types import TracebackType
 from typing import Any, Literal, cast
 
@@ -31,6 +28,7 @@ from ..sites.formula import ShiftedReLU
 from ..sites.policy import check_patterns, check_policy, matching_key
 from ..sites.site import FFNSite, in_decoder, token_mask_of
 from .activation import BlendedActivation, find_activation, put_module
+from .inflight import InFlight, read_scale
 from .losses import EPS, LOSSES, Schedule, scheduled_weight
 
 Target = Literal["auto", "activations", "preactivations", "products"]
@@ -235,54 +233,13 @@ def _place(model: nn.Module, site: FFNSite, config: EnforcementConfig) -> _Place
     )
 
 
-class _State:
-    """What all terms of one enforcement share: the masks of the forward in flight, and two numbers that live on the device."""
+class _State(InFlight):
+    """What all terms of one enforcement share: the forward in flight, and the weight, a tensor so that compiled code reads it."""
 
     def __init__(self, model: nn.Module) -> None:
-        # Tensors, so that compiled code reads them. The weight stays on the CPU: a number of no dimension goes with any device.
-        self.weight = torch.zeros((), dtype=torch.float64, device="cpu")
-        device = next(model.parameters()).device
-        self.scale = torch.ones((), dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
-        """Factor that multiplies the loss in this backward pass."""
-        self.masks: dict[str, Tensor | None] = {"attention_mask": None, "decoder_attention_mask": None}
-        self._names = list(inspect.signature(model.forward).parameters)
-        self._share: Tensor | None = None
-        self._followed: RemovableHandle | None = None
+        super().__init__(model)
+        self.weight = torch.zeros((), dtype=torch.float64, device="cpu")  # a number of no dimension goes with any device
         self.unmasked = False
-
-    def begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Pre-hook of the model: remember padding. It stays after the forward, because checkpointed layers run again."""
-        inputs = dict(zip(self._names, args, strict=False)) | kwargs
-        for name in self.masks:
-            mask = inputs.get(name)
-            self.masks[name] = mask if isinstance(mask, Tensor) else None
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-            return
-        self._followed = None
-        device = next(model.parameters()).device
-        if self.scale.device != device:
-            self.scale = self.scale.to(device)
-        total, labels = inputs.get("num_items_in_batch"), inputs.get("labels")
-        # The loss is then a sum over this micro-batch's labels, divided by the number of all micro-batches' labels.
-        self._share = (labels != -100).sum() / total if total is not None and isinstance(labels, Tensor) else None
-
-    def end(self, _model: nn.Module, _args: tuple[Any, ...], outputs: Any) -> None:
-        """Hook of the model: follow its loss."""
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-            return
-        loss = outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
-        self.scale.data.fill_(1)
-        if isinstance(loss, Tensor) and loss.requires_grad:
-            self.follow(loss, share=self._share)
-
-    def follow(self, loss: Tensor, *, share: Tensor | None = None) -> None:
-        if self._followed is not None:
-            self._followed.remove()
-        self._followed = loss.register_hook(partial(self._set_scale, share=share))
-
-    def _set_scale(self, grad: Tensor, *, share: Tensor | None) -> None:
-        value = grad.detach() if share is None else grad.detach() * share
-        self.scale.data.copy_(value)  # .data: compiled code has saved this very tensor for its backward, and is to find it changed
 
 
 class _Term:
@@ -351,7 +308,7 @@ class _Inject(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         a, slope_s, slope_q, scale = ctx.saved_tensors
-        scale = _read_scale(scale, grad)
+        scale = read_scale(scale, grad)
         slope_s, slope_q = slope_s * scale, slope_q * scale
         if ctx.delta is not None:
             u = _displaced(a, ctx.delta)
@@ -369,14 +326,3 @@ class _Inject(torch.autograd.Function):
 def _displaced(z: Tensor, delta: float) -> Tensor:
     """`displace`, without a second temporary: memory that is new to the process takes longer than the arithmetic."""
     return (z - delta).clamp_min_(0)
-
-
-@torch.library.custom_op("moeify::read_scale", mutates_args=())
-def _read_scale(scale: Tensor, grad: Tensor) -> Tensor:
-    """The factor as it is now: needs ``grad``, so that no compiler reads it before the backward pass that sets it."""
-    return scale.clone()
-
-
-@_read_scale.register_fake
-def _(scale: Tensor, grad: Tensor) -> Tensor:
-    return torch.empty_like(scale)

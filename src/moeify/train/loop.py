@@ -1,90 +1,463 @@
-"""One plain training loop.
+"""One plain training loop: what ``transformers.Trainer`` does on one device, short enough to read.
 
-Letters: B batch, S sequence.
+Order of the data, schedule, weight decay, clipping and normalisation are Trainer's, so that the same seed gives the same losses.
+What a stage adds (a sparsity loss, a teacher) is a `Part`: hooks on the model, which the loop only tells the step.
 """
 
+import logging
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
+from .. import _config
 from .._progress import NO_PROGRESS, Progress
-from ..errors import ConfigError
+from ..errors import ConfigError, DataError, TrainingError
+from ..sites.policy import matching_key
+from .capture import fast_dtype
+from .labels import counted_labels, shifts_labels
+from .state import has_state, load_state, open_state, save_state
+
+_log = logging.getLogger(__name__)
+_NOT_DECAYED = re.compile(r"bias|layernorm|rmsnorm|(^|\.)norm($|\.)|_norm($|\.)")
+_MEMORY_KNOBS = ("micro_sequences", "gradient_checkpointing", "eval_every", "save_every", "log_every")
+"""Options that may change between a kill and the next start: they decide what is kept and what fits, not what is computed."""
+
+
+class TrainingData(Protocol):
+    """Sequences with random access: resume needs nothing but the step."""
+
+    def __len__(self) -> int:
+        """Number of sequences."""
+
+    def batch(self, rows: Sequence[int], *, generator: torch.Generator) -> dict[str, Tensor]:
+        """The model's arguments for these sequences, labels included; ``generator`` for masking and augmentation only."""
+
+
+class Part(Protocol):
+    """What a stage adds to training, by hooks on the model. It depends on the step alone, so that resume needs no state of it."""
+
+    def set_step(self, step: int) -> None:
+        """Called before the forwards of every optimizer step."""
+
+    def values(self) -> Mapping[str, Tensor]:
+        """Detached scalars to log, by name; reading one synchronises."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """Optimizer and schedule: AdamW, linear warm-up, cosine to a tenth."""
+    """AdamW, its schedule, and what a run keeps."""
 
     steps: int
     """Optimizer steps."""
-    lr: float = 1e-3
+    batch_sequences: int = 8
+    """Sequences per optimizer step."""
+    micro_sequences: int | None = None
+    """Sequences per forward; fewer need less memory and give the same result. None: all of a step at once."""
+    lr: float = 1e-4
     """Largest learning rate."""
-    warmup_steps: int = 20
-    """Steps of linear warm-up from zero."""
-    weight_decay: float = 0.1
-    """Decay of matrices; vectors and embeddings of one dimension have none."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """How the learning rate falls after the warm-up."""
+    warmup_steps: int = 0
+    """Steps of linear warm-up; the first has learning rate 0, as with Trainer."""
+    min_lr_frac: float = 0.0
+    """Where 'cosine' and 'linear' end, as a fraction of lr, in [0, 1]."""
+    weight_decay: float = 0.0
+    """Decay of weights; biases and norms have none."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's averages of the gradient and of its square, each in [0, 1)."""
     clip: float = 1.0
-    """Largest gradient norm."""
+    """Largest gradient norm; 0: any."""
+    compute: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Dtype of matrix products (autocast); weights and optimizer keep theirs. 'auto': bfloat16 where the device multiplies it natively,
+    else float32. 'float16' scales the loss, and needs a GPU."""
+    gradient_checkpointing: bool = False
+    """Compute activations again in backward instead of keeping them: less memory, a third more time, the same result."""
+    eval_every: int | None = None
+    """Steps between evaluations; None: only at the end."""
+    save_every: int | None = None
+    """Steps between saved states; None: only at the end."""
+    log_every: int = 10
+    """Steps between readings of what the stages add."""
+    seed: int = 0
+    """Seed of the order of sequences, of dropout and of masking."""
 
     def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise ConfigError(f"steps must be at least 1, got {self.steps}.")
+        for name in ("steps", "batch_sequences", "micro_sequences", "eval_every", "save_every", "log_every"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} must be at least 1, got {value}.")
+        if self.warmup_steps < 0:
+            raise ConfigError(f"warmup_steps must be at least 0, got {self.warmup_steps}.")
+        for name in ("lr", "weight_decay", "clip"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ConfigError(f"{name} must be finite and >= 0, got {getattr(self, name)}.")
+        if not 0 <= self.min_lr_frac <= 1:
+            raise ConfigError(f"min_lr_frac must be in [0, 1], got {self.min_lr_frac}.")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ConfigError(f"betas must be in [0, 1), got {self.betas}.")
+
+    def epochs(self, sequences: int) -> float:
+        """Passes over a data set of this many sequences; far more than 1 on a small one is learning by heart."""
+        return self.steps / math.ceil(sequences / self.batch_sequences)
 
 
-def train_lm(
+@dataclass(frozen=True, kw_only=True)
+class TrainRecord:
+    """What a run did; plain numbers."""
+
+    losses: tuple[float, ...] = ()
+    """Of every step: the mean over its labels, in nats, with what stages put into ``outputs.loss``."""
+    evals: tuple[tuple[int, float], ...] = ()
+    """(steps done, what ``evaluate`` said)."""
+    parts: tuple[dict[str, float], ...] = ()
+    """Each reading: the step, and every part's values."""
+    tokens: int = 0
+    """Tokens that were trained on, padding left out; an image counts as one."""
+    epochs: float = 0.0
+    """Passes over the data."""
+    seconds: float = 0.0
+    """Time in the loop, of all processes that took part in turn; evaluation included, saving not."""
+
+
+def train(
     model: nn.Module,
-    batches: Iterator[dict[str, Tensor]],
+    data: TrainingData,
     config: TrainConfig,
     *,
-    compute: torch.dtype = torch.float32,
+    parts: Sequence[Part] = (),
+    lr_factors: Mapping[str, float] | None = None,
+    state: Path | None = None,
+    run: Mapping[str, Any] | None = None,
+    evaluate: Callable[[nn.Module], float] | None = None,
     progress: Progress = NO_PROGRESS,
-) -> list[float]:
-    """Train a causal language model in place on ``batches`` of ``input_ids`` (B, S).
+) -> TrainRecord:
+    """Train in place the parameters of ``model`` that require a gradient.
+
+    Epoch e takes the sequences in the order ``randperm(len(data))`` of seed ``seed + e``, ``batch_sequences`` a step, its last what is
+    left. A step's loss is the mean over all its labels, however they fall into micro-batches: each one's mean is weighted by its share.
 
     Args:
-        model: a transformers model that returns a loss for ``labels``.
-        batches: endless, or at least ``config.steps`` long.
-        config: optimizer and schedule.
-        compute: dtype of matrix products (autocast); weights and optimizer keep theirs. See `fast_dtype`.
+        model: any whose forward takes a batch's entries and returns an object with ``loss``, the mean over its labels.
+        data: sequences; see `TrainConfig.epochs` for how often they are passed over.
+        config: optimizer, schedule and what is kept.
+        parts: what a stage has attached to the model.
+        lr_factors: factors on the learning rate by parameter name, or by 're:' pattern on it.
+        state: folder for what a killed run leaves; the same ``run`` and ``config`` go on there, to the same losses (on a CPU bit for bit).
+            A finished run's state gives its result at once.
+        run: JSON object that, with ``config``, tells this run from others.
+        evaluate: called with the model in eval mode, every ``eval_every`` steps and at the end.
         progress: told every step.
 
     Returns:
-        The loss of each step, in nats per token.
+        The record; the model is in eval mode, without gradients.
 
     Raises:
-        FloatingPointError: the loss became NaN or infinite.
+        ConfigError: nothing to train, or float16 without a GPU.
+        DataError: no sequences, or a step without a label.
+        CheckpointError: ``state`` is of another run, or cannot be written.
+        TrainingError: the loss or a gradient is not finite, or memory ran out. The model then has the weights that gave it.
     """
-    matrices = [p for p in model.parameters() if p.requires_grad and p.dim() >= 2]
-    vectors = [p for p in model.parameters() if p.requires_grad and p.dim() < 2]
-    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _warmup_cosine(step, config))
-    device = next(model.parameters()).device.type
-    losses = []
-    model.train()
-    with progress.task("train", total=config.steps) as task:
-        for step in range(config.steps):
-            batch = next(batches)
-            with torch.autocast(device, dtype=compute, enabled=compute is not torch.float32):
-                loss = model(**batch, labels=batch["input_ids"]).loss
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), config.clip)
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad(set_to_none=True)
-            losses.append(float(loss.detach()))
-            if not math.isfinite(losses[-1]):
-                raise FloatingPointError(f"the loss is {losses[-1]} at step {step}; lower the learning rate ({config.lr}).")
-            task.advance(1)
+    device = next(model.parameters()).device
+    compute = _compute_dtype(config, device)
+    if len(data) == 0:
+        raise DataError("the training data has no sequence.")
+    groups = _parameter_groups(model, config, lr_factors or {})
+    optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(_lr_factor, config=config))
+    scaler = torch.amp.GradScaler(device.type, enabled=compute is torch.float16)
+    log = _Log()
+    done = 0
+    with _own_random_numbers(device, seed=config.seed), _gradient_checkpointing(model, enabled=config.gradient_checkpointing):
+        if state is not None:
+            open_state(state, {"train": _identity(config), "sequences": len(data), "run": dict(run or {})})
+            if kept := load_state(state, model=model, optimizer=optimizer, schedule=schedule, scaler=scaler):
+                done, log = kept[0], _Log.of(_config.from_dict(TrainRecord, kept[1], where=str(state)))
+        order = _Order(len(data), config)
+        shifted: bool | None = None
+        model.train()
+        with progress.task("train", total=config.steps) as task:
+            task.advance(done)
+            for step in range(done, config.steps):
+                start = time.perf_counter()
+                for part in parts:
+                    part.set_step(step)
+                if order.begins_epoch(step):
+                    torch.empty((), dtype=torch.int64).random_()  # a DataLoader does when it starts: so dropout is Trainer's, too
+                generator = torch.Generator().manual_seed(1_000_003 * (config.seed + 1) + step)
+                batches = [data.batch(rows, generator=generator) for rows in order.micro_batches(step)]
+                if shifted is None:
+                    with _autocast(device, compute), _own_random_numbers(device):
+                        shifted = shifts_labels(model, _to(batches[0], device))
+                counts = [counted_labels(batch, shifted=shifted) for batch in batches]
+                if sum(counts) == 0:
+                    raise DataError(f"no label in the sequences of step {step}; raise batch_sequences ({config.batch_sequences}).")
+
+                total = torch.zeros((), device=device)
+                with _memory_errors(config, step):
+                    for batch, count in zip(batches, counts, strict=True):
+                        if count == 0:  # its mean is NaN
+                            continue
+                        with _autocast(device, compute):
+                            loss = _loss(model, _to(batch, device)) * (count / sum(counts))
+                        scaler.scale(loss).backward()
+                        total += loss.detach()
+                    scaler.unscale_(optimizer)
+                    norm = nn.utils.get_total_norm(p.grad for p in model.parameters() if p.grad is not None)
+                    values = torch.stack([total, norm.to(total)]).tolist()  # the one synchronisation of a step
+                    overflowed = scaler.is_enabled() and scaler.get_scale() > 1 and not math.isfinite(values[1])
+                    if not (math.isfinite(values[0]) and (math.isfinite(values[1]) or overflowed)):
+                        with _autocast(device, compute):
+                            raise _not_finite(values, model, batches, step=step, config=config, state=state)
+                    if config.clip:
+                        nn.utils.clip_grads_with_norm_(model.parameters(), config.clip, norm)
+                    lr = schedule.get_last_lr()[0]
+                    scaler.step(optimizer)  # float16: not where a gradient overflowed; the next losses are scaled less
+                    scaler.update()
+                    if not overflowed:
+                        schedule.step()
+                optimizer.zero_grad(set_to_none=True)
+
+                done = step + 1
+                is_last = done == config.steps
+                log.losses.append(values[0])
+                log.tokens += sum(map(_num_tokens, batches))
+                if is_last or done % config.log_every == 0:
+                    read = {name: float(value) for part in parts for name, value in part.values().items()}
+                    log.parts += [{"step": float(done), **read}] if read else []
+                    _log.info("step %d of %d: loss %.4f, gradient norm %.3g, lr %.3g %s", done, config.steps, *values, lr, read or "")
+                if evaluate is not None and (is_last or _is_due(done, config.eval_every)):
+                    log.evals.append((done, _evaluated(model, evaluate, device)))
+                log.seconds += time.perf_counter() - start
+                if state is not None and (is_last or _is_due(done, config.save_every)):
+                    so_far = _config.to_dict(log.record(order.epochs(done)))
+                    save_state(state, step=done, model=model, optimizer=optimizer, schedule=schedule, scaler=scaler, record=so_far)
+                task.advance(1)
     model.eval()
-    return losses
+    return log.record(order.epochs(done))
 
 
-def _warmup_cosine(step: int, config: TrainConfig) -> float:
+@dataclass
+class _Log:
+    """A `TrainRecord` that grows."""
+
+    losses: list[float] = field(default_factory=list)
+    evals: list[tuple[int, float]] = field(default_factory=list)
+    parts: list[dict[str, float]] = field(default_factory=list)
+    tokens: int = 0
+    seconds: float = 0.0
+
+    @classmethod
+    def of(cls, record: TrainRecord) -> "_Log":
+        return cls(list(record.losses), list(record.evals), list(record.parts), record.tokens, record.seconds)
+
+    def record(self, epochs: float) -> TrainRecord:
+        return TrainRecord(
+            losses=tuple(self.losses),
+            evals=tuple(self.evals),
+            parts=tuple(self.parts),
+            tokens=self.tokens,
+            epochs=epochs,
+            seconds=self.seconds,
+        )
+
+
+# ---- what a step trains on
+
+
+class _Order:
+    """Which sequences a step takes: the same as with Trainer, whose sampler accelerate seeds by ``seed + epoch``."""
+
+    def __init__(self, sequences: int, config: TrainConfig) -> None:
+        self._sequences, self._config = sequences, config
+        self._per_epoch = math.ceil(sequences / config.batch_sequences)
+        self._epoch = -1
+        self._rows: list[int] = []
+
+    def begins_epoch(self, step: int) -> bool:
+        return step % self._per_epoch == 0
+
+    def micro_batches(self, step: int) -> list[list[int]]:
+        """Rows of each forward of a step."""
+        epoch, position = divmod(step, self._per_epoch)
+        if epoch != self._epoch:
+            generator = torch.Generator().manual_seed(self._config.seed + epoch)
+            self._epoch, self._rows = epoch, torch.randperm(self._sequences, generator=generator).tolist()
+        size = self._config.batch_sequences
+        rows = self._rows[position * size : (position + 1) * size]
+        micro = self._config.micro_sequences or size
+        return [rows[i : i + micro] for i in range(0, len(rows), micro)]
+
+    def epochs(self, steps: int) -> float:
+        return steps / self._per_epoch
+
+
+def _to(batch: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    return {key: value.to(device, non_blocking=True) for key, value in batch.items()}
+
+
+def _loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    loss = getattr(model(**batch), "loss", None)
+    if loss is None:
+        raise DataError(f"{type(model).__name__} gives no loss for {', '.join(batch)}: it needs a head, and the data labels.")
+    return cast(Tensor, loss)
+
+
+def _num_tokens(batch: Mapping[str, Tensor]) -> int:
+    if (mask := batch.get("attention_mask")) is not None:
+        return int(mask.sum())
+    ids = batch.get("input_ids")
+    return ids.numel() if ids is not None else len(next(iter(batch.values())))
+
+
+# ---- optimizer and precision
+
+
+def _parameter_groups(model: nn.Module, config: TrainConfig, lr_factors: Mapping[str, float]) -> list[dict[str, Any]]:
+    """Trainer's two groups, biases and all that belongs to a norm do not decay; two more for each factor on the learning rate."""
+    norms = tuple(name for name, module in model.named_modules() if isinstance(module, nn.LayerNorm))
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    if not trained:
+        raise ConfigError("no parameter of the model requires a gradient: nothing to train.")
+    groups: dict[tuple[str | None, bool], list[nn.Parameter]] = {(None, True): [], (None, False): []}
+    for name, parameter in trained:
+        is_still = _NOT_DECAYED.search(name.lower()) or name.rpartition(".")[0] in norms
+        groups.setdefault((matching_key(lr_factors, name), not is_still), []).append(parameter)
+    return [
+        {
+            "params": parameters,
+            "weight_decay": config.weight_decay if decays else 0.0,
+            "lr": config.lr * (1.0 if key is None else lr_factors[key]),
+        }
+        for (key, decays), parameters in groups.items()
+    ]
+
+
+def _lr_factor(step: int, *, config: TrainConfig) -> float:
+    """Learning rate of a step (from 0) as a fraction of ``lr``; transformers' schedules of these names."""
     if step < config.warmup_steps:
-        return (step + 1) / config.warmup_steps
+        return step / config.warmup_steps
     done = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
-    return 0.1 + 0.45 * (1 + math.cos(math.pi * done))
+    left = {"constant": 1.0, "linear": max(0.0, 1 - done), "cosine": 0.5 * (1 + math.cos(math.pi * done))}[config.schedule]
+    return config.min_lr_frac + (1 - config.min_lr_frac) * left
+
+
+def _compute_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
+    if config.compute == "float16" and device.type != "cuda":
+        raise ConfigError("compute='float16' needs a GPU; use bfloat16, float32 or auto.")
+    return fast_dtype(device) if config.compute == "auto" else cast(torch.dtype, getattr(torch, config.compute))
+
+
+def _autocast(device: torch.device, compute: torch.dtype) -> Any:
+    return nullcontext() if compute is torch.float32 else torch.autocast(device.type, dtype=compute)
+
+
+# ---- what surrounds the loop
+
+
+@contextmanager
+def _own_random_numbers(device: torch.device, *, seed: int | None = None) -> Iterator[None]:
+    """Those outside go on afterwards as if nothing had been drawn."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        if seed is not None:
+            torch.manual_seed(seed)
+        yield
+
+
+@contextmanager
+def _gradient_checkpointing(model: nn.Module, *, enabled: bool) -> Iterator[None]:
+    if not enabled:
+        yield
+        return
+    if not getattr(model, "supports_gradient_checkpointing", False):
+        raise ConfigError(f"{type(model).__name__} has no gradient checkpointing; lower micro_sequences instead.")
+    # transformers 5.23 gave the two methods new names and deprecates the old ones, which 5.17 has alone.
+    kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+    getattr(model, f"{kind}_checkpointing_enable")({"use_reentrant": False})
+    try:
+        yield
+    finally:
+        getattr(model, f"{kind}_checkpointing_disable")()
+
+
+def _evaluated(model: nn.Module, evaluate: Callable[[nn.Module], float], device: torch.device) -> float:
+    """Leaves mode and random numbers as they were."""
+    model.eval()
+    with _own_random_numbers(device), torch.no_grad():
+        value = float(evaluate(model))
+    model.train()
+    return value
+
+
+def _is_due(done: int, every: int | None) -> bool:
+    return every is not None and done % every == 0
+
+
+def _identity(config: TrainConfig) -> dict[str, Any]:
+    return {key: value for key, value in _config.to_dict(config).items() if key not in _MEMORY_KNOBS}
+
+
+# ---- what can go wrong
+
+
+@contextmanager
+def _memory_errors(config: TrainConfig, step: int) -> Iterator[None]:
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        micro = config.micro_sequences or config.batch_sequences
+        knob = f"lower micro_sequences ({micro})" if micro > 1 else "take shorter sequences"
+        more = "" if config.gradient_checkpointing else ", or set gradient_checkpointing"
+        raise TrainingError(f"out of memory at step {step}; {knob}{more}: a state that was saved can be continued so.") from error
+
+
+def _not_finite(
+    loss_and_norm: Sequence[float],
+    model: nn.Module,
+    batches: Sequence[Mapping[str, Tensor]],
+    *,
+    step: int,
+    config: TrainConfig,
+    state: Path | None,
+) -> TrainingError:
+    """What to raise before a loss or gradient that is no number gets into the weights."""
+    loss, norm = loss_and_norm
+    device = next(model.parameters()).device
+    layer = next(filter(None, (_first_bad_layer(model, _to(batch, device)) for batch in batches)), None)
+    gradients = [name for name, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+    where = "all activations are finite"
+    if layer is not None:
+        where = f"the activations of '{layer}' are the first that are not finite"
+    elif gradients:
+        where += f", the gradient of '{gradients[-1]}' is not"
+    what = f"loss is {loss}" if not math.isfinite(loss) else f"gradient norm is {norm}"
+    kept = f" The last good state is kept in '{state}'." if state is not None and has_state(state) else ""
+    return TrainingError(f"the {what} at step {step}: {where}. Lower lr ({config.lr}) or clip ({config.clip}).{kept}")
+
+
+@torch.no_grad()
+def _first_bad_layer(model: nn.Module, batch: Mapping[str, Tensor]) -> str | None:
+    """Name of the first module whose output is not finite, from one more forward."""
+    found: list[str] = []
+
+    def look(_module: nn.Module, _args: Any, output: Any, *, name: str) -> None:
+        if not found and isinstance(output, Tensor) and output.is_floating_point() and not output.isfinite().all():
+            found.append(name)
+
+    handles = [module.register_forward_hook(partial(look, name=name)) for name, module in model.named_modules() if name]
+    try:
+        model(**batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found[0] if found else None

@@ -88,6 +88,36 @@ def test_accuracy_with_nan_logits_raises(classifier, padded_batch):
         accuracy(classifier, [padded_batch | {"labels": torch.tensor([0, 1])}])
 
 
+def masked_lm(**options):
+    config = {"vocab_size": 48, "hidden_size": 16, "intermediate_size": 40, "num_hidden_layers": 1, "num_attention_heads": 4}
+    return transformers.BertForMaskedLM(transformers.BertConfig(**config, **options, initializer_range=0.5)).eval()
+
+
+def test_pseudo_perplexity_counts_the_labelled_positions_of_all_batches(padded_batch):
+    model = masked_lm()
+    labels = torch.full((2, 6), -100)
+    labels[0, 1], labels[0, 4], labels[1, 2] = 6, 40, 13
+    total = 0.0
+    logits = _logits(model, padded_batch, "dense").log_softmax(-1)
+    for row, position in ((0, 1), (0, 4), (1, 2)):
+        total -= logits[row, position, labels[row, position]].item()
+    batches = [{key: value[i : i + 1] for key, value in {**padded_batch, "labels": labels}.items()} for i in range(2)]
+    assert default_metric(model, batches[0]) == "pseudo_perplexity"
+    found = measure_quality(model, batches, metric="pseudo_perplexity")
+    assert found.count == 3
+    assert found.value == pytest.approx(math.exp(total / 3), rel=1e-4)  # the first text is longer: padding stays out
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [({}, "needs labels at masked positions"), ({"labels": torch.full((2, 6), -100)}, "nothing to measure pseudo_perplexity on")],
+    ids=["none", "nothing masked"],
+)
+def test_pseudo_perplexity_without_labels_says_so(padded_batch, labels, message):
+    with pytest.raises(DataError, match=message):
+        measure_quality(masked_lm(), [padded_batch | labels], metric="pseudo_perplexity")
+
+
 def test_agreement_equals_plain_loop(gpt, windows):
     batches = [{"input_ids": windows[:2]}, {"input_ids": windows[2:]}]
     set_rule(gpt, TopK(k=1))

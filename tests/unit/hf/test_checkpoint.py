@@ -17,7 +17,16 @@ from safetensors import SafetensorError
 
 from moeify.errors import CheckpointError, MoeifyError, UnsupportedModelError
 from moeify.hf import checkpoint
-from moeify.hf.checkpoint import check_output, load_model, read_calibration, read_manifest, save_checkpoint, save_dense
+from moeify.hf.checkpoint import (
+    check_output,
+    load_model,
+    model_class,
+    read_calibration,
+    read_manifest,
+    save_checkpoint,
+    save_dense,
+    save_trained,
+)
 from moeify.layers import moe_layers, set_rule
 from moeify.select import TopK
 
@@ -76,6 +85,57 @@ def test_load_model_with_auto_class_takes_it(dense):
     from transformers import AutoModel
 
     assert type(load_model(dense, auto_class=AutoModel)[0]).__name__ == "LlamaModel"
+
+
+TINY_BERT = {"vocab_size": 30, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+
+
+@pytest.fixture(params=["BertModel", "BertForMaskedLM", "BertForTokenClassification"])
+def headless(request, tmp_path):
+    import transformers
+
+    config = transformers.BertConfig(**TINY_BERT, num_labels=5)
+    getattr(transformers, request.param)(config).save_pretrained(tmp_path / "bert")
+    return tmp_path / "bert"
+
+
+def test_load_model_with_a_new_head_draws_it_by_the_seed_and_reads_the_rest(headless):
+    from safetensors.torch import load_file
+    from transformers import AutoModelForSequenceClassification
+
+    options = {"auto_class": AutoModelForSequenceClassification, "new_head": {"num_labels": 3}}
+    before = torch.get_rng_state()
+    first, same, other = (load_model(headless, seed=seed, **options)[0] for seed in (0, 0, 1))
+    assert torch.equal(before, torch.get_rng_state())
+    assert (type(first).__name__, first.classifier.weight.shape) == ("BertForSequenceClassification", (3, 16))
+    assert torch.equal(first.classifier.weight, same.classifier.weight)
+    assert not torch.equal(first.classifier.weight, other.classifier.weight)
+    stored = load_file(headless / "model.safetensors")
+    for name, value in stored.items():
+        if "embeddings" in name or "encoder" in name:
+            assert torch.equal(first.get_parameter(f"bert.{name.removeprefix('bert.')}"), value)
+
+
+def test_load_model_with_a_new_head_still_refuses_a_base_that_lacks_a_tensor(headless):
+    from transformers import AutoModelForSequenceClassification
+
+    tiny.edit_tensors(headless, lambda tensors: [tensors.pop(name) for name in list(tensors) if "intermediate.dense.weight" in name])
+    with pytest.raises(CheckpointError, match=r"lacks 1 tensors of BertForSequenceClassification, first 'bert\.encoder"):
+        load_model(headless, auto_class=AutoModelForSequenceClassification, new_head={"num_labels": 3})
+
+
+def test_load_model_without_a_new_head_refuses_one_that_is_missing(headless):
+    from transformers import AutoModelForQuestionAnswering
+
+    with pytest.raises(CheckpointError, match="lacks 2 tensors of BertForQuestionAnswering, first 'qa_outputs"):
+        load_model(headless, auto_class=AutoModelForQuestionAnswering)
+
+
+def test_model_class_is_what_load_model_takes_and_reads_no_weights(dense):
+    (dense / "model.safetensors").write_bytes((8).to_bytes(8, "little") + b"{}      ")
+    assert model_class(dense).__name__ == "LlamaForCausalLM"
+    with pytest.raises(CheckpointError, match="does not exist"):
+        model_class(dense / "nothing")
 
 
 def test_load_model_without_architectures_takes_the_familys_task(dense):
@@ -403,7 +463,7 @@ root, ended = Path(sys.argv[1]), None
 for step in range(1000):
     out = root / str(step) / "moe"
     out.mkdir(parents=True)
-    for name in ("moeify.json", "model.safetensors", "tokenizer.json"):
+    for name in (sys.argv[2], "model.safetensors", "tokenizer.json"):
         (out / name).write_text("old")
     child = os.fork()
     if child == 0:
@@ -421,8 +481,8 @@ for step in range(1000):
             setattr(os, name, killed_at(real))
             if getattr(early, name, None) is real:
                 setattr(early, name, getattr(os, name))
-        with checkpoint._whole_folder(out, overwrite=True) as partial:
-            for name in ("moeify.json", "model.safetensors", "README.md"):
+        with checkpoint._whole_folder(out, overwrite=True, marker=sys.argv[2]) as partial:
+            for name in (sys.argv[2], "model.safetensors", "README.md"):
                 (partial / name).write_text("new")
         os._exit(0)
     if os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0:
@@ -432,14 +492,15 @@ print(step)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
-def test_save_checkpoint_killed_at_any_step_of_a_replacement_loses_neither(tmp_path):
-    old = {"moeify.json": "old", "model.safetensors": "old", "tokenizer.json": "old"}
-    new = {"moeify.json": "new", "model.safetensors": "new", "README.md": "new"}
+@pytest.mark.parametrize("marker", ["moeify.json", "sparsify.json"])
+def test_save_checkpoint_killed_at_any_step_of_a_replacement_loses_neither(tmp_path, marker):
+    old = {marker: "old", "model.safetensors": "old", "tokenizer.json": "old"}
+    new = {marker: "new", "model.safetensors": "new", "README.md": "new"}
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(Path(checkpoint.__file__).parents[2]), os.environ.get("PYTHONPATH", "")]),
     }
-    done = subprocess.run([sys.executable, "-c", KILL, str(tmp_path)], capture_output=True, text=True, check=False, env=environment)
+    done = subprocess.run([sys.executable, "-c", KILL, str(tmp_path), marker], capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr
     found = []
     for step in range(int(done.stdout)):
@@ -449,7 +510,7 @@ def test_save_checkpoint_killed_at_any_step_of_a_replacement_loses_neither(tmp_p
         files = {path.name: path.read_text() for path in out.iterdir()}
         assert files in (old, new), step
         found.append((lost_its_name, files == new))
-        with checkpoint._whole_folder(out, overwrite=True) as partial:
+        with checkpoint._whole_folder(out, overwrite=True, marker=marker) as partial:
             for name, text in new.items():
                 (partial / name).write_text(text)
         assert {path.name: path.read_text() for path in out.iterdir()} == new
@@ -506,6 +567,22 @@ def test_save_dense_writes_a_checkpoint_without_a_manifest(tmp_path):
     assert tokenizer is not None
     with pytest.raises(CheckpointError, match="exists and is not empty"):
         save_dense(tiny.tiny_llama(), None, tmp_path / "dense")
+
+
+def test_save_trained_writes_a_dense_checkpoint_with_its_record_that_overwrite_replaces(tmp_path):
+    out, model = tmp_path / "trained", tiny.tiny_llama()
+    save_trained(model, tiny.byte_tokenizer(), out, record={"seconds": 3}, card="# card")
+    assert json.loads((out / "sparsify.json").read_text()) == {"seconds": 3}
+    assert (out / "README.md").read_text() == "# card"
+    assert not (out / "moeify.json").exists()
+    loaded, tokenizer = load_model(out)
+    assert torch.equal(logits(loaded), logits(model))
+    assert tokenizer is not None
+    with pytest.raises(CheckpointError, match="exists and is not empty; --overwrite replaces it"):
+        save_trained(model, None, out, record={}, card="")
+    save_trained(model, None, out, record={"seconds": 4}, card="", overwrite=True)
+    assert json.loads((out / "sparsify.json").read_text()) == {"seconds": 4}
+    assert [p.name for p in tmp_path.iterdir()] == ["trained"]
 
 
 def test_check_output_of_a_folder_that_cannot_be_written_says_so(tmp_path, monkeypatch):

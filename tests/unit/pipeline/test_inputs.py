@@ -71,6 +71,27 @@ def test_perplexity_of_an_encoder_decoder_is_that_of_its_decoders_next_token(tmp
     assert found.value == pytest.approx(math.exp(torch.cat(losses).mean().item()), rel=1e-5)
 
 
+@pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (3, "RGB")])
+def test_images_have_as_many_channels_as_the_model_reads(tmp_path, channels, mode):
+    image = pytest.importorskip("PIL.Image")
+    for label in ("LABEL_0", "LABEL_1"):
+        (tmp_path / label).mkdir()
+        image.new("RGB", (4, 4)).save(tmp_path / label / "1.png")
+    model = transformers.ViTForImageClassification(
+        transformers.ViTConfig(**{**SMALL, "image_size": 4, "patch_size": 2, "num_channels": channels})
+    )
+    seen = []
+
+    def processor(picture):
+        seen.append(picture.mode)
+        return torch.zeros(channels, 4, 4)
+
+    data = DataConfig(data=str(tmp_path))
+    calibration_batches(model, processor, data)
+    evaluation_batches(model, processor, data, batch_size=1)
+    assert seen == [mode] * 4
+
+
 @pytest.mark.parametrize(("max_tokens", "images"), [(4, 8), (36, 16)])
 def test_images_need_no_class_ids_and_count_their_patches(tmp_path, max_tokens, images):
     image = pytest.importorskip("PIL.Image")
@@ -124,7 +145,12 @@ def test_labelled_texts_of_a_model_with_few_positions_are_cut_to_them(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("labels", "message"), [(["LABEL_0", 1], "labels mix integers and names"), (["LABEL_0", "other"], "'other' is not a class")]
+    ("labels", "message"),
+    [
+        (["LABEL_0", 1], "labels mix integers and names"),
+        (["LABEL_0", "other"], "'other' is not a class"),
+        ([0, 2], "label 2 is not a class of the model's head, whose 2 are 0 to 1"),
+    ],
 )
 def test_labels_that_do_not_fit_the_head_are_refused(tmp_path, labels, message):
     (tmp_path / "data.jsonl").write_text("".join(json.dumps({"text": "a", "label": label}) + "\n" for label in labels))

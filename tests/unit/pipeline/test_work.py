@@ -9,9 +9,17 @@ import torch
 from safetensors.torch import save_file
 
 from moeify.errors import CheckpointError
-from moeify.pipeline import work as state
-from moeify.pipeline.work import finished_record, open_work, read_fitted, remove_work, run_id, write_fitted
-from moeify.train.stages import FittedSite
+from moeify.pipeline.work import (
+    finished_record,
+    finished_training,
+    open_training,
+    open_work,
+    read_fitted,
+    remove_work,
+    run_id,
+    write_fitted,
+)
+from moeify.train.fit import FittedSite
 
 RUN = {"source": "a", "weights": "0"}
 
@@ -109,8 +117,49 @@ def test_write_fitted_on_a_full_disk_says_that_nothing_is_lost(tmp_path, monkeyp
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(state, "save_file", full)
+    monkeypatch.setattr("moeify.train.work.save_file", full)
     site = FittedSite(order_F=torch.tensor([0]), router_state={}, scores_TE=torch.zeros(1, 1))
     with pytest.raises(CheckpointError, match=r"No space left.*what is fitted already is kept"):
         write_fitted(tmp_path / "site.safetensors", site)
     assert list(tmp_path.iterdir()) == []
+
+
+# -- training ------------------------------------------------------------------------------------------------------------------------
+
+
+def test_open_training_of_somebody_elses_folder_leaves_it_whatever_is_asked(tmp_path):
+    (tmp_path / "out.work").mkdir()
+    (tmp_path / "out.work" / "thesis.tex").write_text("years of work")
+    for overwrite in (False, True):
+        with pytest.raises(CheckpointError, match="is in the way and is not the state of a training run; move it"):
+            open_training(tmp_path / "out.work", {"seed": 0}, overwrite=overwrite)
+    assert (tmp_path / "out.work" / "thesis.tex").read_text() == "years of work"
+
+
+def test_open_training_and_open_work_do_not_delete_each_others_state(tmp_path):
+    open_training(tmp_path / "a", {"seed": 0}, overwrite=False)
+    with pytest.raises(CheckpointError, match="state of a training run, which is not deleted"):
+        open_work(tmp_path / "a", {"seed": 0})
+    open_work(tmp_path / "b", {"seed": 0})
+    with pytest.raises(CheckpointError, match="state of a conversion; --overwrite deletes it"):
+        open_training(tmp_path / "b", {"seed": 0}, overwrite=False)
+    open_training(tmp_path / "b", {"seed": 0}, overwrite=True)
+    open_training(tmp_path / "b", {"seed": 0}, overwrite=False)
+
+
+@pytest.mark.parametrize(
+    ("record", "finished"),
+    [
+        pytest.param({"run": run_id({"seed": 0, "betas": [0.9, 0.99]})}, True, id="its own"),
+        pytest.param({"run": run_id({"seed": 1, "betas": [0.9, 0.99]})}, False, id="of another run"),
+        pytest.param(None, False, id="damaged"),
+    ],
+)
+def test_finished_training_is_that_of_the_run_whose_state_is_left(tmp_path, record, finished):
+    out, work = tmp_path / "out", tmp_path / "out.work"
+    out.mkdir()
+    assert finished_training(out, work) is None
+    (out / "sparsify.json").write_text("{" if record is None else json.dumps(record))
+    assert finished_training(out, work) is None, "no state"
+    open_training(work, {"seed": 0, "betas": (0.9, 0.99)}, overwrite=False)
+    assert finished_training(out, work) == (record if finished else None)

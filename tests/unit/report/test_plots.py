@@ -1,12 +1,13 @@
 """Files appear, are pictures, and bad input says what to do."""
 
+import re
 import sys
 
 import pytest
 
 from moeify.errors import DataError
 from moeify.evaluate import Curve, CurvePoint, DenseQuality
-from moeify.report import plot_curve
+from moeify.report import plot_curve, plot_nonzeros, plot_qualities
 
 
 def _point(rule, value, ratio):
@@ -58,3 +59,40 @@ def test_plot_curve_with_bad_arguments_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(DataError, match=r"moeify\[report\]"):
         plot_curve(CURVE, tmp_path / "a.png")
+
+
+def _texts(path):
+    """What the comments of an SVG file say: matplotlib draws letters, and keeps the text beside them."""
+    return re.findall(r"<!-- (.*?) -->", path.read_text())
+
+
+def test_plot_qualities_has_a_line_for_each_model_and_level(tmp_path):
+    curves = {"relu": CURVE.points, "MoEfication": [_point("topk", 0.3, 1.5)], "unconverted": []}
+    plot_qualities(curves, tmp_path / "a.svg", metric="perplexity", levels={"dense": 10.0, "control": 9.5}, title="tiny")
+    texts = _texts(tmp_path / "a.svg")
+    for text in ("relu", "MoEfication", "dense: 10", "control: 9.5", "tiny", "perplexity (lower is better)"):
+        assert text in texts
+    assert "unconverted" not in texts
+
+
+@pytest.mark.parametrize(("metric", "inside", "outside"), [("perplexity", "20", "9000"), ("accuracy", "10", "0")])
+def test_plot_qualities_cuts_the_axis_off_at_twice_or_half_of_the_first_level(tmp_path, metric, inside, outside):
+    points = [_point("topk", 0.1, 900.0 if metric == "perplexity" else 0.0), _point("topk", 0.9, 1.0)]
+    plot_qualities({"a": points}, tmp_path / "a.svg", metric=metric, levels={"dense": 10.0})
+    assert inside in _texts(tmp_path / "a.svg")
+    assert outside not in _texts(tmp_path / "a.svg")
+
+
+def test_plot_nonzeros_has_a_line_for_each_model_and_a_tick_for_each_layer(tmp_path):
+    plot_nonzeros({"with": [3.0, 2.0], "without": [30.0, 20.0, 10.0]}, tmp_path / "a.svg", title="tiny")
+    texts = _texts(tmp_path / "a.svg")
+    for text in ("with", "without", "layer", "2", "30", "mean non-zeros of a token", "tiny"):
+        assert text in texts
+
+
+def test_plots_of_nothing_say_so(tmp_path):
+    with pytest.raises(DataError, match="no point to plot"):
+        plot_qualities({"a": []}, tmp_path / "a.svg", metric="accuracy", levels={"dense": 1.0})
+    with pytest.raises(DataError, match="no layer to plot"):
+        plot_nonzeros({}, tmp_path / "a.svg")
+    assert not (tmp_path / "a.svg").exists()

@@ -6,7 +6,7 @@ The dense model is frozen and every router sees the dense model's activations, s
 in the memory of one layer, and a killed run continues with the next.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields, replace
 
 import torch
@@ -15,14 +15,15 @@ from torch.nn import functional as F
 
 from ..convert import ConvertConfig, SiteRecord
 from ..errors import ConfigError, DataError
-from ..routers import CentreRouter, MLPRouter, NormRouter, Router, build_router, expert_grams, expert_norms, expert_sums
-from ..sites import FFNWeights, expert_bounds
+from ..routers import CentreRouter, MLPRouter, NormRouter, Router, RouterConfig, build_router, expert_grams, expert_norms, expert_sums
+from ..sites import FFNSite, FFNWeights, expert_bounds
 from ..sites.formula import ffn_hidden
 from ..split import Coactivation, ExpertSplit, coactivation_features, parameter_features, split_neurons
 from .capture import fast_dtype
 
 _CHUNK_TOKENS = 1024  # rows of x whose activations are in memory at once; larger is no faster
 _SILENT_ENERGY = 1e-4  # of the mean energy of an expert's output; less is as good as none
+_LEAST_STD = 0.1  # of the mean deviation of a channel: 0.001 captures as much (SmolLM2: .9325 / .9327, .8773 / .8768), and is brittle
 _HOLDOUT_BLOCK = 512
 _SPLIT_TOKENS = 4096  # tokens whose activations make the features of a co-activation split
 
@@ -82,31 +83,63 @@ def fit_site(weights: FFNWeights, x_TD: Tensor, record: SiteRecord, options: Con
         DataError: too few tokens to train on some and hold out others.
     """
     weights = _cast(weights, torch.float32, device=x_TD.device)  # of a model on another device, one layer at a time
-    num_tokens = x_TD.shape[0]
-    held_out_T = _held_out(num_tokens, train.holdout_frac) if num_tokens else torch.zeros(0, dtype=torch.bool)
-    num_train = num_tokens - int(held_out_T.sum())
-    if num_train < 2:  # the spread of a single one is not defined
-        raise DataError(
-            f"'{record.site.name}' saw {num_tokens} calibration tokens, {num_train} of them to train on; a router needs at least 2, and "
-            "thousands to be good."
-        )
-    train_TD, held_out_TD = x_TD[~held_out_T], x_TD[held_out_T]
+    train_TD, held_out_TD = split_tokens(x_TD, train.holdout_frac, name=record.site.name)
     del x_TD  # the caller keeps no other reference: one copy of the inputs in memory, not two
     split = split_site(weights, train_TD, record, options)
     ordered = replace(
         weights,
         **{f.name: t[split.order_F] for f in fields(weights) if f.name != "down_bias_D" and (t := getattr(weights, f.name)) is not None},
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(train.seed)
-        router = build_router(record.router, site=record.site, num_experts=record.num_experts)
-        fit_router(router, train_TD, ordered, activation=record.site.activation, num_experts=record.num_experts, config=train)
-    scores_TE, captured = score_router(router, held_out_TD, ordered, activation=record.site.activation, num_experts=record.num_experts)
+    state, scores_TE, captured = fit_new_router(record.router, train_TD, held_out_TD, ordered, record.site, record.num_experts, train)
     always_on = loudest_experts(
         train_TD, ordered, activation=record.site.activation, num_experts=record.num_experts, count=options.always_on
     )
-    state = {name: tensor.detach().contiguous() for name, tensor in router.state_dict().items()}
     return FittedSite(order_F=split.order_F, router_state=state, scores_TE=scores_TE, always_on=always_on, captured=captured)
+
+
+def fit_new_router(
+    config: RouterConfig,
+    train_TD: Tensor,
+    held_out_TD: Tensor,
+    weights: FFNWeights,
+    site: FFNSite,
+    num_experts: int,
+    train: RouterTrainConfig,
+) -> tuple[dict[str, Tensor], Tensor, dict[str, float]]:
+    """A router of this config fitted to one layer's inputs: its tensors, and what `score_router` says of it on held-out ones.
+
+    Args:
+        config: of the router.
+        train_TD: inputs to fit it to.
+        held_out_TD: inputs to score it on.
+        weights: fp32 weights of the FFN, neurons in expert order.
+        site: the FFN.
+        num_experts: E.
+        train: optimizer settings and seed; torch's own generator is left as it was.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(train.seed)
+        router = build_router(config, site=site, num_experts=num_experts)
+        fit_router(router, train_TD, weights, activation=site.activation, num_experts=num_experts, config=train)
+    scores_TE, captured = score_router(router, held_out_TD, weights, activation=site.activation, num_experts=num_experts)
+    return {name: tensor.detach().contiguous() for name, tensor in router.state_dict().items()}, scores_TE, captured
+
+
+def split_tokens(x_TD: Tensor, holdout_frac: float, *, name: str) -> tuple[Tensor, Tensor]:
+    """Tokens to fit to, and those held out.
+
+    Raises:
+        DataError: too few of them, of the FFN ``name``.
+    """
+    num_tokens = x_TD.shape[0]
+    held_out_T = _held_out(num_tokens, holdout_frac) if num_tokens else torch.zeros(0, dtype=torch.bool)
+    num_train = num_tokens - int(held_out_T.sum())
+    if num_train < 2:  # the spread of a single one is not defined
+        raise DataError(
+            f"'{name}' saw {num_tokens} calibration tokens, {num_train} of them to train on; a router needs at least 2, and "
+            "thousands to be good."
+        )
+    return x_TD[~held_out_T], x_TD[held_out_T]
 
 
 def _held_out(num_tokens: int, share: float) -> Tensor:
@@ -200,17 +233,38 @@ def score_router(
     return scores_TE, captured
 
 
-def _fit_norm_router(router: NormRouter, x_TD: Tensor, norms_TE: Tensor, config: RouterTrainConfig) -> None:
-    log_link = router.config.output == "exp"
-    mean_D, std_D = _mean_and_std(x_TD)
-    # A channel that hardly varies must not be blown up: bfloat16 may have rounded its variation away, which the deployed router would see.
-    std_D = std_D.maximum(2**-8 * mean_D.abs()).maximum(1e-3 * std_D.mean()).clamp_min(1e-6)
+def router_targets(norms_TE: Tensor, *, output: str) -> tuple[Tensor, Tensor]:
+    """What a norm router is regressed to, in place of ``norms_TE``, and the scale that it is in: the root mean square of the norms.
+
+    t = max((norm / scale)^2, 1e-4) for "exp", norm / scale for "abs"
+    """
     # The largest norm decides the scale of the squared error. The Gamma deviance has none, but needs a floor: towards an expert that is
     # silent (ReLU: exactly) z falls without end, and where it then fires t exp(-z) explodes; scores came out up to 20x too large.
     scale = (norms_TE.norm() / norms_TE.numel() ** 0.5).clamp_min(1e-12)
     targets_TE = norms_TE.div_(scale)  # in place: T * E numbers are the largest thing here beside the inputs
-    if log_link:
-        targets_TE = targets_TE.square_().clamp_min_(_SILENT_ENERGY)
+    return targets_TE.square_().clamp_min_(_SILENT_ENERGY) if output == "exp" else targets_TE, scale
+
+
+def router_loss(z_TE: Tensor, targets_TE: Tensor, *, output: str) -> Tensor:
+    """Mean over tokens and experts of the Gamma deviance ``t exp(-z) + z`` ("exp"), or of the squared error ``(|z| - t)^2`` ("abs").
+
+    Args:
+        z_TE: raw scores in units of `router_targets`' scale.
+        targets_TE: from `router_targets`.
+        output: `NormRouterConfig.output`.
+    """
+    if output == "exp":
+        return (targets_TE * torch.exp(-z_TE.clamp(-30, 30)) + z_TE).mean()
+    return (z_TE.abs() - targets_TE).square().mean()
+
+
+def _fit_norm_router(router: NormRouter, x_TD: Tensor, norms_TE: Tensor, config: RouterTrainConfig) -> None:
+    log_link = router.config.output == "exp"
+    mean_D, std_D = _mean_and_std(x_TD)
+    # A channel that hardly varies must not be blown up: bfloat16 may have rounded its variation away, which the deployed router would see,
+    # and a later change of what was constant (the gain of a norm, of which some are 1e-4 of others) would be multiplied by thousands.
+    std_D = std_D.maximum(2**-8 * mean_D.abs()).maximum(_LEAST_STD * std_D.mean()).clamp_min(1e-6)
+    targets_TE, scale = router_targets(norms_TE, output=router.config.output)
     with torch.no_grad():  # start from what is known without looking at x: each expert's mean
         mean_E = targets_TE.mean(0)
         router.out.bias.copy_(mean_E.clamp_min(1e-8).log() if log_link else mean_E)
@@ -220,10 +274,9 @@ def _fit_norm_router(router: NormRouter, x_TD: Tensor, norms_TE: Tensor, config:
 
     def loss_of(rows: Tensor) -> Tensor:
         z_TE = router.raw_scores((x_TD[rows].float() - mean_D) / std_D)
-        t_TE = targets_TE[rows]
-        return (t_TE * torch.exp(-z_TE.clamp(-30, 30)) + z_TE).mean() if log_link else (z_TE.abs() - t_TE).square().mean()
+        return router_loss(z_TE, targets_TE[rows], output=router.config.output)
 
-    _adam(router, loss_of, x_TD.shape[0], config)
+    _adam(router.parameters(), loss_of, x_TD.shape[0], epochs=config.epochs, batch_tokens=config.batch_tokens, lr=config.lr)
     with torch.no_grad():  # fold standardisation and scale into the weights: the deployed router reads x as it is
         router.hidden.weight.div_(std_D)
         router.hidden.bias.sub_(router.hidden.weight @ mean_D)
@@ -253,18 +306,26 @@ def _fit_classifier(router: MLPRouter, x_TD: Tensor, sums_TE: Tensor, config: Ro
         labels = sums_TE[rows]
         return F.binary_cross_entropy_with_logits(router.raw_scores(x_TD[rows]), labels / labels.max().clamp_min(1e-12))
 
-    _adam(router, loss_of, x_TD.shape[0], config)
+    _adam(router.parameters(), loss_of, x_TD.shape[0], epochs=config.epochs, batch_tokens=config.batch_tokens, lr=config.lr)
 
 
-def _adam(router: Router, loss_of: Callable[[Tensor], Tensor], num_tokens: int, config: RouterTrainConfig) -> None:
-    steps_per_epoch = -(-num_tokens // config.batch_tokens)
-    optimizer = torch.optim.AdamW(router.parameters(), lr=config.lr, weight_decay=0.0, fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, max_lr=config.lr, total_steps=config.epochs * steps_per_epoch + 1, pct_start=0.1
-    )
+def _adam(
+    parameters: Iterable[Tensor],
+    loss_of: Callable[[Tensor], Tensor],
+    num_tokens: int,
+    *,
+    epochs: int,
+    batch_tokens: int,
+    lr: float,
+    generator: torch.Generator | None = None,
+) -> None:
+    """Minimise ``loss_of(rows)`` over random batches of rows; None: in the order of torch's own generator."""
+    optimizer = torch.optim.AdamW(list(parameters), lr=lr, weight_decay=0.0, fused=True)
+    total_steps = epochs * -(-num_tokens // batch_tokens) + 1
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=lr, total_steps=total_steps, pct_start=0.1)
     with torch.enable_grad():
-        for _ in range(config.epochs):
-            for rows in torch.randperm(num_tokens).split(config.batch_tokens):
+        for _ in range(epochs):
+            for rows in torch.randperm(num_tokens, generator=generator).split(batch_tokens):
                 loss_of(rows).backward()
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)

@@ -28,7 +28,7 @@ from moeify.routers import (
 from moeify.select import DynKMax
 from moeify.sites import FFNSite, FFNWeights, expert_bounds, ffn_hidden
 from moeify.split import BalancedKMeans, Coactivation, ContiguousSplit, RandomSplit
-from moeify.train.stages import RouterTrainConfig, _held_out, _mean_and_std, fit_router, fit_site, loudest_experts, score_router, split_site
+from moeify.train.fit import RouterTrainConfig, _held_out, _mean_and_std, fit_router, fit_site, loudest_experts, score_router, split_site
 
 D, E, G = 16, 6, 5
 TRAIN = RouterTrainConfig(epochs=20, batch_tokens=128)
@@ -283,7 +283,7 @@ from moeify.routers import NormRouterConfig
 from moeify.select import Threshold
 from moeify.sites import FFNSite, FFNWeights
 from moeify.split import ContiguousSplit
-from moeify.train.stages import RouterTrainConfig, fit_site
+from moeify.train.fit import RouterTrainConfig, fit_site
 
 T, D, E = 24 * 1024, 512, 1024
 chunk = 1024 * D * 8  # tokens of one chunk in fp64; their activations in fp32 are as many bytes

@@ -1,0 +1,618 @@
+"""A recipe from its first training step to its result file; every stage is kept, and none is done twice.
+
+dense        the model trained without enforcement
+sparsify     every variant trained
+convert      every variant converted
+finetune     every converted variant trained further
+routers      their routers fitted, and rules calibrated, anew
+control      the dense model trained for as many tokens as the main variant took in all of these
+moefication  the same model in ReLU, trained for as many, converted by MoEfication
+sweep        quality against cost of every converted model
+report       one JSON file and two pictures
+"""
+
+import hashlib
+import json
+import math
+import shutil
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from torch import Tensor, nn
+
+from .._config import did_you_mean, to_dict
+from .._progress import NO_PROGRESS, Progress
+from ..convert import ConvertConfig
+from ..data import DataConfig, check_source
+from ..errors import ConfigError
+from ..evaluate import measure_quality
+from ..hf.checkpoint import MANIFEST_FILE, load_model, read_calibration, save_checkpoint, save_dense
+from ..hf.inputs import example_inputs
+from ..sites import FFNSite, find_ffn_sites
+from ..sparsity import ActivationConfig, EnforcementConfig, profile_activations, set_activation
+from ..train.calibration import recalibrate
+from ..train.finetune import finetune_converted, train_routers
+from ..train.loop import TrainConfig, TrainRecord, train
+from ..train.regress import regress_layers
+from ..train.sparsify import SparsifyConfig, sparsify
+from .convert import CalibrationConfig, card_of, convert_checkpoint
+from .heldout import measure_converted
+from .inputs import calibration_batches, evaluation_batches, hold_out, num_tokens, tokens_per_image
+from .measure import sweep_checkpoint
+from .names import torch_device, torch_dtype
+from .recipe import RecipeConfig, VariantConfig, merged
+from .results import recipe_result, write_result
+from .stages import SCRATCH, Stage, Stages
+from .start import start_model
+from .tasks import TASKS, Loaded, training_data
+
+STAGES = ("dense", "sparsify", "convert", "finetune", "routers", "control", "moefication", "sweep", "report")
+"""In the order in which they run, each for all seeds and variants before the next."""
+
+MOEFICATION = "moefication"
+"""What stages of the baseline are called."""
+
+_VALIDATION = "validation"
+_PROFILE_TOKENS = 8192
+_EPS = 1e-3
+_SHOWN = (
+    "recipe",
+    "metric",
+    "start",
+    "dense",
+    "control",
+    "sparsified",
+    "points",
+    "moefication",
+    "moefication_points",
+    "train_tokens",
+    "wall_s",
+)
+_CALIBRATED = ("rule", "value", "active_fraction", "router_scores")
+# Options of training that decide what is kept and what fits into memory, and nothing else.
+_KEEPING = ("micro_sequences", "gradient_checkpointing", "eval_every", "save_every", "log_every")
+
+
+def run_recipe(
+    recipe: RecipeConfig,
+    out: Path,
+    *,
+    stage: str | None = None,
+    device: str = "cpu",
+    progress: Progress = NO_PROGRESS,
+    say: Callable[[str], None] = lambda _line: None,
+) -> dict[str, Any]:
+    """Carry out a recipe.
+
+    Args:
+        recipe: what to do, from `read_recipe`.
+        out: folder for all that it makes. What lies there of the same recipe is used where it would come out the same, and continued where
+            it was killed; nothing there is deleted.
+        stage: the last of `STAGES` to run; None runs all.
+        device: "cpu", "cuda" or "cuda:1".
+        progress: told of every stage, and what every stage tells.
+        say: told in a line which stages are run again and why.
+
+    Returns:
+        The main numbers of ``<out>/<name>.json``, and the paths of all "files"; with ``stage``, the finished stages' results by name.
+
+    Raises:
+        MoeifyError: whatever a stage refuses; what was finished before stays.
+    """
+    if stage is not None and stage not in STAGES:
+        raise ConfigError(f"--stage {stage!r} is unknown{did_you_mean(stage, STAGES)}")
+    last = stage or STAGES[-1]
+    torch_device(device)
+    for data in (recipe.data, *_evaluations(recipe).values()):
+        check_source(data)
+    total = _count_stages(recipe, last)
+    with progress.task(f"{recipe.name}: stages", total=total) as overall:
+        stages = Stages(out, owner=recipe.name, total=total, progress=progress, overall=overall, say=say)
+        runs = [_SeedRun(recipe, stages, seed=seed, device=device) for seed in recipe.seeds]
+        for name in STAGES[: STAGES.index(last) + 1]:
+            for run in runs:
+                getattr(run, name, _nothing)()
+    if last != "report":
+        return {found.label: dict(found.result) for run in runs for found in run.done.values()}
+    seconds = {found.label: found.seconds for run in runs for name, found in run.done.items() if name in run.timed}
+    result = recipe_result(recipe, [run.found() for run in runs], seconds=seconds, device=torch_device(device).type)
+    files = write_result(result, out)
+    return {**{key: result[key] for key in _SHOWN}, "files": files}
+
+
+def _nothing() -> None:
+    """The report of all seeds is made at the end."""
+
+
+def _evaluations(recipe: RecipeConfig) -> dict[str, DataConfig]:
+    """What qualities are measured on, by name; validation first."""
+    return {_VALIDATION: recipe.validation, **{extra.name: extra.data for extra in recipe.extra_evaluation}}
+
+
+def _count_stages(recipe: RecipeConfig, last: str) -> int:
+    tuned = [variant for variant in recipe.variant if variant.finetune]
+    baseline = recipe.moefication is not None
+    counts = {
+        "dense": 3,
+        "sparsify": 2 * len(recipe.variant),
+        "convert": len(recipe.variant),
+        "finetune": len(tuned) if recipe.finetune is not None else 0,
+        "routers": len(tuned) if recipe.finetune is not None or recipe.routers is not None else 0,
+        "control": 2,
+        "moefication": 3 * baseline,
+        "sweep": (len(recipe.variant) + baseline) * len(_evaluations(recipe)),
+        "report": 0,
+    }
+    return len(recipe.seeds) * sum(counts[name] for name in STAGES[: STAGES.index(last) + 1])
+
+
+class _SeedRun:
+    """The stages of one seed; each method that has a name of `STAGES` runs that stage for all variants."""
+
+    def __init__(self, recipe: RecipeConfig, stages: Stages, *, seed: int, device: str) -> None:
+        self.recipe, self.seed = recipe, seed
+        self.done: dict[str, Stage] = {}
+        """Finished stages by name."""
+        self.timed: set[str] = set()
+        """Names of those that train or convert."""
+        self._stages, self._device = stages, device
+        self._model_id = {"model": model_id(recipe), "seed": seed}
+        self._data_id = {**data_id(recipe.data), "augment": None if recipe.augment is None else to_dict(recipe.augment)}
+
+    # -- the stages
+
+    def dense(self) -> None:
+        self._train("dense", self.recipe.train)
+        self._measure("start", None)
+        self._measure("dense.quality", self.done["dense"])
+
+    def sparsify(self) -> None:
+        for variant in self.recipe.variant:
+            name = f"sparsify.{variant.name}"
+            config = self.recipe.train_of(variant)
+            self._train(name, config, variant)
+            self._measure(f"{name}.quality", self.done[name])
+
+    def convert(self) -> None:
+        for variant in self.recipe.variant:
+            options = self.recipe.convert_of(variant)
+            self._convert(f"convert.{variant.name}", self.done[f"sparsify.{variant.name}"], options.config, options.calibration)
+
+    def finetune(self) -> None:
+        if self.recipe.finetune is not None:
+            for variant in self.recipe.variant:
+                if variant.finetune:
+                    self._finetune(variant)
+
+    def routers(self) -> None:
+        if self.recipe.finetune is not None or self.recipe.routers is not None:
+            for variant in self.recipe.variant:
+                if variant.finetune:
+                    self._routers(variant)
+
+    def control(self) -> None:
+        self._train("control", replace(self.recipe.train, steps=self._control_steps()))
+        self._measure("control.quality", self.done["control"])
+
+    def moefication(self) -> None:
+        baseline = self.recipe.moefication
+        if baseline is None:
+            return
+        config = merged(self.recipe.train, baseline.train, where="moefication.train")
+        relu = SparsifyConfig(enforcement=EnforcementConfig(weight=0.0)) if baseline.activation == "relu" else None
+        config = replace(config, steps=self._control_steps())
+        self._train("moefication", config, VariantConfig(name=MOEFICATION, sparsify=relu))
+        self._measure("moefication.quality", self.done["moefication"])
+        calibration = merged(self.recipe.convert.calibration, baseline.calibration, where="moefication.calibration")
+        self._convert("convert.moefication", self.done["moefication"], baseline.config, calibration)
+
+    def sweep(self) -> None:
+        names = [*self._converted().items()]
+        if self.recipe.moefication is not None:
+            names.append((MOEFICATION, self.done["convert.moefication"]))
+        for name, converted in names:
+            for evaluation, data in _evaluations(self.recipe).items():
+                self._sweep(f"sweep.{name}.{evaluation}", converted, data)
+
+    # -- one stage of one model
+
+    def _run(self, name: str, inputs: Mapping[str, Any], work: Callable[[Path, Progress], Mapping[str, Any]], *, timed: bool) -> None:
+        self.done[name] = self._stages.run(f"seed{self.seed}/{name}", inputs, work)
+        if timed:
+            self.timed.add(name)
+
+    def _train(self, name: str, config: TrainConfig, variant: VariantConfig | None = None) -> None:
+        """Train the starting model as a variant has it, or as it is."""
+        variant = variant or VariantConfig(name=name)
+        config = self._seeded(config)
+        options, regress = variant.sparsify, variant.regress
+        follows = options is not None and options.distill is not None
+        inputs = {
+            "stage": "train",
+            **self._model_id,
+            "data": self._data_id,
+            "train": _decisive(config),
+            "sparsify": None if options is None else to_dict(options),
+            "regress": None if regress is None else {**to_dict(regress), "tokens": variant.regress_tokens},
+            "teacher": self._teacher_key(variant.teacher, None) if follows else None,
+        }
+
+        def work(folder: Path, progress: Progress) -> dict[str, Any]:
+            start = self._start(progress)
+            model, processor = start.model, start.processor
+            data = training_data(start, self.recipe.data, augment=self.recipe.augment, progress=progress)
+            model.to(torch_device(self._device))
+            sites = find_ffn_sites(model, example_inputs(model))
+            tokens, errors = 0, None
+            chosen = options
+            if regress is not None:
+                tokens, errors, sites = self._regress(model, processor, sites, variant, folder / SCRATCH / "regress", progress)
+                # The functions have changed; a threshold may be in a bias, and would be subtracted once more.
+                chosen = None if options is None else replace(options, activation="keep", threshold=0.0)
+            kept: dict[str, Any] = {"state": folder / SCRATCH / "state", "run": inputs, "progress": progress}
+            kept["evaluate"] = self._evaluator(model, processor, config, progress)
+            if chosen is None:
+                record = train(model, data, config, **kept)
+            else:
+                teacher = self._teacher(variant.teacher, None, progress) if follows else None
+                record = sparsify(model, sites, data, chosen, config, teacher=teacher, **kept)
+            _replace_dense(model.to("cpu"), processor, folder / "model")
+            return {**_summary(record, config), "regress_errors": errors, "regress_tokens": tokens}
+
+        self._run(name, inputs, work, timed=True)
+
+    def _regress(
+        self, model: nn.Module, processor: Any, sites: Sequence[FFNSite], variant: VariantConfig, folder: Path, progress: Progress
+    ) -> tuple[int, dict[str, Any], list[FFNSite]]:
+        """Fit every FFN, with its new activation, to what it put out before; tokens read, errors, and the sites as they are now."""
+        before = self._teacher("source", None, progress)
+        if variant.sparsify is not None and variant.sparsify.activation == "relu":
+            sites = set_activation(model, sites, ActivationConfig(activation="relu", threshold=variant.sparsify.threshold))
+        data = replace(self.recipe.data, max_tokens=variant.regress_tokens)
+        batches = calibration_batches(model, processor, data, progress=progress)
+        errors = regress_layers(model, before, sites, batches, variant.regress, work=folder, progress=progress)
+        return sum(num_tokens(batch, tokens_per_image=1) for batch in batches), errors, list(sites)
+
+    def _measure(self, name: str, trained: Stage | None) -> None:
+        evaluations = _evaluations(self.recipe)
+        inputs = {
+            "stage": "measure",
+            **(self._model_id if trained is None else {"of": trained.key}),
+            "metric": self.recipe.metric,
+            "data": {key: data_id(data) for key, data in evaluations.items()},
+        }
+
+        def work(_folder: Path, progress: Progress) -> dict[str, Any]:
+            model, processor = self._start(progress)[:2] if trained is None else self._load(trained.folder / "model", progress)
+            model.to(torch_device(self._device))
+            quality, counts = {}, {}
+            for key, data in evaluations.items():
+                batches = self._batches(model, processor, data, progress)
+                quality[key] = measure_quality(model, batches, metric=self.recipe.metric, progress=progress).value
+                if key == _VALIDATION:
+                    counts = count_nonzeros(model, batches, progress=progress)
+            return {"quality": quality, **counts}
+
+        self._run(name, inputs, work, timed=False)
+
+    def _convert(self, name: str, trained: Stage, config: ConvertConfig, calibration: CalibrationConfig) -> None:
+        config, calibration = replace(config, seed=config.seed + self.seed), replace(calibration, seed=calibration.seed + self.seed)
+        inputs = {
+            "stage": "convert",
+            "of": trained.key,
+            "data": self._data_id,
+            "config": to_dict(config),
+            "calibration": to_dict(calibration),
+        }
+
+        def work(folder: Path, progress: Progress) -> dict[str, Any]:
+            moe = folder / "moe"
+            if not (moe / MANIFEST_FILE).is_file():  # else it was killed after its last step
+                convert_checkpoint(
+                    str(trained.folder / "model"),
+                    moe,
+                    data=self.recipe.data,
+                    config=config,
+                    calibration=calibration,
+                    dtype=self.recipe.model.dtype,
+                    device=self._device,
+                    progress=progress,
+                )
+            record = read_calibration(moe)
+            size = SimpleNamespace(**json.loads((moe / "config.json").read_text()))  # all that `tokens_per_image` reads of a config
+            tokens = math.ceil(int(record["tokens"]) / tokens_per_image(size))  # in training an image counts as one, too
+            return {"tokens": tokens, **{key: record[key] for key in _CALIBRATED}}
+
+        self._run(name, inputs, work, timed=True)
+
+    def _finetune(self, variant: VariantConfig) -> None:
+        stage = self.recipe.finetune
+        assert stage is not None
+        converted = self.done[f"convert.{variant.name}"]
+        config = merged(self.recipe.train, stage.train, where="finetune.train")
+        config = self._seeded(config)
+        follows = stage.config.distill is not None
+        inputs = {
+            "stage": "finetune",
+            "of": converted.key,
+            "data": self._data_id,
+            "train": _decisive(config),
+            "config": to_dict(stage.config),
+            "teacher": self._teacher_key(stage.teacher, variant) if follows else None,
+        }
+
+        def work(folder: Path, progress: Progress) -> dict[str, Any]:
+            model, processor = self._load(converted.folder / "moe", progress)
+            loaded = Loaded(model, processor, task_of(model), has_new_head=False)
+            data = training_data(loaded, self.recipe.data, augment=self.recipe.augment, progress=progress)
+            model.to(torch_device(self._device))
+            teacher = self._teacher(stage.teacher, variant, progress) if follows else None
+            options: dict[str, Any] = {"state": folder / SCRATCH / "state", "run": inputs, "progress": progress}
+            evaluate = self._evaluator(model, processor, config, progress)
+            record = finetune_converted(model, data, stage.config, config, teacher=teacher, evaluate=evaluate, **options)
+            self._save_converted(model, processor, folder / "moe", {**read_calibration(converted.folder / "moe"), "measured": None})
+            return _summary(record, config)
+
+        self._run(f"finetune.{variant.name}", inputs, work, timed=True)
+
+    def _routers(self, variant: VariantConfig) -> None:
+        name = f"finetune.{variant.name}"
+        before = self.done[name] if name in self.done else self.done[f"convert.{variant.name}"]
+        calibration = self.recipe.convert_of(variant).calibration
+        calibration = replace(calibration, seed=calibration.seed + self.seed)
+        config = None if self.recipe.routers is None else to_dict(self.recipe.routers)
+        inputs = {"stage": "routers", "of": before.key, "data": self._data_id, "routers": config, "calibration": to_dict(calibration)}
+
+        def work(folder: Path, progress: Progress) -> dict[str, Any]:
+            model, processor = self._load(before.folder / "moe", progress)
+            model.to(torch_device(self._device))
+            data = replace(self.recipe.data, window=calibration.window, max_tokens=calibration.max_tokens)
+            batches, held_out = hold_out(model, calibration_batches(model, processor, data, progress=progress))
+            options: dict[str, Any] = {"target_active": calibration.target_active, "scope": calibration.scope, "progress": progress}
+            if self.recipe.routers is None:
+                record = recalibrate(model, batches, **options)
+            else:
+                train_config = replace(self.recipe.routers, seed=self.recipe.routers.seed + self.seed)
+                record = train_routers(model, batches, train_config, work=folder / SCRATCH / "routers", **options)
+            record["measured"] = measure_converted(model, held_out, progress=progress)
+            self._save_converted(model, processor, folder / "moe", {**read_calibration(before.folder / "moe"), **record})
+            tokens = sum(num_tokens(batch, tokens_per_image=1) for batch in batches)
+            return {"tokens": tokens, **{key: record[key] for key in _CALIBRATED}}
+
+        self._run(f"routers.{variant.name}", inputs, work, timed=True)
+
+    def _sweep(self, name: str, converted: Stage, data: DataConfig) -> None:
+        config = self.recipe.sweep
+        inputs = {
+            "stage": "sweep",
+            "of": converted.key,
+            "data": data_id(data),
+            "rule": config.rule,
+            "targets": list(config.targets),
+            "metric": self.recipe.metric,
+        }
+
+        def work(folder: Path, progress: Progress) -> dict[str, Any]:
+            curve = sweep_checkpoint(
+                converted.folder / "moe",
+                data=data,
+                rule=config.rule,
+                targets=config.targets,
+                batch_size=config.batch_size,
+                dtype=self.recipe.model.dtype,
+                device=self._device,
+                out=folder / "curve.json",
+                progress=progress,
+            )
+            if curve.metric != self.recipe.metric:
+                raise ConfigError(f"the recipe's metric is {self.recipe.metric}, but its model is measured by {curve.metric}.")
+            return {"dense": curve.dense.quality, "points": [to_dict(point) for point in curve.points]}
+
+        self._run(name, inputs, work, timed=False)
+
+    # -- what the stages share
+
+    def _seeded(self, config: TrainConfig) -> TrainConfig:
+        return replace(config, seed=config.seed + self.seed, save_every=config.save_every or max(1, config.steps // 20))
+
+    def _start(self, progress: Progress) -> Loaded:
+        return start_model(self.recipe, seed=self.seed, progress=progress)
+
+    def _load(self, folder: Path, progress: Progress) -> tuple[Any, Any]:
+        return load_model(folder, dtype=torch_dtype(self.recipe.model.dtype), progress=progress)
+
+    def _teacher_key(self, teacher: str, variant: VariantConfig | None) -> str:
+        found = self._teacher_stage(teacher, variant)
+        return teacher if found is None else found.key
+
+    def _teacher_stage(self, teacher: str, variant: VariantConfig | None) -> Stage | None:
+        if teacher == "source":
+            return None
+        return self.done["dense" if teacher == "dense" or variant is None else f"sparsify.{variant.name}"]
+
+    def _teacher(self, teacher: str, variant: VariantConfig | None, progress: Progress) -> nn.Module:
+        found = self._teacher_stage(teacher, variant)
+        model: nn.Module = self._start(progress).model if found is None else self._load(found.folder / "model", progress)[0]
+        return model.to(torch_device(self._device))
+
+    def _batches(self, model: nn.Module, processor: Any, data: DataConfig, progress: Progress) -> list[dict[str, Tensor]]:
+        return evaluation_batches(model, processor, data, batch_size=self.recipe.sweep.batch_size, progress=progress)
+
+    def _evaluator(self, model: nn.Module, processor: Any, config: TrainConfig, progress: Progress) -> Callable[[nn.Module], float] | None:
+        """Measures a model in training, where the recipe asks for it."""
+        if config.eval_every is None:
+            return None
+        batches = self._batches(model, processor, self.recipe.validation, progress)
+        return lambda trained: measure_quality(trained, batches, metric=self.recipe.metric).value
+
+    def _save_converted(self, model: nn.Module, processor: Any, out: Path, record: Mapping[str, Any]) -> None:
+        model.to("cpu")
+        card = card_of(model, record, name=out.name)
+        save_checkpoint(model, processor, out, calibration=record, card=card, overwrite=True)
+
+    def _converted(self) -> dict[str, Stage]:
+        """The last converted model of every variant."""
+        return {
+            variant.name: next(
+                self.done[name] for kind in ("routers", "finetune", "convert") if (name := f"{kind}.{variant.name}") in self.done
+            )
+            for variant in self.recipe.variant
+        }
+
+    def _main_names(self) -> list[str]:
+        """Stages that made the main variant's converted model."""
+        main = self.recipe.main
+        names = [name for kind in ("sparsify", "convert", "finetune", "routers") if (name := f"{kind}.{main.name}") in self.done]
+        teachers: list[str] = [main.teacher] if main.sparsify is not None and main.sparsify.distill is not None else []
+        tune = self.recipe.finetune
+        teachers += [tune.teacher] if tune is not None and main.finetune and tune.config.distill is not None else []
+        return (["dense"] if "dense" in teachers else []) + names
+
+    def _main_tokens(self) -> int:
+        """Tokens of the training data that the main variant's stages read."""
+        return sum(_tokens(self.done[name]) for name in self._main_names())
+
+    def _control_steps(self) -> int:
+        """Steps of the control: as many as read the tokens that the main variant's stages read together."""
+        dense = self.done["dense"].result
+        if self.recipe.control.tokens == "train":
+            return self.recipe.train.steps
+        return max(self.recipe.train.steps, math.ceil(self._main_tokens() * int(dense["steps"]) / int(dense["tokens"])))
+
+    # -- the result
+
+    def found(self) -> dict[str, Any]:
+        """What `recipe_result` takes of this seed."""
+        main, evaluations = self.recipe.main.name, _evaluations(self.recipe)
+        baseline = self.recipe.moefication is not None
+
+        def quality(name: str, evaluation: str = _VALIDATION) -> float | None:
+            stage = self.done.get(f"{name}.quality" if name != "start" else name)
+            return None if stage is None else stage.result["quality"][evaluation]
+
+        def points(name: str, evaluation: str = _VALIDATION) -> list[Any]:
+            return sorted(self.done[f"sweep.{name}.{evaluation}"].result["points"], key=lambda point: float(point["ffn_flops_fraction"]))
+
+        variants = {}
+        for variant in self.recipe.variant:
+            trained, measured = self.done[f"sparsify.{variant.name}"], self.done[f"sparsify.{variant.name}.quality"].result
+            variants[variant.name] = {
+                "main": variant.name == main,
+                "quality": quality(f"sparsify.{variant.name}"),
+                "train_tokens": _tokens(trained),
+                "epochs": trained.result["epochs"],
+                "train_s": trained.seconds,
+                "regress_errors": trained.result["regress_errors"],
+                "nonzeros_before": self.done["start"].result["nonzeros"],
+                **{key: measured[key] for key in ("nonzeros", "active", "neurons", "eps")},
+                "converted_dense": self.done[f"sweep.{variant.name}.{_VALIDATION}"].result["dense"],
+                "points": points(variant.name),
+            }
+        extra = {
+            name: {
+                **{key: quality(key, name) for key in ("start", "dense", "control", "moefication")},
+                "sparsified": quality(f"sparsify.{main}", name),
+                "points": points(main, name),
+                "moefication_points": points(MOEFICATION, name) if baseline else [],
+            }
+            for name in evaluations
+            if name != _VALIDATION
+        }
+        return {
+            "seed": self.seed,
+            **{key: quality(key) for key in ("start", "dense", "control", "moefication")},
+            "sparsified": quality(f"sparsify.{main}"),
+            "points": points(main),
+            "moefication_points": points(MOEFICATION) if baseline else [],
+            "variants": variants,
+            "extra_evaluations": extra,
+            "train_tokens": self._main_tokens(),
+            "control_tokens": _tokens(self.done["control"]),
+            "main_s": sum(self.done[name].seconds for name in self._main_names()),
+        }
+
+
+def _tokens(stage: Stage) -> int:
+    """Tokens of the training data that a stage read."""
+    return int(stage.result["tokens"]) + int(stage.result.get("regress_tokens", 0))
+
+
+def task_of(model: nn.Module) -> str:
+    """The task of a model's head."""
+    return next(name for name, task in TASKS.items() if type(model).__name__.endswith(task.heads))
+
+
+def _decisive(config: TrainConfig) -> dict[str, Any]:
+    """The options that decide what training gives; the others decide what is kept and what fits into memory."""
+    return {key: value for key, value in to_dict(config).items() if key not in _KEEPING}
+
+
+def _summary(record: TrainRecord, config: TrainConfig) -> dict[str, Any]:
+    return {
+        "tokens": record.tokens,
+        "steps": config.steps,
+        "epochs": record.epochs,
+        "losses": list(record.losses),
+        "evals": [list(pair) for pair in record.evals],
+        "parts": list(record.parts),
+    }
+
+
+def _replace_dense(model: nn.Module, processor: Any, out: Path) -> None:
+    """Save a model over what a run that was killed here had saved."""
+    if out.exists():
+        shutil.rmtree(out)
+    save_dense(model, processor, out)
+
+
+def count_nonzeros(model: nn.Module, batches: Sequence[Mapping[str, Tensor]], *, progress: Progress = NO_PROGRESS) -> dict[str, Any]:
+    """Mean number of neurons that are not zero on a token, by FFN: exactly ("nonzeros"), and by more than "eps" ("active"); of "neurons".
+
+    Cost: forwards of the first 8192 tokens.
+    """
+    taken: list[dict[str, Tensor]] = []
+    tokens = 0
+    for batch in batches:
+        taken.append({key: value for key, value in batch.items() if key != "labels"})
+        tokens += next(iter(batch.values()))[..., 0].numel() if "pixel_values" in batch else batch["input_ids"].numel()
+        if tokens >= _PROFILE_TOKENS:
+            break
+    profiles = profile_activations(model, find_ffn_sites(model, example_inputs(model)), taken, eps=_EPS, progress=progress)
+    found = {name: profile.summary() for name, profile in profiles.items()}
+    return {
+        "nonzeros": {name: s["nonzeros_per_token"]["mean"] for name, s in found.items()},
+        "active": {name: s["num_neurons"] * (1 - s["near_zero_frac"]) for name, s in found.items()},
+        "neurons": {name: float(s["num_neurons"]) for name, s in found.items()},
+        "eps": _EPS,
+    }
+
+
+def model_id(recipe: RecipeConfig) -> dict[str, Any]:
+    """What tells the starting model from another: of files on this machine their content, not their place."""
+    model = recipe.model
+    return {**to_dict(model), "source": _content(model.source), "tokenizer": _content(model.tokenizer), "task": recipe.task}
+
+
+def data_id(data: DataConfig) -> dict[str, Any]:
+    """What tells data from other data: of files on this machine their content, not their place."""
+    # what Python has of itself differs from version to version
+    version = list(sys.version_info[:3]) if data.data.startswith("builtin:") else None
+    return {**to_dict(data), "data": _content(data.data), "python": version}
+
+
+def _content(source: str | None) -> str | None:
+    """A checksum of a file or of all files in a folder; anything else (a Hub id, builtin data) as it is."""
+    path = Path(source or "").expanduser()
+    if not source or not path.exists():
+        return source
+    digest = hashlib.sha256()
+    for file in sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]:
+        digest.update(file.relative_to(path).as_posix().encode() + b"\0")
+        with file.open("rb") as opened:
+            for block in iter(lambda: opened.read(1 << 20), b""):
+                digest.update(block)
+    return digest.hexdigest()[:16]

@@ -1,0 +1,222 @@
+"""What a killed training run leaves, and how it goes on from there with the very same losses.
+
+    <state>/run.json           what tells this run from another
+    <state>/step-00000120/     model.safetensors, optimizer.safetensors, state.json: whole, or not there
+
+A new state is written beside the last one and gets its name when it is on the disk; only then the last one goes. Nothing is ever pickled.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ..errors import CheckpointError
+
+RUN_FILE = "run.json"
+_PREFIX, _NEW = "step-", ".new"
+
+
+def open_state(folder: Path, run: Mapping[str, Any]) -> None:
+    """Make ``folder`` the place of this run's states, or see that it is.
+
+    Args:
+        folder: new, empty, or what an earlier process of the same run left.
+        run: a JSON object: everything that decides the run's outcome.
+
+    Raises:
+        CheckpointError: it holds the states of another run (says what differs), something else, or cannot be written. It is left as it is.
+    """
+    path, text = folder / RUN_FILE, json.dumps(run, sort_keys=True, indent=1)
+    try:
+        if path.exists():
+            _check_same(json.loads(path.read_text()), json.loads(text), folder)
+            return
+        temporary = path.with_suffix(_NEW)
+        if folder.exists() and (not folder.is_dir() or any(child != temporary for child in folder.iterdir())):
+            raise CheckpointError(f"'{folder}' is in the way and is not the state of a training run; move it or choose another folder.")
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(text)
+        temporary.replace(path)
+    except (OSError, ValueError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"'{path}' cannot be read or written: {error}; free space or choose another folder.") from error
+
+
+def save_state(
+    folder: Path,
+    *,
+    step: int,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    schedule: torch.optim.lr_scheduler.LRScheduler,
+    scaler: torch.amp.GradScaler,
+    record: Mapping[str, Any],
+) -> None:
+    """Keep everything that the rest of a run depends on, as it is after ``step`` steps; the state before it goes when this one is whole.
+
+    Raises:
+        CheckpointError: the disk is full or not writable; the last state is still there.
+    """
+    new, done = folder / f"{_name(step)}{_NEW}", folder / _name(step)
+    slots = optimizer.state_dict()
+    tensors = {f"{i}.{key}": value for i, slot in slots["state"].items() for key, value in slot.items()}
+    rest = {"groups": slots["param_groups"], "schedule": schedule.state_dict(), "scaler": scaler.state_dict(), "record": record}
+    try:
+        shutil.rmtree(new, ignore_errors=True)
+        new.mkdir()
+        save_file(_contiguous(_without_ties(model)), new / "model.safetensors")
+        save_file(_contiguous(tensors | _random_states(model)), new / "optimizer.safetensors")
+        (new / "state.json").write_text(json.dumps(rest))
+        for path in (*new.iterdir(), new):
+            _sync(path)
+        if done.exists():  # of a step that was reached twice: the run was told to start again from its model
+            shutil.rmtree(done)
+        new.rename(done)
+        _sync(folder)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(new, ignore_errors=True)
+        raise CheckpointError(f"cannot write '{new}': {error}; free space and run again, the last state is kept.") from error
+    for old in _steps(folder):
+        if old != done:
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def load_state(
+    folder: Path,
+    *,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    schedule: torch.optim.lr_scheduler.LRScheduler,
+    scaler: torch.amp.GradScaler,
+) -> tuple[int, dict[str, Any]] | None:
+    """Put back, in place, what `save_state` kept last.
+
+    Returns:
+        The step and the record; None where nothing was kept.
+
+    Raises:
+        CheckpointError: it is damaged, or of another model.
+    """
+    steps = _steps(folder)
+    if not steps:
+        return None
+    found = steps[-1]
+    try:
+        weights, tensors = load_file(found / "model.safetensors"), load_file(found / "optimizer.safetensors")
+        rest = json.loads((found / "state.json").read_text())
+        _load_weights(model, weights, where=found)
+        _load_random_states(model, tensors)
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        slots: dict[int, dict[str, Tensor]] = {}
+        for name, value in tensors.items():
+            index, _, key = name.partition(".")
+            slots.setdefault(int(index), {})[key] = _laid_out_as(parameters[int(index)], value)
+        groups = [group | {"betas": tuple(group["betas"])} for group in rest["groups"]]
+        optimizer.load_state_dict({"state": slots, "param_groups": groups})
+        schedule.load_state_dict(rest["schedule"])
+        scaler.load_state_dict(rest["scaler"])
+        return int(found.name.removeprefix(_PREFIX)), rest["record"]
+    except (OSError, SafetensorError, ValueError, KeyError, IndexError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"'{found}' is damaged: {error}; delete it to train from the start.") from error
+
+
+def has_state(folder: Path) -> bool:
+    """Whether a whole state is kept there."""
+    return bool(_steps(folder))
+
+
+def _name(step: int) -> str:
+    return f"{_PREFIX}{step:08d}"
+
+
+def _steps(folder: Path) -> list[Path]:
+    """Folders of whole states, the latest last."""
+    return sorted(child for child in folder.glob(f"{_PREFIX}*") if not child.name.endswith(_NEW))
+
+
+def _check_same(found: Any, wanted: Any, folder: Path) -> None:
+    different = [] if isinstance(found, dict) else ["run"]
+    if isinstance(found, dict):
+        different = _differences(found, wanted)
+    if different:
+        raise CheckpointError(
+            f"'{folder}' is the state of another run ({'; '.join(different)}); choose another folder, or delete it to start anew."
+        )
+
+
+def _differences(found: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = "") -> list[str]:
+    lines = []
+    for key in sorted(found.keys() | wanted.keys()):
+        old, new = found.get(key), wanted.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            lines += _differences(old, new, f"{prefix}{key}.")
+        elif old != new:
+            lines.append(f"{prefix}{key} was {json.dumps(old)}, is {json.dumps(new)}")
+    return lines
+
+
+def _without_ties(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and persistent buffers by name; of tensors that share memory the first."""
+    seen: set[tuple[Any, ...]] = set()
+    kept = {}
+    for name, tensor in model.state_dict().items():
+        place = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride())
+        if not isinstance(tensor, Tensor) or (tensor.numel() and place in seen):
+            continue
+        seen.add(place)
+        kept[name] = tensor
+    return kept
+
+
+@torch.no_grad()
+def _load_weights(model: nn.Module, weights: Mapping[str, Tensor], *, where: Path) -> None:
+    present = _without_ties(model)
+    if present.keys() != weights.keys() or any(present[name].shape != weights[name].shape for name in weights):
+        odd = sorted(present.keys() ^ weights.keys()) or [name for name in weights if present[name].shape != weights[name].shape]
+        raise CheckpointError(f"'{where}' is of another model: '{odd[0]}' differs; choose another state folder.")
+    for name, tensor in present.items():
+        tensor.copy_(weights[name])
+
+
+def _random_states(model: nn.Module) -> dict[str, Tensor]:
+    device = next(model.parameters()).device
+    states = {"rng.cpu": torch.get_rng_state()}
+    return states | ({"rng.cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
+
+
+def _load_random_states(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Takes them out of ``tensors``."""
+    torch.set_rng_state(tensors.pop("rng.cpu"))
+    device = next(model.parameters()).device
+    on_cuda = tensors.pop("rng.cuda", None)  # a run that moves from one kind of device to another goes on with other dropout
+    if on_cuda is not None and device.type == "cuda":
+        torch.cuda.set_rng_state(on_cuda, device)
+
+
+def _laid_out_as(parameter: Tensor, value: Tensor) -> Tensor:
+    """Moments have their parameter's strides (`store_by_neuron` turns some around); the fused optimizer takes that for granted."""
+    return torch.empty_like(parameter, dtype=value.dtype).copy_(value) if value.shape == parameter.shape else value
+
+
+def _contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+
+
+def _sync(path: Path) -> None:
+    """Or a power cut could leave the name without the content."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

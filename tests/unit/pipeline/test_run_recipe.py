@@ -1,0 +1,145 @@
+"""What the stages of a recipe are made from: starting models, identities, tokens, non-zeros."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+
+from moeify._config import from_dict
+from moeify._progress import NO_PROGRESS
+from moeify.data import DataConfig
+from moeify.errors import ConfigError
+from moeify.pipeline.recipe import RecipeConfig
+from moeify.pipeline.run_recipe import _SeedRun, count_nonzeros, data_id, model_id
+from moeify.pipeline.stages import Stage, Stages
+from moeify.pipeline.start import start_model
+
+GPT = {"model_type": "gpt2", "n_positions": 32, "n_embd": 8, "n_layer": 1, "n_head": 2}
+
+
+def recipe(**changes):
+    data = {"data": "builtin:pydoc"}
+    base = {"name": "r", "metric": "perplexity", "task": "causal-lm", "model": {"architecture": GPT, "tokenizer": "bytes"}}
+    rest = {"data": data, "validation": data, "train": {"steps": 10}, "variant": [{"name": "a"}]}
+    return from_dict(RecipeConfig, {**base, **rest, **changes})
+
+
+def test_start_model_of_an_architecture_takes_its_vocabulary_from_the_tokenizer():
+    loaded = start_model(recipe(), seed=3)
+    assert (loaded.model.config.vocab_size, loaded.processor.model_max_length, loaded.task) == (256, 32, "causal-lm")
+    assert loaded.model.config.bos_token_id is None
+    assert torch.equal(loaded.model.transformer.wte.weight, start_model(recipe(), seed=3).model.transformer.wte.weight)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"task": None}, "from scratch needs a task"),
+        ({"model": {"architecture": GPT}}, "needs a tokenizer: 'bytes'"),
+    ],
+)
+def test_start_model_without_a_task_or_tokenizer_says_so(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        start_model(recipe(**changes), seed=0)
+
+
+def test_start_model_of_a_checkpoint_with_a_head_of_another_metric_is_refused(tmp_path):
+    tiny.save_dense_tiny(tmp_path / "dense")
+    model = {"source": str(tmp_path / "dense")}
+    assert start_model(recipe(model=model, task=None), seed=0).task == "causal-lm"
+    with pytest.raises(ConfigError, match="the metric of a recipe for causal-lm is perplexity, not accuracy"):
+        start_model(recipe(model=model, task=None, metric="accuracy"), seed=0)
+
+
+def test_identities_are_of_the_content_and_not_of_the_place(tmp_path):
+    for name, text in (("a", "x"), ("b", "x"), ("c", "y")):
+        (tmp_path / name / "sub").mkdir(parents=True)
+        (tmp_path / name / "sub/file.txt").write_text(text)
+    ids = [data_id(DataConfig(data=str(tmp_path / name))) for name in "abc"]
+    assert ids[0] == ids[1] != ids[2]
+    (tmp_path / "b/sub/file.txt").rename(tmp_path / "b/sub/other.txt")
+    assert data_id(DataConfig(data=str(tmp_path / "b"))) != ids[0], "names of files decide splits"
+    assert data_id(DataConfig(data=str(tmp_path / "a"), window=7)) != ids[0]
+    assert data_id(DataConfig(data="org/set"))["data"] == "org/set"
+    assert "python" in data_id(DataConfig(data="builtin:pydoc"))
+    models = [model_id(recipe(model={"source": str(tmp_path / name)})) for name in "ac"]
+    assert models[0] != models[1]
+    assert model_id(recipe()) != model_id(recipe(model={"architecture": {**GPT, "n_layer": 2}, "tokenizer": "bytes"}))
+
+
+def test_count_nonzeros_is_the_mean_over_real_tokens_of_each_ffn():
+    model = tiny.tiny_llama()
+    batch = {**tiny.tiny_inputs(), "attention_mask": torch.ones(2, 9, dtype=torch.int64)}
+    batch["attention_mask"][1, 4:] = 0
+    found = count_nonzeros(model, [batch])
+    seen = {}
+    for i in range(2):
+        down = model.model.layers[i].mlp.down_proj
+        down.register_forward_pre_hook(lambda _module, args, i=i: seen.__setitem__(i, args[0].detach().clone()))
+    model(**batch)
+    mask = batch["attention_mask"].bool()
+    for i in range(2):
+        h_TF = seen[i][mask]
+        name = f"model.layers.{i}.mlp"
+        assert found["nonzeros"][name] == pytest.approx((h_TF != 0).sum(1).double().mean().item())
+        assert found["active"][name] == pytest.approx((h_TF.abs() > 1e-3).sum(1).double().mean().item())
+    assert set(found["neurons"].values()) == {48.0}
+
+
+def seed_run(tmp_path, chosen, **tokens):
+    """A run whose stages have read so many tokens in so many seconds."""
+    with NO_PROGRESS.task("", total=1) as overall:
+        stages = Stages(tmp_path, owner="r", total=1, progress=NO_PROGRESS, overall=overall, say=print)
+    run = _SeedRun(chosen, stages, seed=0, device="cpu")
+    for name, count in tokens.items():
+        name = name.replace("__", ".")
+        result = {"tokens": count, "steps": 10, "regress_tokens": 7 if name == "sparsify.a" else 0}
+        run.done[name] = Stage(label=name, key=name, folder=Path(), result=result, seconds=1.0)
+    return run
+
+
+@pytest.mark.parametrize(
+    ("changes", "steps"),
+    [
+        pytest.param({}, 16, id="all that the main variant read: (100 + 7 + 31 + 15) / 10 tokens a step"),
+        pytest.param({"control": {"tokens": "train"}}, 10, id="the dense model is the control"),
+        pytest.param(
+            {"variant": [{"name": "a", "teacher": "dense", "sparsify": {"distill": {}}}]}, 26, id="a trained teacher was read for, too"
+        ),
+        pytest.param({"variant": [{"name": "a", "teacher": "dense", "sparsify": {}}]}, 16, id="no distillation, no teacher"),
+        pytest.param({"train": {"steps": 50}}, 50, id="never less than the dense model"),
+    ],
+)
+def test_the_control_gets_the_tokens_of_the_main_variant(tmp_path, changes, steps):
+    run = seed_run(tmp_path, recipe(**changes), dense=100, sparsify__a=100, convert__a=31, finetune__a=15, sparsify__b=999)
+    assert run._control_steps() == steps
+
+
+def test_seeds_are_added_to_those_of_the_recipe(tmp_path):
+    chosen = recipe(train={"steps": 40, "seed": 5})
+    with NO_PROGRESS.task("", total=1) as overall:
+        stages = Stages(tmp_path, owner="r", total=1, progress=NO_PROGRESS, overall=overall, say=print)
+    config = _SeedRun(chosen, stages, seed=2, device="cpu")._seeded(chosen.train)
+    assert (config.seed, config.save_every) == (7, 2)
+    assert _SeedRun(chosen, stages, seed=2, device="cpu")._seeded(replace(chosen.train, save_every=9)).save_every == 9
+
+
+def test_stages_of_another_seed_have_other_keys_the_starting_model_too(tmp_path):
+    made = []
+    for seed in (0, 1):
+        with NO_PROGRESS.task("", total=1) as overall:
+            stages = Stages(tmp_path, owner="r", total=1, progress=NO_PROGRESS, overall=overall, say=print)
+        run, inputs = _SeedRun(recipe(), stages, seed=seed, device="cpu"), {}
+
+        def remember(label, found, _work, inputs=inputs):
+            inputs[label.partition("/")[2]] = json.dumps(found)
+            return Stage(label=label, key=label, folder=Path(), result={}, seconds=0.0)
+
+        stages.run = remember
+        run.dense()
+        made.append(inputs)
+    assert set(made[0]) == {"dense", "start", "dense.quality"}
+    assert all(made[0][name] != made[1][name] for name in made[0])
