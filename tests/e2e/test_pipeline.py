@@ -405,9 +405,9 @@ import json, os, pathlib, signal, sys
 import torch
 from transformers import LlamaForCausalLM
 from moeify import cli
-from moeify.pipeline import convert, work
+from moeify.pipeline import convert
 from moeify.hf import checkpoint
-from moeify.train import capture
+from moeify.train import capture, work
 
 def wrap(owner, name, count, kill_first):
     real, calls = getattr(owner, name), []
@@ -536,7 +536,7 @@ def test_convert_does_not_touch_a_folder_of_somebody_else_in_the_place_of_its_st
     (work / "thesis.txt").write_text("years")
     data = DataConfig(data=str(folder / "text.txt"))
     for _ in range(2):
-        with pytest.raises(CheckpointError, match="is in the way and is not the state of a conversion"):
+        with pytest.raises(CheckpointError, match="is in the way and is not the state of an earlier run"):
             convert_checkpoint(str(folder / "dense"), tmp_path / "moe", data=data, config=CONFIG, calibration=CALIBRATION)
     assert (work / "thesis.txt").read_text() == "years"
 

@@ -45,7 +45,7 @@ def open_work(work: Path, run: Mapping[str, Any]) -> None:
     temporary = path.with_suffix(".new")
     if work.exists():
         if not work.is_dir() or (not path.exists() and any(p != temporary for p in work.iterdir())):
-            raise CheckpointError(f"'{work}' is in the way and is not the state of such a run; move it or choose another --out.")
+            raise CheckpointError(f"'{work}' is in the way and is not the state of an earlier run; move it or choose another --out.")
         remove_work(work)
     try:
         work.mkdir(parents=True)
