@@ -17,6 +17,7 @@ from tiny import save_dense_tiny
 from moeify import cli
 from moeify._progress import NO_PROGRESS
 from moeify.errors import ConfigError, DataError
+from moeify.evaluate import CurvePoint, quality_at
 from moeify.hf.checkpoint import load_model, read_calibration
 from moeify.layers import moe_layers
 from moeify.pipeline.recipe import read_recipe
@@ -55,7 +56,7 @@ name = "plain"
 finetune = false
 [convert]
 config = { expert_size = 8, router = { name = "norm", width = 8 } }
-calibration = { max_tokens = 2048, window = 32, router = { epochs = 1 } }
+calibration = { target_active = 0.62, max_tokens = 2048, window = 32, router = { epochs = 1 } }
 [finetune]
 train = { steps = 3, lr = 5e-4 }
 config = { distill = {} }
@@ -137,6 +138,11 @@ def test_recipe_gives_the_documented_result(folder):
     for points in (found["points"], found["moefication_points"]):
         assert points[-1]["active_fraction"] == 1
         assert points[0]["active_fraction"] == pytest.approx(0.5, abs=0.1)
+        assert len(points) == 3, "0.5, 1.0 and what the model itself is calibrated to"
+    (calibrated,) = (folder / "whole/seed0").glob("routers.relu-*")
+    assert found["points"][1]["value"] == json.loads((calibrated / "record.json").read_text())["result"]["value"]
+    assert found["at_flops"]["relu"]["0.9"] == pytest.approx(quality_at([CurvePoint(**point) for point in found["points"]], 0.9))
+    assert set(found["at_flops"]) == {"relu", "plain", "moefication"}
     relu, plain = found["variants"]["relu"], found["variants"]["plain"]
     assert relu["main"]
     assert relu["quality"] == found["sparsified"]
@@ -150,10 +156,22 @@ def test_recipe_gives_the_documented_result(folder):
     extra = found["extra_evaluations"]["train"]
     assert extra["dense"] != found["dense"]
     assert len(extra["points"]) == len(extra["moefication_points"]) == len(found["points"])
+    assert extra["at_flops"]["relu"]["0.9"] != found["at_flops"]["relu"]["0.9"]
     assert found["wall_s"] == pytest.approx(sum(found["stage_wall_s"].values()))
     assert 0 < found["main_wall_s"] < found["wall_s"]
     for name in ("curves.png", "curves.svg", "nonzeros.png", "nonzeros.svg"):
         assert (folder / f"whole/tiny_{name}").is_file()
+
+
+def test_a_conversion_killed_while_its_state_is_deleted_leaves_none(folder):
+    shutil.copytree(folder / "whole", folder / "converted")
+    (converted,) = (folder / "converted/seed0").glob("convert.relu-*")
+    (converted / "record.json").unlink()
+    (converted / "moe.work/inputs").mkdir(parents=True)
+    model = (converted / "moe/model.safetensors").stat().st_mtime_ns
+    run(folder, "converted", stage="convert")
+    assert not (converted / "moe.work").exists()
+    assert (converted / "moe/model.safetensors").stat().st_mtime_ns == model, "it was finished"
 
 
 def test_control_is_trained_for_all_tokens_that_the_main_variant_took(folder):
@@ -295,6 +313,11 @@ def test_pipeline_command_prints_the_main_numbers_and_ends_bad_input_with_2(fold
     shown = json.loads(capsys.readouterr().out)
     found = json.loads((folder / "whole/tiny.json").read_text())
     assert {key: shown[key] for key in ("dense", "control", "points")} == {key: found[key] for key in ("dense", "control", "points")}
+    assert shown["files"]["tables"] == str(folder / "whole/tiny.md")
+    assert cli.run(["pipeline", str(folder / "r.toml"), "--out", str(folder / "whole")]) == 0
+    text = capsys.readouterr().out
+    assert (folder / "whole/tiny.md").read_text().partition("![")[0].partition("\n\n")[2] in text
+    assert f"\ntables: {folder / 'whole/tiny.md'}\n" in text
     assert cli.run(["pipeline", str(folder / "r.toml"), "--out", str(folder / "whole"), "--set", "train.stpes=1"]) == 2
     assert "did you mean 'steps'" in capsys.readouterr().err
     assert cli.run(["pipeline", str(folder / "r.toml"), "--out", str(folder / "quick"), "--smoke", "--stage", "dense"]) == 0

@@ -11,11 +11,13 @@ import torch
 from moeify._config import from_dict
 from moeify._progress import NO_PROGRESS
 from moeify.data import DataConfig
-from moeify.errors import ConfigError
+from moeify.errors import ConfigError, MoeifyError
+from moeify.hf.inputs import example_inputs
 from moeify.pipeline.recipe import RecipeConfig
 from moeify.pipeline.run_recipe import _SeedRun, count_nonzeros, data_id, model_id
 from moeify.pipeline.stages import Stage, Stages
 from moeify.pipeline.start import start_model
+from moeify.sites import find_ffn_sites
 
 GPT = {"model_type": "gpt2", "n_positions": 32, "n_embd": 8, "n_layer": 1, "n_head": 2}
 
@@ -116,6 +118,55 @@ def seed_run(tmp_path, chosen, **tokens):
 def test_the_control_gets_the_tokens_of_the_main_variant(tmp_path, changes, steps):
     run = seed_run(tmp_path, recipe(**changes), dense=100, sparsify__a=100, convert__a=31, finetune__a=15, sparsify__b=999)
     assert run._control_steps() == steps
+
+
+@pytest.mark.parametrize(
+    ("changes", "steps"),
+    [
+        pytest.param({}, 16, id="as the control"),
+        pytest.param({"control": {"tokens": "train"}}, 13, id="(100 + 7 + 15) / 10: its own conversion reads tokens, too"),
+    ],
+)
+def test_the_baseline_is_trained_for_what_the_main_variant_is_trained_for(tmp_path, monkeypatch, changes, steps):
+    run = seed_run(tmp_path, recipe(moefication={}, **changes), dense=100, sparsify__a=100, convert__a=31, finetune__a=15)
+    trained = []
+    monkeypatch.setattr(run, "_train", lambda name, config, _variant: (trained.append(config.steps), run.done.update({name: None})))
+    for rest in ("_measure", "_convert"):
+        monkeypatch.setattr(run, rest, lambda *_: None)
+    run.moefication()
+    assert trained == [steps]
+
+
+def test_a_rule_to_sweep_is_the_variants_and_not_the_baselines(tmp_path, monkeypatch):
+    run = seed_run(tmp_path, recipe(moefication={}, sweep={"rule": "dynk_max"}), convert__a=1, convert__moefication=1)
+    rules = {}
+    monkeypatch.setattr(run, "_sweep", lambda name, _converted, _data, *, rule: rules.update({name: rule}))
+    run.sweep()
+    assert rules == {"sweep.a.validation": "dynk_max", "sweep.moefication.validation": None}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        pytest.param({}, None, id="fine"),
+        pytest.param({"sparsify": {"activation": "keep", "enforcement": {"on": "activations"}}}, "never zero", id="GELU, activations"),
+        pytest.param({"sparsify": {"enforcement": {"layer_weights": {"x": 1.0}}}}, "'x' matches no FFN", id="layer weight"),
+        pytest.param({"sparsify": {"distill": {}}}, "variant a: .* nothing to teach; set its teacher to 'dense'", id="drawn teacher"),
+        pytest.param({"sparsify": {"distill": {}}, "teacher": "dense"}, None, id="trained teacher"),
+        pytest.param({"convert": {"config": {"expert_size": 99}}}, "expert_size 99 is larger than the 32 neurons", id="experts"),
+        pytest.param({"convert": {"calibration": {"window": 64}}}, "window 64 is more than the 32 positions", id="calibration's window"),
+    ],
+)
+def test_what_a_later_stage_would_refuse_is_refused_before_any_training(tmp_path, changes, message):
+    chosen = recipe(variant=[{"name": "a", **changes}], convert={"config": {"expert_size": 4}, "calibration": {"window": 32}})
+    start = start_model(chosen, seed=0)
+    sites = find_ffn_sites(start.model, example_inputs(start.model))
+    run = seed_run(tmp_path, chosen)
+    if message is None:
+        run._check_stages(start, sites)
+        return
+    with pytest.raises(MoeifyError, match=message):
+        run._check_stages(start, sites)
 
 
 def test_seeds_are_added_to_those_of_the_recipe(tmp_path):
