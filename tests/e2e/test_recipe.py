@@ -159,6 +159,9 @@ def test_recipe_gives_the_documented_result(folder):
     assert extra["at_flops"]["relu"]["0.9"] != found["at_flops"]["relu"]["0.9"]
     assert found["wall_s"] == pytest.approx(sum(found["stage_wall_s"].values()))
     assert 0 < found["main_wall_s"] < found["wall_s"]
+    page = (Path(__file__).parents[2] / "docs/recipes.md").read_text()
+    undocumented = [key for key in (*found, *relu, *extra) if f"`{key}`" not in page]
+    assert not undocumented
     for name in ("curves.png", "curves.svg", "nonzeros.png", "nonzeros.svg"):
         assert (folder / f"whole/tiny_{name}").is_file()
 
@@ -170,6 +173,7 @@ def test_a_conversion_killed_while_its_state_is_deleted_leaves_none(folder):
     (converted / "moe.work/inputs").mkdir(parents=True)
     model = (converted / "moe/model.safetensors").stat().st_mtime_ns
     run(folder, "converted", stage="convert")
+    assert set(stages(folder, "converted")) == set(stages(folder, "whole")), "moved, and nothing else was done again"
     assert not (converted / "moe.work").exists()
     assert (converted / "moe/model.safetensors").stat().st_mtime_ns == model, "it was finished"
 
@@ -265,6 +269,12 @@ def test_a_changed_option_runs_only_what_depends_on_it_and_says_so(folder, setti
     shutil.rmtree(folder / "copy", ignore_errors=True)
     run(folder, "whole")
     assert stages(folder, "whole") == after, "going back costs nothing"
+
+
+def test_a_rule_to_sweep_gives_its_points_alone_and_leaves_the_baseline_its_own(folder):
+    made = run(folder, "whole", "sweep.rule=dynk_max", "sweep.targets=[0.5]", stage="sweep")
+    rules = {name: [point["rule"] for point in made[f"seed0/sweep.{name}.validation"]["points"]] for name in ("relu", "moefication")}
+    assert rules == {"relu": ["dynk_max"], "moefication": ["topk", "topk"]}
 
 
 def test_other_weights_or_data_under_the_same_name_run_again(folder):

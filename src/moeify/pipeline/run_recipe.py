@@ -98,6 +98,8 @@ def run_recipe(
         check_report()
     for data in (recipe.data, *_evaluations(recipe).values()):
         check_source(data)
+    if _share_data(recipe.data, recipe.validation):
+        say("[validation] has data that [data] trains on; give them different splits.")
     total = _count_stages(recipe, last)
     with progress.task(f"{recipe.name}: stages", total=total) as overall:
         stages = Stages(out, owner=recipe.name, total=total, progress=progress, overall=overall, say=say)
@@ -115,6 +117,11 @@ def run_recipe(
 
 def _nothing() -> None:
     """The report of all seeds is made at the end."""
+
+
+def _share_data(one: DataConfig, other: DataConfig) -> bool:
+    """Whether two configs name the same source and splits that overlap."""
+    return (one.data, one.subset) == (other.data, other.subset) and (one.split == other.split or "all" in (one.split, other.split))
 
 
 def _evaluations(recipe: RecipeConfig) -> dict[str, DataConfig]:

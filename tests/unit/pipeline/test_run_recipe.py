@@ -1,5 +1,6 @@
 """What the stages of a recipe are made from: starting models, identities, tokens, non-zeros."""
 
+import importlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -7,14 +8,15 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+import transformers
 
 from moeify._config import from_dict
 from moeify._progress import NO_PROGRESS
 from moeify.data import DataConfig
-from moeify.errors import ConfigError, MoeifyError
+from moeify.errors import CheckpointError, ConfigError, MoeifyError
 from moeify.hf.inputs import example_inputs
 from moeify.pipeline.recipe import RecipeConfig
-from moeify.pipeline.run_recipe import _SeedRun, count_nonzeros, data_id, model_id
+from moeify.pipeline.run_recipe import _SeedRun, count_nonzeros, data_id, model_id, run_recipe
 from moeify.pipeline.stages import Stage, Stages
 from moeify.pipeline.start import start_model
 from moeify.sites import find_ffn_sites
@@ -70,6 +72,37 @@ def test_identities_are_of_the_content_and_not_of_the_place(tmp_path):
     models = [model_id(recipe(model={"source": str(tmp_path / name)})) for name in "ac"]
     assert models[0] != models[1]
     assert model_id(recipe()) != model_id(recipe(model={"architecture": {**GPT, "n_layer": 2}, "tokenizer": "bytes"}))
+
+
+@pytest.mark.parametrize(
+    ("train", "validation", "shared"),
+    [("all", "validation", True), ("train", "train", True), ("train", "validation", False), ("train", "all", True)],
+)
+def test_validation_on_training_data_is_said(tmp_path, train, validation, shared):
+    data = {"data": "builtin:pydoc"}
+    chosen = recipe(data={**data, "split": train}, validation={**data, "split": validation}, model={"source": str(tmp_path / "none")})
+    said = []
+    with pytest.raises(CheckpointError):  # the model is read next
+        run_recipe(chosen, tmp_path / "out", stage="dense", say=said.append)
+    assert said == ["[validation] has data that [data] trains on; give them different splits."] * shared
+
+
+def test_count_nonzeros_counts_images_by_their_patches(monkeypatch):
+    model = transformers.ViTForImageClassification(
+        transformers.ViTConfig(
+            hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=4, patch_size=2, num_channels=1
+        )
+    )
+    monkeypatch.setattr(importlib.import_module("moeify.pipeline.run_recipe"), "_PROFILE_TOKENS", 12)
+    read = []
+
+    def batches():
+        for _ in range(5):
+            read.append(2)
+            yield {"pixel_values": torch.rand(2, 1, 4, 4), "labels": torch.zeros(2)}
+
+    assert set(count_nonzeros(model, batches())["neurons"].values()) == {16.0}
+    assert sum(read) == 4, "12 tokens are three images, and so two batches"
 
 
 def test_count_nonzeros_is_the_mean_over_real_tokens_of_each_ffn():
