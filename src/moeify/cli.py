@@ -163,9 +163,13 @@ def command(
 
 
 def _recipe_text(result: Mapping[str, Any]) -> Any:
-    """The tables of a finished recipe; of some stages, their results."""
+    """The tables of a finished recipe; of some stages, what they found, without what they noted at every step or in every layer."""
     if "files" not in result:
-        return result
+        shown = ("quality", "points")
+        return {
+            stage: {key: value for key, value in found.items() if key in shown or isinstance(value, (str, int, float))}
+            for stage, found in result.items()
+        }
     from .report import recipe_markdown
 
     return "\n".join([recipe_markdown(result), *(f"{kind}: {path}" for kind, path in result["files"].items())])

@@ -332,3 +332,6 @@ def test_pipeline_command_prints_the_main_numbers_and_ends_bad_input_with_2(fold
     assert "did you mean 'steps'" in capsys.readouterr().err
     assert cli.run(["pipeline", str(folder / "r.toml"), "--out", str(folder / "quick"), "--smoke", "--stage", "dense"]) == 0
     assert json.loads((folder / "quick/recipe.json").read_text()) == {"name": "tiny_smoke"}
+    text = capsys.readouterr().out
+    assert "seed0/dense.quality:\n  quality:\n    validation: " in text
+    assert not {"losses", "nonzeros"} & set(text.replace(":", "").split())
