@@ -318,6 +318,12 @@ def test_bad_arguments_of_a_run_are_refused_before_anything_is_made(folder):
         run(folder, "whole", "name=other")
 
 
+def test_a_variant_that_cannot_be_trained_ends_the_run_before_any_training(folder):
+    with pytest.raises(ConfigError, match="never zero"):
+        run(folder, "refused", "variant.plain.sparsify={activation='keep', enforcement={on='activations'}}")
+    assert {name.rpartition("-")[0] for name in stages(folder, "refused")} == {"start"}
+
+
 def test_pipeline_command_prints_the_main_numbers_and_ends_bad_input_with_2(folder, capsys):
     assert cli.run(["pipeline", str(folder / "r.toml"), "--out", str(folder / "whole"), "--json"]) == 0
     shown = json.loads(capsys.readouterr().out)

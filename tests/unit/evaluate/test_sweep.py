@@ -187,7 +187,7 @@ def curve_point(flops, quality):
 
 @pytest.mark.parametrize(("flops", "quality"), [(0.2, 20.0), (0.3, 16.0), (0.45, 10.0), (0.6, 8.0), (0.1, None), (0.9, None)])
 def test_quality_at_joins_neighbouring_points_and_never_leaves_the_curve(flops, quality):
-    points = [curve_point(0.45, 10.0), curve_point(0.2, 20.0), curve_point(0.75, 6.0), curve_point(0.45, 10.0)]
+    points = [curve_point(0.45, 10.0), curve_point(0.2, 20.0), curve_point(0.75, 6.0), curve_point(0.2, 20.0)]
     found = quality_at(points, flops)
     assert found == (None if quality is None else pytest.approx(quality))
 
