@@ -41,6 +41,8 @@ BUG, BAD_INPUT, INTERRUPTED = 1, 2, 130
 _WIDEST = 140
 _MEMORY_OPTIONS = ("micro_sequences", "batch_size", "window", "max_tokens", "max_new_tokens")
 
+_RECIPE_MEMORY = ("train.micro_sequences=1", "train.gradient_checkpointing=true", "sweep.batch_size=1")  # nothing done is lost by them
+
 app = typer.Typer(
     name="moeify",
     help="Turn dense Transformers into dynamic-k mixtures of experts.",
@@ -124,11 +126,14 @@ def takes(parameter: str, config: type, *, skip: Sequence[str] = (), **names: st
     return decorate
 
 
-def command(*, resumes: Callable[[Mapping[str, Any]], bool] = lambda _values: False) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def command(
+    *, resumes: Callable[[Mapping[str, Any]], bool] = lambda _values: False, text: Callable[[Any], Any] = lambda result: result
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Add a function that returns a JSON-like result to the command line, with ``--json`` and ``--debug``.
 
     Args:
         resumes: whether the command, interrupted with these values of its options, continues when run again.
+        text: of a result, what people see of it without ``--json``.
     """
 
     def add(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -142,7 +147,7 @@ def command(*, resumes: Callable[[Mapping[str, Any]], bool] = lambda _values: Fa
                 if not _is_out_of_memory(error):
                     raise
                 raise MoeifyError(_out_of_memory(error, options=values)) from error
-            _show(result, as_json=json_)
+            _show(result if json_ else text(result), as_json=json_)
 
         as_json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON value.")]
         debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
@@ -155,6 +160,19 @@ def command(*, resumes: Callable[[Mapping[str, Any]], bool] = lambda _values: Fa
         return function
 
     return add
+
+
+def _recipe_text(result: Mapping[str, Any]) -> Any:
+    """The tables of a finished recipe; of some stages, what they found, without what they noted at every step or in every layer."""
+    if "files" not in result:
+        shown = ("quality", "points")
+        return {
+            stage: {key: value for key, value in found.items() if key in shown or isinstance(value, (str, int, float))}
+            for stage, found in result.items()
+        }
+    from .report import recipe_markdown
+
+    return "\n".join([recipe_markdown(result), *(f"{kind}: {path}" for kind, path in result["files"].items())])
 
 
 @command()
@@ -340,7 +358,10 @@ def sweep(
     data: DataConfig,
     rule: Annotated[str | None, typer.Option(help=f"Selection rule: {', '.join(RULES)}; by default the checkpoint's own.")] = None,
     values: Annotated[str | None, typer.Option(help="Knob values, a,b,c; by default those that give active fractions 0.1 to 1.0.")] = None,
-    targets: Annotated[str | None, typer.Option(help="Instead of values: active fractions, a,b,c, multiples of 0.05.")] = None,
+    targets: Annotated[
+        str | None,
+        typer.Option(help="Instead of values: active fractions, a,b,c, multiples of 0.05; the calibrated point is measured, too."),
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Windows per forward.")] = 1,
     dtype: DType = "float32",
     device: Device = "cpu",
@@ -367,7 +388,7 @@ def sweep(
     )
 
 
-@command(resumes=lambda _values: True)
+@command(resumes=lambda _values: True, text=_recipe_text)
 def pipeline(
     recipe: Annotated[Path, typer.Argument(help="TOML file; see docs/recipes.md.")],
     *,
@@ -588,6 +609,7 @@ def _out_of_memory(error: Exception, *, options: Mapping[str, Any]) -> str:
     less = [f"a smaller --{name.replace('_', '-')}" for name in _MEMORY_OPTIONS if name in options]
     less += ["--gradient-checkpointing"] * (options.get("gradient_checkpointing") is False)
     less += ["--dtype bfloat16"] * (options.get("dtype") == "float32")
+    less += [f"--set {setting}" for setting in _RECIPE_MEMORY] * ("recipe" in options)
     way_out = f"try {' or '.join(less)}" if less else "free some, or use a machine with more"
     return f"out of memory{f' (an allocation of {size[1]})' if size else ''}; {way_out}."
 

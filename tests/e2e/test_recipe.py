@@ -17,6 +17,7 @@ from tiny import save_dense_tiny
 from moeify import cli
 from moeify._progress import NO_PROGRESS
 from moeify.errors import ConfigError, DataError
+from moeify.evaluate import CurvePoint, quality_at
 from moeify.hf.checkpoint import load_model, read_calibration
 from moeify.layers import moe_layers
 from moeify.pipeline.recipe import read_recipe
@@ -55,7 +56,7 @@ name = "plain"
 finetune = false
 [convert]
 config = { expert_size = 8, router = { name = "norm", width = 8 } }
-calibration = { max_tokens = 2048, window = 32, router = { epochs = 1 } }
+calibration = { target_active = 0.62, max_tokens = 2048, window = 32, router = { epochs = 1 } }
 [finetune]
 train = { steps = 3, lr = 5e-4 }
 config = { distill = {} }
@@ -137,6 +138,11 @@ def test_recipe_gives_the_documented_result(folder):
     for points in (found["points"], found["moefication_points"]):
         assert points[-1]["active_fraction"] == 1
         assert points[0]["active_fraction"] == pytest.approx(0.5, abs=0.1)
+        assert len(points) == 3, "0.5, 1.0 and what the model itself is calibrated to"
+    (calibrated,) = (folder / "whole/seed0").glob("routers.relu-*")
+    assert found["points"][1]["value"] == json.loads((calibrated / "record.json").read_text())["result"]["value"]
+    assert found["at_flops"]["relu"]["0.9"] == pytest.approx(quality_at([CurvePoint(**point) for point in found["points"]], 0.9))
+    assert set(found["at_flops"]) == {"relu", "plain", "moefication"}
     relu, plain = found["variants"]["relu"], found["variants"]["plain"]
     assert relu["main"]
     assert relu["quality"] == found["sparsified"]
@@ -150,10 +156,26 @@ def test_recipe_gives_the_documented_result(folder):
     extra = found["extra_evaluations"]["train"]
     assert extra["dense"] != found["dense"]
     assert len(extra["points"]) == len(extra["moefication_points"]) == len(found["points"])
+    assert extra["at_flops"]["relu"]["0.9"] != found["at_flops"]["relu"]["0.9"]
     assert found["wall_s"] == pytest.approx(sum(found["stage_wall_s"].values()))
     assert 0 < found["main_wall_s"] < found["wall_s"]
+    page = (Path(__file__).parents[2] / "docs/recipes.md").read_text()
+    undocumented = [key for key in (*found, *relu, *extra) if f"`{key}`" not in page]
+    assert not undocumented
     for name in ("curves.png", "curves.svg", "nonzeros.png", "nonzeros.svg"):
         assert (folder / f"whole/tiny_{name}").is_file()
+
+
+def test_a_conversion_killed_while_its_state_is_deleted_leaves_none(folder):
+    shutil.copytree(folder / "whole", folder / "converted")
+    (converted,) = (folder / "converted/seed0").glob("convert.relu-*")
+    (converted / "record.json").unlink()
+    (converted / "moe.work/inputs").mkdir(parents=True)
+    model = (converted / "moe/model.safetensors").stat().st_mtime_ns
+    run(folder, "converted", stage="convert")
+    assert set(stages(folder, "converted")) == set(stages(folder, "whole")), "moved, and nothing else was done again"
+    assert not (converted / "moe.work").exists()
+    assert (converted / "moe/model.safetensors").stat().st_mtime_ns == model, "it was finished"
 
 
 def test_control_is_trained_for_all_tokens_that_the_main_variant_took(folder):
@@ -249,6 +271,12 @@ def test_a_changed_option_runs_only_what_depends_on_it_and_says_so(folder, setti
     assert stages(folder, "whole") == after, "going back costs nothing"
 
 
+def test_a_rule_to_sweep_gives_its_points_alone_and_leaves_the_baseline_its_own(folder):
+    made = run(folder, "whole", "sweep.rule=dynk_max", "sweep.targets=[0.5]", stage="sweep")
+    rules = {name: [point["rule"] for point in made[f"seed0/sweep.{name}.validation"]["points"]] for name in ("relu", "moefication")}
+    assert rules == {"relu": ["dynk_max"], "moefication": ["topk", "topk"]}
+
+
 def test_other_weights_or_data_under_the_same_name_run_again(folder):
     shutil.copytree(folder / "dense", folder / "moved")
     before = stages(folder, "whole")
@@ -290,12 +318,26 @@ def test_bad_arguments_of_a_run_are_refused_before_anything_is_made(folder):
         run(folder, "whole", "name=other")
 
 
+def test_a_variant_that_cannot_be_trained_ends_the_run_before_any_training(folder):
+    with pytest.raises(ConfigError, match="never zero"):
+        run(folder, "refused", "variant.plain.sparsify={activation='keep', enforcement={on='activations'}}")
+    assert {name.rpartition("-")[0] for name in stages(folder, "refused")} == {"start"}
+
+
 def test_pipeline_command_prints_the_main_numbers_and_ends_bad_input_with_2(folder, capsys):
     assert cli.run(["pipeline", str(folder / "r.toml"), "--out", str(folder / "whole"), "--json"]) == 0
     shown = json.loads(capsys.readouterr().out)
     found = json.loads((folder / "whole/tiny.json").read_text())
     assert {key: shown[key] for key in ("dense", "control", "points")} == {key: found[key] for key in ("dense", "control", "points")}
+    assert shown["files"]["tables"] == str(folder / "whole/tiny.md")
+    assert cli.run(["pipeline", str(folder / "r.toml"), "--out", str(folder / "whole")]) == 0
+    text = capsys.readouterr().out
+    assert (folder / "whole/tiny.md").read_text().partition("![")[0].partition("\n\n")[2] in text
+    assert f"\ntables: {folder / 'whole/tiny.md'}\n" in text
     assert cli.run(["pipeline", str(folder / "r.toml"), "--out", str(folder / "whole"), "--set", "train.stpes=1"]) == 2
     assert "did you mean 'steps'" in capsys.readouterr().err
     assert cli.run(["pipeline", str(folder / "r.toml"), "--out", str(folder / "quick"), "--smoke", "--stage", "dense"]) == 0
     assert json.loads((folder / "quick/recipe.json").read_text()) == {"name": "tiny_smoke"}
+    text = capsys.readouterr().out
+    assert "seed0/dense.quality:\n  quality:\n    validation: " in text
+    assert not {"losses", "nonzeros"} & set(text.replace(":", "").split())

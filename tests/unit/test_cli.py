@@ -560,6 +560,7 @@ def test_debug_shows_the_traceback_before_the_line(failing, capsys):
         pytest.param(["sparsify", "m", "--data", "d", "--out", "o", "--steps", "1"], True, id="sparsify"),
         pytest.param(["sweep", "m", "--data", "d", "--out", "o"], True, id="sweep with a file"),
         pytest.param(["sweep", "m", "--data", "d"], False, id="sweep without a file"),
+        pytest.param(["pipeline", "recipes/gpt_pydoc.toml", "--out", "o"], True, id="pipeline"),
         pytest.param(["profile", "m", "--data", "d"], False, id="profile"),
         pytest.param(["generate", "m", "text"], False, id="generate"),
     ],
@@ -568,7 +569,7 @@ def test_interrupt_exits_with_130_and_says_whether_it_resumes(monkeypatch, capsy
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    for name in ("convert_checkpoint", "sparsify_checkpoint", "sweep_checkpoint", "profile_checkpoint", "generate_text"):
+    for name in ("convert_checkpoint", "sparsify_checkpoint", "sweep_checkpoint", "profile_checkpoint", "generate_text", "read_recipe"):
         monkeypatch.setattr(f"moeify.pipeline.{name}", interrupt)
     line = "error: interrupted; the same command again continues where it stopped.\n" if resumes else "error: interrupted.\n"
     assert run(capsys, *arguments) == (130, "", line)
@@ -636,6 +637,10 @@ def test_out_of_memory_in_training_names_the_options_that_help_there(monkeypatch
     end = "or --dtype bfloat16.\n"
     assert run(capsys, *arguments) == (2, "", f"error: out of memory; try {less} or --gradient-checkpointing {end}")
     assert run(capsys, *arguments, "--gradient-checkpointing") == (2, "", f"error: out of memory; try {less} {end}")
+    monkeypatch.setattr("moeify.pipeline.read_recipe", fail)
+    settings = ("train.micro_sequences=1", "train.gradient_checkpointing=true", "sweep.batch_size=1")
+    less = " or ".join(f"--set {setting}" for setting in settings)
+    assert run(capsys, "pipeline", "r.toml", "--out", "o") == (2, "", f"error: out of memory; try {less}.\n")
 
 
 def test_another_runtime_error_is_not_taken_for_missing_memory(failing, capsys):

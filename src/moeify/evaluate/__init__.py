@@ -17,4 +17,5 @@ from .sweep import DenseQuality as DenseQuality
 from .sweep import LayerRules as LayerRules
 from .sweep import model_cost as model_cost
 from .sweep import model_weights as model_weights
+from .sweep import quality_at as quality_at
 from .sweep import sweep as sweep

@@ -162,6 +162,15 @@ class Curve:
             raise DataError(f"'{path}' is not a curve of moeify: {error}") from None
 
 
+def quality_at(points: Iterable[CurvePoint], ffn_flops_fraction: float) -> float | None:
+    """Quality at a cost between two points of a curve, on the straight line that joins them; None beyond the cheapest and the dearest."""
+    line = sorted((point.ffn_flops_fraction, point.quality) for point in points)
+    for (left, first), (right, second) in zip(line, line[1:], strict=False):
+        if left <= ffn_flops_fraction <= right:
+            return first if left == right else first + (second - first) * (ffn_flops_fraction - left) / (right - left)
+    return None
+
+
 @dataclass(frozen=True, kw_only=True)
 class LayerRules:
     """One operating point with a rule of its own for each layer."""

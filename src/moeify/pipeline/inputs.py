@@ -6,7 +6,7 @@ Letters: B batch, S sequence length, W windows.
 import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import tee
+from itertools import islice, tee
 from typing import Any, cast
 
 import torch
@@ -74,8 +74,9 @@ def evaluation_batches(
 ) -> list[dict[str, Tensor]]:
     """Batches to measure quality on: with labels where the model's head predicts classes, else as for calibration.
 
-    Labelled examples are read up to ``max_tokens``, in the source's order (from class folders one of each in turn) unless the data has a
-    seed; texts are cut to ``window``, or to what model and tokenizer take if that is less.
+    Labelled examples are read up to the one that reaches ``max_tokens``, whatever the batch size, in the source's order (from class
+    folders one of each in turn) unless the data has a seed; texts are cut to ``window``, or to what model and tokenizer take if that is
+    less.
 
     Raises:
         DataError: as in `calibration_batches`; also a label that the head does not know.
@@ -84,12 +85,23 @@ def evaluation_batches(
         return calibration_batches(model, processor, data, progress=progress, batch_tokens=batch_size * data.window)
     examples = _numbered(read_examples(data), **head_classes(model))
     if getattr(model, "main_input_name", "") == "pixel_values":
-        images = image_batches(examples, processor, batch_size=batch_size, mode=image_mode(model))
-        return take_tokens(images, data.max_tokens, tokens_per_image=tokens_per_image(model.config))
+        few = islice(examples, most_images(model.config, data.max_tokens))
+        return list(image_batches(few, processor, batch_size=batch_size, mode=image_mode(model)))
     length = most_positions(model, processor, data.window)
     for_texts, for_labels = tee(examples)  # read in step
     texts, labels = (e.text or "" for e in for_texts), (cast(int, e.label) for e in for_labels)
-    return take_tokens(padded_text_batches(texts, processor, max_length=length, batch_size=batch_size, labels=labels), data.max_tokens)
+    batches = padded_text_batches(texts, processor, max_length=length, batch_size=batch_size, labels=labels)
+    return _texts_up_to(take_tokens(batches, data.max_tokens), data.max_tokens)
+
+
+def _texts_up_to(batches: Sequence[dict[str, Tensor]], max_tokens: int | None) -> list[dict[str, Tensor]]:
+    """Batches without the texts after the one that reaches ``max_tokens``: which are measured is not to depend on the batches' size."""
+    *whole, last = batches
+    if max_tokens is None:
+        return [*whole, last]
+    lengths_B = last["attention_mask"].sum(1)
+    before_B = lengths_B.cumsum(0) - lengths_B + sum(num_tokens(batch, tokens_per_image=1) for batch in whole)
+    return [*whole, {key: value[before_B < max_tokens] for key, value in last.items()}]
 
 
 def head_classes(model: nn.Module) -> dict[str, Any]:
@@ -183,6 +195,11 @@ def check_window(model: nn.Module, window: int) -> None:
                     f"--window {window} is more than the {limit} positions of {type(model).__name__} ({name}); give at most {limit}."
                 )
             return
+
+
+def most_images(config: Any, max_tokens: int | None) -> int | None:
+    """Images that ``max_tokens`` are, the last one whole; None for all."""
+    return None if max_tokens is None else -(-max_tokens // tokens_per_image(config))
 
 
 def tokens_per_image(config: Any) -> int:

@@ -80,7 +80,7 @@ def sweep_checkpoint(
         values: knobs, each for all layers; None takes the checkpoint's own calibrated point and the knobs that its calibration tokens gave
             for active fractions 0.1 to 1.0 in steps of 0.05. Where every layer has a knob of its own, a point's ``value`` is their mean.
             The checkpoint's own point stands under its own rule, whatever ``rule`` is.
-        targets: instead of ``values``, only these of the stored active fractions (multiples of 0.05).
+        targets: instead of ``values``, only these of the stored active fractions (multiples of 0.05), and the checkpoint's own point.
         batch_size: sequences per forward.
         dtype: of the weights, "float32", "bfloat16" or "float16".
         device: "cpu", "cuda" or "cuda:1".

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 from .._config import did_you_mean, from_dict, to_dict
 from ..convert import ConvertConfig
@@ -33,7 +33,15 @@ else:
     import tomli as tomllib
 
 Teacher = Literal["source", "dense", "sparsified"]
+Metric = Literal["perplexity", "accuracy"]
+MOEFICATION = "moefication"
+"""What stages and results of the baseline are called."""
+VALIDATION = "validation"
+"""What the measurements on ``[validation]`` are called."""
+
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
+_PART_OF_NAME = re.compile(r"[A-Za-z0-9][\w-]*")  # of names that are joined by dots
+_OF_THE_CONTROL = {"steps", "batch_sequences"}  # in the baseline's training, which reads as many tokens as the control's
 _C = TypeVar("_C")
 
 
@@ -132,9 +140,9 @@ class SweepConfig:
     """Which points of the converted models are measured."""
 
     rule: str | None = None
-    """Selection rule; none takes the checkpoint's own."""
+    """Selection rule of the variants; none takes the one that each was converted with, as MoEfication always does."""
     targets: tuple[float, ...] = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)
-    """Active fractions, multiples of 0.05."""
+    """Active fractions, multiples of 0.05; the one that a model's own rule is calibrated to is measured, too."""
     batch_size: int = 16
     """Sequences per forward of every evaluation."""
 
@@ -154,7 +162,7 @@ class MoeficationConfig:
     activation: Literal["relu", "keep"] = "relu"
     """ReLU in place of the model's own function, as MoEfication has it, or the model's own."""
     train: dict[str, Any] = field(default_factory=dict)
-    """Options to change of [train]; the steps are the control's."""
+    """Options to change of [train], but for steps and batch_sequences: it is trained for as many tokens as the main variant."""
     config: ConvertConfig = field(
         default_factory=lambda: ConvertConfig(expert_size=32, router=MLPRouterConfig(), split=BalancedKMeans(), rule=TopK(k=2**31))
     )
@@ -169,7 +177,7 @@ class RecipeConfig:
 
     name: str
     """Of the result files."""
-    metric: Literal["perplexity", "accuracy"]
+    metric: Metric
     """Quality that is reported."""
     task: str | None = None
     """What the model's head does, a key of `TASKS`; none means the checkpoint's own head."""
@@ -213,9 +221,14 @@ class RecipeConfig:
             raise ConfigError(f"seeds must be different integers >= 0, at least one, got {list(self.seeds)}.")
         if not self.variant:
             raise ConfigError("a recipe needs at least one [[variant]].")
-        for kind, names in (("variant", [v.name for v in self.variant]), ("extra_evaluation", [e.name for e in self.extra_evaluation])):
-            if bad := next((name for name in names if not _NAME.fullmatch(name)), None):
-                raise ConfigError(f"[[{kind}]] name {bad!r} must be letters, digits, '_', '-' and '.'.")
+        for kind, names, taken in (
+            ("variant", [v.name for v in self.variant], MOEFICATION),
+            ("extra_evaluation", [e.name for e in self.extra_evaluation], VALIDATION),
+        ):
+            if bad := next((name for name in names if not _PART_OF_NAME.fullmatch(name)), None):
+                raise ConfigError(f"[[{kind}]] name {bad!r} must be letters, digits, '_' and '-'.")
+            if taken in map(str.lower, names):
+                raise ConfigError(f"[[{kind}]] name {taken!r} is that of [{taken}]; choose another.")
             if len(set(names)) != len(names):
                 raise ConfigError(f"[[{kind}]] names must differ, got {names}.")
         if len(self.variant) > 1 and sum(v.main for v in self.variant) != 1:
@@ -227,10 +240,14 @@ class RecipeConfig:
             merged(self.train, self.finetune.train, where="finetune.train")
         if self.moefication is not None:
             merged(self.train, self.moefication.train, where="moefication.train")
+            if fixed := _OF_THE_CONTROL & set(self.moefication.train):
+                raise ConfigError(f"[moefication] train cannot change {min(fixed)}: the baseline is trained for the control's tokens.")
             merged(self.convert.calibration, self.moefication.calibration, where="moefication.calibration")
 
     def check_task(self, task: str) -> None:
         """Refuse a task that the metric is not of."""
+        if TASKS[task].metric not in get_args(Metric):
+            raise ConfigError(f"there are no recipes for {task}; moeify sparsify, convert and sweep do the steps one by one.")
         if TASKS[task].metric != self.metric:
             raise ConfigError(f"the metric of a recipe for {task} is {TASKS[task].metric}, not {self.metric}.")
 
@@ -391,5 +408,9 @@ def shrunk(recipe: RecipeConfig) -> RecipeConfig:
         sweep=replace(recipe.sweep, targets=targets, batch_size=4),
         moefication=None
         if recipe.moefication is None
-        else replace(recipe.moefication, train=changed(recipe.moefication.train), calibration={}),
+        else replace(
+            recipe.moefication,
+            train={key: value for key, value in changed(recipe.moefication.train).items() if key not in _OF_THE_CONTROL},
+            calibration={},
+        ),
     )

@@ -1,5 +1,6 @@
 """What a recipe found, as one JSON object and two pictures; nothing is measured here."""
 
+import importlib.util
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -7,15 +8,17 @@ from statistics import fmean, stdev
 from typing import Any
 
 from .._config import from_dict, to_dict
+from ..errors import DataError
 from ..evaluate import CurvePoint
 from ..hf.checkpoint import library_versions
-from ..report import plot_nonzeros, plot_qualities
+from ..report import plot_nonzeros, plot_qualities, recipe_markdown
 from .recipe import RecipeConfig
 from .stages import write_json
 
 SCHEMA = 1
 """Version of a recipe's result."""
 
+_MOST_EXACT = 0.95
 _HEADLINE = ("start", "dense", "control", "sparsified", "moefication")
 
 
@@ -25,13 +28,13 @@ def recipe_result(recipe: RecipeConfig, seeds: Sequence[Mapping[str, Any]], *, s
     Args:
         recipe: what was run.
         seeds: for each seed, in order, what `run_recipe` collected: "seed", "start", "dense", "control", "sparsified", "moefication",
-            "points", "moefication_points", "variants", "extra_evaluations", "train_tokens", "control_tokens", "main_s".
+            "points", "moefication_points", "at_flops", "variants", "extra_evaluations", "train_tokens", "control_tokens", "main_s".
         seconds: training and conversion time by stage, all seeds together.
         device: where it ran.
 
     Returns:
-        JSON values. Numbers are means over the seeds, points means over the points that stand at the same place of their curves; where
-        seeds have curves of different lengths (two targets may fall on the same point), those of the first seed.
+        JSON values. Numbers are means over the seeds, None where a seed has none. Points are means over those that stand at the same place
+        of their curves; where seeds have curves of different lengths (two targets may fall on the same point), they are the first seed's.
     """
     mean = mean_of([{key: value for key, value in seed.items() if key != "seed"} for seed in seeds])
     result = {
@@ -41,6 +44,7 @@ def recipe_result(recipe: RecipeConfig, seeds: Sequence[Mapping[str, Any]], *, s
         **{key: mean.get(key) for key in _HEADLINE},
         "points": mean["points"],
         "moefication_points": mean["moefication_points"],
+        "at_flops": mean["at_flops"],
         "variants": mean["variants"],
         "extra_evaluations": mean["extra_evaluations"],
         "seeds": [seed["seed"] for seed in seeds],
@@ -60,18 +64,31 @@ def recipe_result(recipe: RecipeConfig, seeds: Sequence[Mapping[str, Any]], *, s
     return result
 
 
+def check_report() -> None:
+    """Refuse, before hours of work, a report that could not draw its pictures.
+
+    Raises:
+        DataError: matplotlib is missing.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        raise DataError("a recipe's report needs matplotlib; pip install 'moeify[report]', or stop before it: --stage sweep.")
+
+
 def write_result(result: Mapping[str, Any], out: Path) -> dict[str, str]:
-    """Write ``<recipe>.json`` and its pictures, ``<recipe>_curves`` and ``<recipe>_nonzeros``, as .png and .svg.
+    """Write ``<recipe>.json``, its tables as ``<recipe>.md``, and its pictures, ``<recipe>_curves`` and ``<recipe>_nonzeros``, as .png and
+    .svg.
 
     Returns:
         Paths of the files, by kind.
 
     Raises:
-        DataError: matplotlib is missing, or a picture cannot be written; the JSON file is there by then.
+        OSError, DataError: a file cannot be written; the JSON file is the first.
     """
     name, metric = result["recipe"], result["metric"]
-    files = {"result": out / f"{name}.json"}
+    files = {"result": out / f"{name}.json", "tables": out / f"{name}.md"}
     write_json(files["result"], result)
+    pictures = "".join(f"\n![{kind}]({name}_{kind}.png)\n" for kind in ("curves", "nonzeros"))
+    files["tables"].write_text(f"# {name}\n\n{recipe_markdown(result)}{pictures}", encoding="utf-8")
     curves = {variant: _points(found["points"]) for variant, found in result["variants"].items()}
     curves["MoEfication"] = _points(result["moefication_points"])
     levels = {"dense": result["dense"], "control": result["control"]}
@@ -84,9 +101,11 @@ def write_result(result: Mapping[str, Any], out: Path) -> dict[str, str]:
 
 
 def mean_of(values: Sequence[Any]) -> Any:
-    """The mean of JSON values of one shape: of numbers where they stand; anything else, and lists of different lengths, as the first has
-    it."""
+    """The mean of JSON values of one shape: of numbers where they stand, None where one is missing; anything else, and lists of different
+    lengths, as the first has it."""
     first = values[0]
+    if any(value is None for value in values):
+        return None
     if all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values):
         return first if all(value == first for value in values) else fmean(values)
     if all(isinstance(value, Mapping) for value in values):
@@ -107,10 +126,11 @@ def _points(points: Sequence[Mapping[str, Any]]) -> list[CurvePoint]:
 
 
 def _nonzeros(variants: Mapping[str, Mapping[str, Any]]) -> dict[str, list[float]]:
-    """Means by layer for the picture: of exact non-zeros where a variant has zeros, else of values that are not near zero."""
+    """Means by layer for the picture: of exact non-zeros where a variant has many zeros, else of values that are not near zero."""
     counts = {}
     for name, found in variants.items():
-        exact = found["nonzeros"] != found["neurons"]
+        # GELU and SiLU underflow to zero now and then
+        exact = sum(found["nonzeros"].values()) < _MOST_EXACT * sum(found["neurons"].values())
         counts[name if exact else f"{name} (|h| > {found['eps']:g})"] = list((found["nonzeros"] if exact else found["active"]).values())
     return counts
 

@@ -1,6 +1,6 @@
 """A recipe from its first training step to its result file; every stage is kept, and none is done twice.
 
-dense        the model trained without enforcement
+dense        the starting model measured, and trained without enforcement
 sparsify     every variant trained
 convert      every variant converted
 finetune     every converted variant trained further
@@ -24,12 +24,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .._config import did_you_mean, to_dict
+from .._config import did_you_mean, from_dict, to_dict
 from .._progress import NO_PROGRESS, Progress
-from ..convert import ConvertConfig
+from ..convert import ConvertConfig, plan_conversion
 from ..data import DataConfig, check_source
 from ..errors import ConfigError
-from ..evaluate import measure_quality
+from ..evaluate import CurvePoint, measure_quality, quality_at
 from ..hf.checkpoint import MANIFEST_FILE, load_model, read_calibration, save_checkpoint, save_dense
 from ..hf.inputs import example_inputs
 from ..sites import FFNSite, find_ffn_sites
@@ -41,11 +41,12 @@ from ..train.regress import regress_layers
 from ..train.sparsify import SparsifyConfig, sparsify
 from .convert import CalibrationConfig, card_of, convert_checkpoint
 from .heldout import measure_converted
-from .inputs import calibration_batches, evaluation_batches, hold_out, num_tokens, tokens_per_image
+from .inputs import calibration_batches, check_window, evaluation_batches, hold_out, num_tokens, take_tokens, tokens_per_image
 from .measure import sweep_checkpoint
 from .names import torch_device, torch_dtype
-from .recipe import RecipeConfig, VariantConfig, merged
-from .results import recipe_result, write_result
+from .recipe import MOEFICATION, VALIDATION, RecipeConfig, VariantConfig, merged
+from .results import check_report, recipe_result, write_result
+from .sparsify import check_enforcement
 from .stages import SCRATCH, Stage, Stages
 from .start import start_model
 from .tasks import TASKS, Loaded, training_data
@@ -53,25 +54,11 @@ from .tasks import TASKS, Loaded, training_data
 STAGES = ("dense", "sparsify", "convert", "finetune", "routers", "control", "moefication", "sweep", "report")
 """In the order in which they run, each for all seeds and variants before the next."""
 
-MOEFICATION = "moefication"
-"""What stages of the baseline are called."""
+AT_FLOPS = tuple(round(0.1 * i, 1) for i in range(1, 10))
+"""Fractions of the dense FFN FLOPs at which results state qualities."""
 
-_VALIDATION = "validation"
 _PROFILE_TOKENS = 8192
 _EPS = 1e-3
-_SHOWN = (
-    "recipe",
-    "metric",
-    "start",
-    "dense",
-    "control",
-    "sparsified",
-    "points",
-    "moefication",
-    "moefication_points",
-    "train_tokens",
-    "wall_s",
-)
 _CALIBRATED = ("rule", "value", "active_fraction", "router_scores")
 # Options of training that decide what is kept and what fits into memory, and nothing else.
 _KEEPING = ("micro_sequences", "gradient_checkpointing", "eval_every", "save_every", "log_every")
@@ -98,7 +85,7 @@ def run_recipe(
         say: told in a line which stages are run again and why.
 
     Returns:
-        The main numbers of ``<out>/<name>.json``, and the paths of all "files"; with ``stage``, the finished stages' results by name.
+        What ``<out>/<name>.json`` holds, and the paths of all "files"; with ``stage``, the finished stages' results by name.
 
     Raises:
         MoeifyError: whatever a stage refuses; what was finished before stays.
@@ -107,8 +94,12 @@ def run_recipe(
         raise ConfigError(f"--stage {stage!r} is unknown{did_you_mean(stage, STAGES)}")
     last = stage or STAGES[-1]
     torch_device(device)
+    if last == "report":
+        check_report()
     for data in (recipe.data, *_evaluations(recipe).values()):
         check_source(data)
+    if _share_data(recipe.data, recipe.validation):
+        say("[validation] has data that [data] trains on; give them different splits.")
     total = _count_stages(recipe, last)
     with progress.task(f"{recipe.name}: stages", total=total) as overall:
         stages = Stages(out, owner=recipe.name, total=total, progress=progress, overall=overall, say=say)
@@ -121,16 +112,21 @@ def run_recipe(
     seconds = {found.label: found.seconds for run in runs for name, found in run.done.items() if name in run.timed}
     result = recipe_result(recipe, [run.found() for run in runs], seconds=seconds, device=torch_device(device).type)
     files = write_result(result, out)
-    return {**{key: result[key] for key in _SHOWN}, "files": files}
+    return {**result, "files": files}
 
 
 def _nothing() -> None:
     """The report of all seeds is made at the end."""
 
 
+def _share_data(one: DataConfig, other: DataConfig) -> bool:
+    """Whether two configs name the same source and splits that overlap."""
+    return (one.data, one.subset) == (other.data, other.subset) and (one.split == other.split or "all" in (one.split, other.split))
+
+
 def _evaluations(recipe: RecipeConfig) -> dict[str, DataConfig]:
     """What qualities are measured on, by name; validation first."""
-    return {_VALIDATION: recipe.validation, **{extra.name: extra.data for extra in recipe.extra_evaluation}}
+    return {VALIDATION: recipe.validation, **{extra.name: extra.data for extra in recipe.extra_evaluation}}
 
 
 def _count_stages(recipe: RecipeConfig, last: str) -> int:
@@ -166,8 +162,8 @@ class _SeedRun:
     # -- the stages
 
     def dense(self) -> None:
+        self._measure("start", None)  # first: it finds what is wrong with the data of all measurements before hours of training
         self._train("dense", self.recipe.train)
-        self._measure("start", None)
         self._measure("dense.quality", self.done["dense"])
 
     def sparsify(self) -> None:
@@ -204,19 +200,18 @@ class _SeedRun:
             return
         config = merged(self.recipe.train, baseline.train, where="moefication.train")
         relu = SparsifyConfig(enforcement=EnforcementConfig(weight=0.0)) if baseline.activation == "relu" else None
-        config = replace(config, steps=self._control_steps())
-        self._train("moefication", config, VariantConfig(name=MOEFICATION, sparsify=relu))
-        self._measure("moefication.quality", self.done["moefication"])
-        calibration = merged(self.recipe.convert.calibration, baseline.calibration, where="moefication.calibration")
-        self._convert("convert.moefication", self.done["moefication"], baseline.config, calibration)
+        config = replace(config, steps=max(self._control_steps(), self._steps_for(self._trained_tokens())))
+        self._train(MOEFICATION, config, VariantConfig(name=MOEFICATION, sparsify=relu))
+        self._measure(f"{MOEFICATION}.quality", self.done[MOEFICATION])
+        self._convert(f"convert.{MOEFICATION}", self.done[MOEFICATION], baseline.config, self._baseline_calibration())
 
     def sweep(self) -> None:
-        names = [*self._converted().items()]
+        models = [(name, converted, self.recipe.sweep.rule) for name, converted in self._converted().items()]
         if self.recipe.moefication is not None:
-            names.append((MOEFICATION, self.done["convert.moefication"]))
-        for name, converted in names:
+            models.append((MOEFICATION, self.done[f"convert.{MOEFICATION}"], None))  # whose rule is a part of it
+        for name, converted, rule in models:
             for evaluation, data in _evaluations(self.recipe).items():
-                self._sweep(f"sweep.{name}.{evaluation}", converted, data)
+                self._sweep(f"sweep.{name}.{evaluation}", converted, data, rule=rule)
 
     # -- one stage of one model
 
@@ -247,6 +242,7 @@ class _SeedRun:
             data = training_data(start, self.recipe.data, augment=self.recipe.augment, progress=progress)
             model.to(torch_device(self._device))
             sites = find_ffn_sites(model, example_inputs(model))
+            self._check_stages(start, sites)
             tokens, errors = 0, None
             chosen = options
             if regress is not None:
@@ -264,6 +260,29 @@ class _SeedRun:
             return {**_summary(record, config), "regress_errors": errors, "regress_tokens": tokens}
 
         self._run(name, inputs, work, timed=True)
+
+    def _check_stages(self, start: Loaded, sites: Sequence[FFNSite]) -> None:
+        """Refuse, before anything is trained, what a later stage would refuse after hours."""
+        recipe, variants = self.recipe, self.recipe.variant
+        conversions = [(stage.config, stage.calibration) for stage in map(recipe.convert_of, variants)]
+        if recipe.moefication is not None:
+            conversions.append((recipe.moefication.config, self._baseline_calibration()))
+        for config, calibration in conversions:
+            plan_conversion(start.model, sites, config)
+            if TASKS[start.task].has_windows:
+                check_window(start.model, calibration.window)
+        lessons = [] if recipe.finetune is None else [("finetune", recipe.finetune.teacher, recipe.finetune.config.distill)]
+        for variant in variants:
+            if variant.sparsify is not None:
+                check_enforcement(start.model, sites, variant.sparsify)
+                lessons.append((f"variant {variant.name}", variant.teacher, variant.sparsify.distill))
+        for where, teacher, distill in lessons:
+            if start.has_new_head and teacher == "source" and distill is not None and distill.logits_weight:
+                raise ConfigError(f"{where}: the head of the starting model is new and has nothing to teach; set its teacher to 'dense'.")
+
+    def _baseline_calibration(self) -> CalibrationConfig:
+        assert self.recipe.moefication is not None
+        return merged(self.recipe.convert.calibration, self.recipe.moefication.calibration, where="moefication.calibration")
 
     def _regress(
         self, model: nn.Module, processor: Any, sites: Sequence[FFNSite], variant: VariantConfig, folder: Path, progress: Progress
@@ -293,7 +312,7 @@ class _SeedRun:
             for key, data in evaluations.items():
                 batches = self._batches(model, processor, data, progress)
                 quality[key] = measure_quality(model, batches, metric=self.recipe.metric, progress=progress).value
-                if key == _VALIDATION:
+                if key == VALIDATION:
                     counts = count_nonzeros(model, batches, progress=progress)
             return {"quality": quality, **counts}
 
@@ -311,7 +330,9 @@ class _SeedRun:
 
         def work(folder: Path, progress: Progress) -> dict[str, Any]:
             moe = folder / "moe"
-            if not (moe / MANIFEST_FILE).is_file():  # else it was killed after its last step
+            if (moe / MANIFEST_FILE).is_file():  # killed after its last step
+                shutil.rmtree(folder / f"{moe.name}.work", ignore_errors=True)
+            else:
                 convert_checkpoint(
                     str(trained.folder / "model"),
                     moe,
@@ -385,13 +406,13 @@ class _SeedRun:
 
         self._run(f"routers.{variant.name}", inputs, work, timed=True)
 
-    def _sweep(self, name: str, converted: Stage, data: DataConfig) -> None:
+    def _sweep(self, name: str, converted: Stage, data: DataConfig, *, rule: str | None) -> None:
         config = self.recipe.sweep
         inputs = {
             "stage": "sweep",
             "of": converted.key,
             "data": data_id(data),
-            "rule": config.rule,
+            "rule": rule,
             "targets": list(config.targets),
             "metric": self.recipe.metric,
         }
@@ -400,7 +421,7 @@ class _SeedRun:
             curve = sweep_checkpoint(
                 converted.folder / "moe",
                 data=data,
-                rule=config.rule,
+                rule=rule,
                 targets=config.targets,
                 batch_size=config.batch_size,
                 dtype=self.recipe.model.dtype,
@@ -410,7 +431,9 @@ class _SeedRun:
             )
             if curve.metric != self.recipe.metric:
                 raise ConfigError(f"the recipe's metric is {self.recipe.metric}, but its model is measured by {curve.metric}.")
-            return {"dense": curve.dense.quality, "points": [to_dict(point) for point in curve.points]}
+            # with a rule, the curve has the point of the checkpoint's own one, too
+            points = [to_dict(point) for point in curve.points if rule in (None, point.rule)]
+            return {"dense": curve.dense.quality, "points": points}
 
         self._run(name, inputs, work, timed=False)
 
@@ -476,26 +499,36 @@ class _SeedRun:
         """Tokens of the training data that the main variant's stages read."""
         return sum(_tokens(self.done[name]) for name in self._main_names())
 
+    def _trained_tokens(self) -> int:
+        """The same without those that conversion itself reads, which MoEfication's conversion reads, too."""
+        return self._main_tokens() - _tokens(self.done[f"convert.{self.recipe.main.name}"])
+
     def _control_steps(self) -> int:
         """Steps of the control: as many as read the tokens that the main variant's stages read together."""
+        return self.recipe.train.steps if self.recipe.control.tokens == "train" else self._steps_for(self._main_tokens())
+
+    def _steps_for(self, tokens: int) -> int:
+        """Steps of [train] that read at least so many tokens, and never less than it has."""
         dense = self.done["dense"].result
-        if self.recipe.control.tokens == "train":
-            return self.recipe.train.steps
-        return max(self.recipe.train.steps, math.ceil(self._main_tokens() * int(dense["steps"]) / int(dense["tokens"])))
+        return max(self.recipe.train.steps, math.ceil(tokens * int(dense["steps"]) / int(dense["tokens"])))
 
     # -- the result
 
     def found(self) -> dict[str, Any]:
         """What `recipe_result` takes of this seed."""
         main, evaluations = self.recipe.main.name, _evaluations(self.recipe)
-        baseline = self.recipe.moefication is not None
+        baseline = [MOEFICATION] if self.recipe.moefication is not None else []
 
-        def quality(name: str, evaluation: str = _VALIDATION) -> float | None:
+        def quality(name: str, evaluation: str = VALIDATION) -> float | None:
             stage = self.done.get(f"{name}.quality" if name != "start" else name)
             return None if stage is None else stage.result["quality"][evaluation]
 
-        def points(name: str, evaluation: str = _VALIDATION) -> list[Any]:
+        def points(name: str, evaluation: str = VALIDATION) -> list[Any]:
             return sorted(self.done[f"sweep.{name}.{evaluation}"].result["points"], key=lambda point: float(point["ffn_flops_fraction"]))
+
+        def at_flops(evaluation: str = VALIDATION) -> dict[str, dict[str, float | None]]:
+            curves = {name: [from_dict(CurvePoint, point) for point in points(name, evaluation)] for name in (*variants, *baseline)}
+            return {name: {f"{share:g}": quality_at(curve, share) for share in AT_FLOPS} for name, curve in curves.items()}
 
         variants = {}
         for variant in self.recipe.variant:
@@ -509,7 +542,7 @@ class _SeedRun:
                 "regress_errors": trained.result["regress_errors"],
                 "nonzeros_before": self.done["start"].result["nonzeros"],
                 **{key: measured[key] for key in ("nonzeros", "active", "neurons", "eps")},
-                "converted_dense": self.done[f"sweep.{variant.name}.{_VALIDATION}"].result["dense"],
+                "converted_dense": self.done[f"sweep.{variant.name}.{VALIDATION}"].result["dense"],
                 "points": points(variant.name),
             }
         extra = {
@@ -518,9 +551,10 @@ class _SeedRun:
                 "sparsified": quality(f"sparsify.{main}", name),
                 "points": points(main, name),
                 "moefication_points": points(MOEFICATION, name) if baseline else [],
+                "at_flops": at_flops(name),
             }
             for name in evaluations
-            if name != _VALIDATION
+            if name != VALIDATION
         }
         return {
             "seed": self.seed,
@@ -528,6 +562,7 @@ class _SeedRun:
             "sparsified": quality(f"sparsify.{main}"),
             "points": points(main),
             "moefication_points": points(MOEFICATION) if baseline else [],
+            "at_flops": at_flops(),
             "variants": variants,
             "extra_evaluations": extra,
             "train_tokens": self._main_tokens(),
@@ -572,15 +607,10 @@ def _replace_dense(model: nn.Module, processor: Any, out: Path) -> None:
 def count_nonzeros(model: nn.Module, batches: Sequence[Mapping[str, Tensor]], *, progress: Progress = NO_PROGRESS) -> dict[str, Any]:
     """Mean number of neurons that are not zero on a token, by FFN: exactly ("nonzeros"), and by more than "eps" ("active"); of "neurons".
 
-    Cost: forwards of the first 8192 tokens.
+    Cost: forwards of the first 8192 tokens, padding left out.
     """
-    taken: list[dict[str, Tensor]] = []
-    tokens = 0
-    for batch in batches:
-        taken.append({key: value for key, value in batch.items() if key != "labels"})
-        tokens += next(iter(batch.values()))[..., 0].numel() if "pixel_values" in batch else batch["input_ids"].numel()
-        if tokens >= _PROFILE_TOKENS:
-            break
+    inputs = ({key: value for key, value in batch.items() if key != "labels"} for batch in batches)  # nobody reads the loss
+    taken = take_tokens(inputs, _PROFILE_TOKENS, tokens_per_image=tokens_per_image(model.config))
     profiles = profile_activations(model, find_ffn_sites(model, example_inputs(model)), taken, eps=_EPS, progress=progress)
     found = {name: profile.summary() for name, profile in profiles.items()}
     return {

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import _config
 from .._progress import NO_PROGRESS, Progress
@@ -109,9 +109,7 @@ def sparsify_checkpoint(
     train = replace(train, save_every=train.save_every or max(1, train.steps // 20))
     model.to(place)
     sites = find_ffn_sites(model, example_inputs(model))
-    check_policy(config.enforcement.layer_weights, sites)
-    if config.activation == "keep":
-        enforce_sparsity(model, sites, config.enforcement).remove()  # refuses what it cannot do before anything is read
+    check_enforcement(model, sites, config)
     examples = training_data(loaded, data, augment=augment, progress=progress)
     batch_size = max(1, _FORWARD_TOKENS // validation.window) if TASKS[loaded.task].has_windows else 32
     batches = task_batches(loaded, validation, batch_size=batch_size, progress=progress)
@@ -154,6 +152,17 @@ def sparsify_checkpoint(
     save_trained(model, loaded.processor, out, record=report, card=card, overwrite=overwrite, progress=progress)
     remove_work(work)
     return report
+
+
+def check_enforcement(model: nn.Module, sites: Sequence[FFNSite], config: SparsifyConfig) -> None:
+    """Refuse, before anything is read or trained, enforcement that these FFNs cannot have.
+
+    Raises:
+        ConfigError, UnsupportedModelError: as `enforce_sparsity`.
+    """
+    check_policy(config.enforcement.layer_weights, sites)
+    if config.activation == "keep":
+        enforce_sparsity(model, sites, config.enforcement).remove()
 
 
 def _sequences(batch_tokens: int, window: int) -> int:

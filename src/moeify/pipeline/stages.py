@@ -85,9 +85,10 @@ class Stages:
         self._count += 1
         inputs = json.loads(json.dumps(inputs))
         key = key_of(inputs)
-        found = next((path for path in sorted(self._root.glob(f"*/*-{key}")) if (path / _RECORD).is_file()), None)
+        folders = sorted(self._root.glob(f"*/*-{key}"))  # under whatever name
+        found = next((path for path in folders if (path / _RECORD).is_file()), None)
         if found is None:
-            found = self._root / f"{label}-{key}"
+            found = next((path for path in folders if (path / _INPUTS).is_file()), self._root / f"{label}-{key}")
             self._start(found, label, key, inputs)
             heading = f"[{self._count}/{self._total} {label}] "
             clock = _Clock(found / _CLOCK)

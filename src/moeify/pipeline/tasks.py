@@ -30,7 +30,7 @@ from ..errors import ConfigError, DataError, UnsupportedModelError
 from ..evaluate import measure_quality
 from ..hf.checkpoint import load_model, model_class
 from ..train.loop import TrainingData
-from .inputs import check_window, head_classes, image_mode, most_positions, tokens_per_image
+from .inputs import check_window, head_classes, image_mode, most_images, most_positions
 
 _MASK_SEED = 0  # of evaluation: always the same positions
 
@@ -203,7 +203,7 @@ def _images(model: nn.Module, processor: Any, data: DataConfig, augment: Augment
         processor,
         mode=image_mode(model),
         augment=augment,
-        max_images=None if data.max_tokens is None else -(-data.max_tokens // tokens_per_image(model.config)),
+        max_images=most_images(model.config, data.max_tokens),
         progress=progress,
         **head_classes(model),
     )

@@ -1,8 +1,9 @@
-"""Curves and costs as markdown."""
+"""Curves, costs and the results of recipes as markdown."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
-from ..evaluate import Curve, CurvePoint
+from ..evaluate import METRICS, Curve, CurvePoint
 
 _HEADER = ("rule", "knob", "active", "FFN FLOPs", "all FLOPs", "{metric}", "ratio", "KL")
 _PARTS = {
@@ -42,6 +43,64 @@ def layers_markdown(rows: Mapping[str, Mapping[str, str]]) -> str:
     keys = list(dict.fromkeys(key for row in rows.values() for key in row))
     lines = [_markdown_row(["layer", *keys]), _markdown_row(["---", *["---:"] * len(keys)])]
     return "\n".join([*lines, *(_markdown_row([f"`{name}`", *(row.get(key, "") for key in keys)]) for name, row in rows.items())]) + "\n"
+
+
+def recipe_markdown(result: Mapping[str, Any]) -> str:
+    """What a recipe found, as tables: the models before conversion, the points of the main variant and the baseline, all at equal cost.
+
+    Args:
+        result: what `pipeline.results.recipe_result` made.
+    """
+    metric, variants = str(result["metric"]), result["variants"]
+    lower = METRICS[metric].lower_is_better
+    control = float(result["control"])
+
+    def against(quality: float | None) -> list[str]:
+        if quality is None:
+            return ["", ""]
+        return [f"{quality:.4g}", f"{quality / control:.4f}" if lower else f"{100 * (quality - control):+.2f}"]
+
+    main = next(name for name, found in variants.items() if found["main"])
+    models = {key: result[key] for key in ("start", "dense", "control")}
+    models |= {f"{name} (main)" if name == main else name: found["quality"] for name, found in variants.items()}
+    curves = {main: result["points"], "MoEfication": result["moefication_points"]}
+    shares = list(next(iter(result["at_flops"].values())))
+    named = [(name if name in variants else "MoEfication", at) for name, at in result["at_flops"].items()]
+    over = "/ control" if lower else "points over control"
+    tables = [
+        [["before conversion", metric, over], *([name, *against(value)] for name, value in models.items())],
+        [
+            ["converted", "rule", "knob", "active", "FFN FLOPs", metric, over],
+            *([name, *_cells(point)[:4], *against(point.quality)] for name, points in curves.items() for point in map(_point, points)),
+        ],
+        [
+            [f"{metric} at FFN FLOPs of", *(f"{100 * float(share):.0f} %" for share in shares)],
+            *([name, *(against(at[share])[0] for share in shares)] for name, at in named),
+        ],
+    ]
+    if result["moefication"] is not None:
+        tables[0].append(["MoEfication", *against(result["moefication"])])
+    seeds, tokens = result["seeds"], result["train_tokens"]
+    mean = f"mean of the seeds {', '.join(map(str, seeds))}" if len(seeds) > 1 else f"seed {seeds[0]}"
+    head = (
+        f"{result['recipe']}: {metric} on validation, {mean}; {tokens} training tokens, {result['wall_s']:.0f} s of training and conversion"
+    )
+    return "\n".join([f"{head}.\n", *map(_aligned, tables)])
+
+
+def _point(values: Mapping[str, Any]) -> CurvePoint:
+    return CurvePoint(**values)
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> str:
+    """A markdown table that is one in a terminal, too; numbers to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        _markdown_row([cell.rjust(width) if i else cell.ljust(width) for i, (cell, width) in enumerate(zip(row, widths, strict=True))])
+        for row in rows
+    ]
+    rule = _markdown_row(["-" * width if i == 0 else "-" * (width - 1) + ":" for i, width in enumerate(widths)])
+    return "\n".join([lines[0], rule, *lines[1:]]) + "\n"
 
 
 def _header(curve: Curve) -> list[str]:

@@ -17,6 +17,7 @@ from moeify.evaluate import (
     model_cost,
     model_weights,
     perplexity,
+    quality_at,
     sweep,
 )
 from moeify.layers import moe_layers, set_mode, set_rule
@@ -177,6 +178,18 @@ def test_cost_by_part_of_a_point_adds_up_to_its_flops(random_gpt, windows):
 
 def _curve(**extra):
     return Curve(model="m", metric="perplexity", dense=DenseQuality(quality=10.0, flops_per_token=1e6), points=(POINT,), extra=extra)
+
+
+def curve_point(flops, quality):
+    fractions = {"active_fraction": flops, "ffn_flops_fraction": flops, "flops_fraction": flops}
+    return CurvePoint(rule="topk", value=1.0, **fractions, quality=quality, quality_ratio=1.0)
+
+
+@pytest.mark.parametrize(("flops", "quality"), [(0.2, 20.0), (0.3, 16.0), (0.45, 10.0), (0.6, 8.0), (0.1, None), (0.9, None)])
+def test_quality_at_joins_neighbouring_points_and_never_leaves_the_curve(flops, quality):
+    points = [curve_point(0.45, 10.0), curve_point(0.2, 20.0), curve_point(0.75, 6.0), curve_point(0.2, 20.0)]
+    found = quality_at(points, flops)
+    assert found == (None if quality is None else pytest.approx(quality))
 
 
 def test_curve_written_and_read_is_equal_with_the_issued_fields(tmp_path):

@@ -132,9 +132,10 @@ def test_labelled_texts_are_read_up_to_max_tokens_and_cut_to_the_window(tmp_path
     data = DataConfig(data=str(tmp_path / "data.parquet"), max_tokens=None)
     whole = evaluation_batches(classifier(), byte_tokenizer(), data, batch_size=2)
     assert [tuple(batch["input_ids"].shape) for batch in whole] == [(2, 30)] * 10
-    few = evaluation_batches(classifier(), byte_tokenizer(), replace(data, window=12, max_tokens=100), batch_size=2)
-    assert [tuple(batch["input_ids"].shape) for batch in few] == [(2, 12)] * 5  # 24 tokens each: the fifth batch reaches 100
-    assert all(batch["labels"].tolist() == [0, 1] for batch in few)
+    for batch_size in (2, 4, 9):
+        few = evaluation_batches(classifier(), byte_tokenizer(), replace(data, window=12, max_tokens=100), batch_size=batch_size)
+        assert [label for batch in few for label in batch["labels"].tolist()] == [0, 1] * 4 + [0]  # 12 tokens each: the ninth reaches 100
+        assert {tuple(batch["input_ids"].shape) for batch in few} == {(batch_size, 12), (9 % batch_size or 9, 12)}
 
 
 def test_labelled_texts_of_a_model_with_few_positions_are_cut_to_them(tmp_path):
@@ -178,6 +179,8 @@ def test_labelled_images_are_read_one_batch_at_a_time_up_to_max_tokens(tmp_path,
     batches = evaluation_batches(model, lambda _image: torch.zeros(3, 4, 4), data, batch_size=3)
     assert [batch["labels"].tolist() for batch in batches] == [[0, 1, 0], [1, 0, 1], [0, 1, 0]]  # 4 patches an image: 36 tokens
     assert len(decoded) == 9, "the rest is never opened"
+    batches = evaluation_batches(model, lambda _image: torch.zeros(3, 4, 4), data, batch_size=5)
+    assert [len(batch["labels"]) for batch in batches] == [5, 4]
 
 
 # -- what is held out ------------------------------------------------------------------------------------------------------------------

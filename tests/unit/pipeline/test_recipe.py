@@ -115,6 +115,11 @@ def test_settings_change_any_option_by_its_dotted_name(tmp_path):
         ("variant.plain.main=true", "exactly one .* main = true"),
         ("variant.plain.name=relu", "names must differ"),
         ("variant.plain.name='a/b'", "name 'a/b' must be letters"),
+        ("variant.plain.name='relu.quality'", r"\[\[variant\]\] name 'relu.quality' must be letters, digits, '_' and '-'"),
+        ("variant.plain.name=MoEfication", r"name 'moefication' is that of \[moefication\]; choose another"),
+        ("extra_evaluation.other.name=validation", r"name 'validation' is that of \[validation\]; choose another"),
+        ("moefication.train.steps=7", r"\[moefication\] train cannot change steps: the baseline is trained for the control's tokens"),
+        ("task=masked-lm", "there are no recipes for masked-lm; moeify sparsify, convert and sweep"),
         ("name='a b'", "name 'a b' must be letters"),
         ("seeds=[1, 1]", "seeds must be different"),
         ("task=causal", "task 'causal' is unknown; did you mean 'causal-lm'"),
@@ -185,6 +190,13 @@ def test_smoke_shrinks_every_stage_and_changes_the_name(path):
     assert len(small.sweep.targets) <= 3
     if small.finetune is not None:
         assert merged(small.train, small.finetune.train, where="").steps <= 4
+
+
+def test_smoke_keeps_what_the_baseline_changes_and_the_steps_of_the_control(tmp_path):
+    recipe = read(tmp_path, settings=["moefication.train.lr=5e-4"], smoke=True)
+    assert recipe.moefication is not None
+    assert recipe.moefication.train["lr"] == 5e-4
+    assert merged(recipe.train, recipe.moefication.train, where="").steps == 4
 
 
 def test_there_are_four_recipes():

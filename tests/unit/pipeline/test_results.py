@@ -6,6 +6,7 @@ import subprocess
 
 import pytest
 
+from moeify.errors import DataError
 from moeify.pipeline import results
 from moeify.pipeline.recipe import RecipeConfig
 from moeify.pipeline.results import mean_of, recipe_result, source_commit, write_result
@@ -52,6 +53,7 @@ def seed(number, shift=0.0, *, points=2):
         "moefication": None,
         "points": curve,
         "moefication_points": [],
+        "at_flops": {"relu": {"0.2": None, "0.4": 11.4 + shift}, "gelu": {"0.2": None, "0.4": 11.4}},
         "variants": {
             "relu": {"main": True, "quality": 10.5 + shift, "nonzeros": {"0": 2.0 + shift, "1": 1.0}, **variant},
             "gelu": {"main": False, "quality": 10.0, "nonzeros": {"0": 8.0, "1": 8.0}, **variant},
@@ -87,6 +89,7 @@ def test_result_of_several_seeds_has_means_spreads_and_each_seed():
     assert (found["dense"], found["control"], found["train_tokens"]) == (12.0, 11.0, 100)
     assert [p["quality"] for p in found["points"]] == [14.0, 13.0]
     assert found["points"][0]["rule"] == "topk"
+    assert found["at_flops"] == {"relu": {"0.2": None, "0.4": 13.4}, "gelu": {"0.2": None, "0.4": 11.4}}
     assert found["variants"]["relu"]["nonzeros"] == {"0": 4.0, "1": 1.0}
     assert found["variants"]["relu"]["main"] is True
     assert found["spread"] == {"start": 0.0, "dense": 2.0, "control": 2.0, "sparsified": 2.0, "moefication": None}
@@ -108,7 +111,15 @@ def test_result_names_no_folder_of_the_machine():
 
 @pytest.mark.parametrize(
     ("values", "mean"),
-    [([1, 2], 1.5), ([3, 3], 3), ([True, False], True), (["a", "b"], "a"), ([{"x": [1.0]}, {"x": [2.0]}], {"x": [1.5]}), ([None, 1], None)],
+    [
+        ([1, 2], 1.5),
+        ([3, 3], 3),
+        ([True, False], True),
+        (["a", "b"], "a"),
+        ([{"x": [1.0]}, {"x": [2.0]}], {"x": [1.5]}),
+        ([None, 1], None),
+        ([1, None], None),
+    ],
 )
 def test_mean_of_keeps_the_shape(values, mean):
     assert mean_of(values) == mean
@@ -127,6 +138,23 @@ def test_write_result_draws_every_variant_the_baseline_and_both_levels(tmp_path)
     assert {"relu", "gelu (|h| &gt; 0.001)"} <= set(nonzeros) or {"relu", "gelu (|h| > 0.001)"} <= set(nonzeros)
     assert all((tmp_path / name).stat().st_size > 1000 for name in ("tiny_curves.png", "tiny_nonzeros.png"))
     assert set(files.values()) == {str(path) for path in tmp_path.iterdir()}
+    page = (tmp_path / "tiny.md").read_text()
+    assert page.startswith("# tiny\n\ntiny: perplexity on validation, seed 0; 100 training tokens, 6 s")
+    assert page.endswith("![curves](tiny_curves.png)\n\n![nonzeros](tiny_nonzeros.png)\n")
+
+
+def test_nonzeros_of_a_variant_that_is_all_but_never_zero_are_those_above_eps():
+    kinds = {
+        "relu": {"nonzeros": {"0": 400.0}, "active": {"0": 300.0}, "neurons": {"0": 1000.0}, "eps": 0.001},
+        "gelu": {"nonzeros": {"0": 999.7}, "active": {"0": 950.0}, "neurons": {"0": 1000.0}, "eps": 0.001},
+    }
+    assert results._nonzeros(kinds) == {"relu": [400.0], "gelu (|h| > 0.001)": [950.0]}
+
+
+def test_a_report_without_matplotlib_is_refused_with_the_way_out(monkeypatch):
+    monkeypatch.setattr(results.importlib.util, "find_spec", lambda _name: None)
+    with pytest.raises(DataError, match=r"needs matplotlib; pip install 'moeify\[report\]', or stop before it: --stage sweep"):
+        results.check_report()
 
 
 def test_source_commit_says_whether_files_differ(tmp_path, monkeypatch):

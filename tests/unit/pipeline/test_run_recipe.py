@@ -1,5 +1,6 @@
 """What the stages of a recipe are made from: starting models, identities, tokens, non-zeros."""
 
+import importlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -7,15 +8,18 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+import transformers
 
 from moeify._config import from_dict
 from moeify._progress import NO_PROGRESS
 from moeify.data import DataConfig
-from moeify.errors import ConfigError
+from moeify.errors import CheckpointError, ConfigError, MoeifyError
+from moeify.hf.inputs import example_inputs
 from moeify.pipeline.recipe import RecipeConfig
-from moeify.pipeline.run_recipe import _SeedRun, count_nonzeros, data_id, model_id
+from moeify.pipeline.run_recipe import _SeedRun, count_nonzeros, data_id, model_id, run_recipe
 from moeify.pipeline.stages import Stage, Stages
 from moeify.pipeline.start import start_model
+from moeify.sites import find_ffn_sites
 
 GPT = {"model_type": "gpt2", "n_positions": 32, "n_embd": 8, "n_layer": 1, "n_head": 2}
 
@@ -70,6 +74,37 @@ def test_identities_are_of_the_content_and_not_of_the_place(tmp_path):
     assert model_id(recipe()) != model_id(recipe(model={"architecture": {**GPT, "n_layer": 2}, "tokenizer": "bytes"}))
 
 
+@pytest.mark.parametrize(
+    ("train", "validation", "shared"),
+    [("all", "validation", True), ("train", "train", True), ("train", "validation", False), ("train", "all", True)],
+)
+def test_validation_on_training_data_is_said(tmp_path, train, validation, shared):
+    data = {"data": "builtin:pydoc"}
+    chosen = recipe(data={**data, "split": train}, validation={**data, "split": validation}, model={"source": str(tmp_path / "none")})
+    said = []
+    with pytest.raises(CheckpointError):  # the model is read next
+        run_recipe(chosen, tmp_path / "out", stage="dense", say=said.append)
+    assert said == ["[validation] has data that [data] trains on; give them different splits."] * shared
+
+
+def test_count_nonzeros_counts_images_by_their_patches(monkeypatch):
+    model = transformers.ViTForImageClassification(
+        transformers.ViTConfig(
+            hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=4, patch_size=2, num_channels=1
+        )
+    )
+    monkeypatch.setattr(importlib.import_module("moeify.pipeline.run_recipe"), "_PROFILE_TOKENS", 12)
+    read = []
+
+    def batches():
+        for _ in range(5):
+            read.append(2)
+            yield {"pixel_values": torch.rand(2, 1, 4, 4), "labels": torch.zeros(2)}
+
+    assert set(count_nonzeros(model, batches())["neurons"].values()) == {16.0}
+    assert sum(read) == 4, "12 tokens are three images, and so two batches"
+
+
 def test_count_nonzeros_is_the_mean_over_real_tokens_of_each_ffn():
     model = tiny.tiny_llama()
     batch = {**tiny.tiny_inputs(), "attention_mask": torch.ones(2, 9, dtype=torch.int64)}
@@ -118,6 +153,55 @@ def test_the_control_gets_the_tokens_of_the_main_variant(tmp_path, changes, step
     assert run._control_steps() == steps
 
 
+@pytest.mark.parametrize(
+    ("changes", "steps"),
+    [
+        pytest.param({}, 16, id="as the control"),
+        pytest.param({"control": {"tokens": "train"}}, 13, id="(100 + 7 + 15) / 10: its own conversion reads tokens, too"),
+    ],
+)
+def test_the_baseline_is_trained_for_what_the_main_variant_is_trained_for(tmp_path, monkeypatch, changes, steps):
+    run = seed_run(tmp_path, recipe(moefication={}, **changes), dense=100, sparsify__a=100, convert__a=31, finetune__a=15)
+    trained = []
+    monkeypatch.setattr(run, "_train", lambda name, config, _variant: (trained.append(config.steps), run.done.update({name: None})))
+    for rest in ("_measure", "_convert"):
+        monkeypatch.setattr(run, rest, lambda *_: None)
+    run.moefication()
+    assert trained == [steps]
+
+
+def test_a_rule_to_sweep_is_the_variants_and_not_the_baselines(tmp_path, monkeypatch):
+    run = seed_run(tmp_path, recipe(moefication={}, sweep={"rule": "dynk_max"}), convert__a=1, convert__moefication=1)
+    rules = {}
+    monkeypatch.setattr(run, "_sweep", lambda name, _converted, _data, *, rule: rules.update({name: rule}))
+    run.sweep()
+    assert rules == {"sweep.a.validation": "dynk_max", "sweep.moefication.validation": None}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        pytest.param({}, None, id="fine"),
+        pytest.param({"sparsify": {"activation": "keep", "enforcement": {"on": "activations"}}}, "never zero", id="GELU, activations"),
+        pytest.param({"sparsify": {"enforcement": {"layer_weights": {"x": 1.0}}}}, "'x' matches no FFN", id="layer weight"),
+        pytest.param({"sparsify": {"distill": {}}}, "variant a: .* nothing to teach; set its teacher to 'dense'", id="drawn teacher"),
+        pytest.param({"sparsify": {"distill": {}}, "teacher": "dense"}, None, id="trained teacher"),
+        pytest.param({"convert": {"config": {"expert_size": 99}}}, "expert_size 99 is larger than the 32 neurons", id="experts"),
+        pytest.param({"convert": {"calibration": {"window": 64}}}, "window 64 is more than the 32 positions", id="calibration's window"),
+    ],
+)
+def test_what_a_later_stage_would_refuse_is_refused_before_any_training(tmp_path, changes, message):
+    chosen = recipe(variant=[{"name": "a", **changes}], convert={"config": {"expert_size": 4}, "calibration": {"window": 32}})
+    start = start_model(chosen, seed=0)
+    sites = find_ffn_sites(start.model, example_inputs(start.model))
+    run = seed_run(tmp_path, chosen)
+    if message is None:
+        run._check_stages(start, sites)
+        return
+    with pytest.raises(MoeifyError, match=message):
+        run._check_stages(start, sites)
+
+
 def test_seeds_are_added_to_those_of_the_recipe(tmp_path):
     chosen = recipe(train={"steps": 40, "seed": 5})
     with NO_PROGRESS.task("", total=1) as overall:
@@ -141,5 +225,5 @@ def test_stages_of_another_seed_have_other_keys_the_starting_model_too(tmp_path)
         stages.run = remember
         run.dense()
         made.append(inputs)
-    assert set(made[0]) == {"dense", "start", "dense.quality"}
+    assert list(made[0]) == ["start", "dense", "dense.quality"], "all that is measured is read before anything is trained"
     assert all(made[0][name] != made[1][name] for name in made[0])

@@ -45,6 +45,19 @@ def test_a_finished_stage_is_not_run_again_also_under_another_name(tmp_path):
     assert not (tmp_path / "seed1").exists()
 
 
+def test_a_killed_stage_continues_in_its_folder_under_another_name(tmp_path):
+    def killed(path, progress):
+        add(path, progress)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        open_stages(tmp_path).run("seed0/a", {"x": 1}, killed)
+    said = []
+    stage = open_stages(tmp_path, said=said).run("seed0/b", {"x": 1}, add)
+    assert (stage.folder / "runs").read_text() == "2"
+    assert said == ["seed0/b: continues where it stopped."]
+
+
 def test_changed_inputs_run_again_say_why_and_keep_the_earlier_stage(tmp_path):
     said = []
     old = open_stages(tmp_path).run("seed0/a", {"train": {"lr": 0.1, "steps": 5}}, add)

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from moeify.evaluate import Curve, CurvePoint, DenseQuality
-from moeify.report import cost_markdown, curve_markdown
+from moeify.report import cost_markdown, curve_markdown, recipe_markdown
 
 CURVE = Curve(
     model="tiny",
@@ -75,3 +75,60 @@ def test_cost_markdown_has_every_part_dense_and_at_the_calibrated_point():
 def test_cost_markdown_without_calibrated_point_has_the_dense_column_and_without_cost_nothing():
     assert cost_markdown(replace(CURVE, extra={"cost": COST})).splitlines()[2] == "| experts | 9.000 |"
     assert cost_markdown(CURVE) == ""
+
+
+def recipe_result(metric, scale):
+    """A recipe of two variants and a baseline; qualities of 10, 11, ... times a scale."""
+    point = {"rule": "topk", "value": 8.0, "active_fraction": 0.5, "ffn_flops_fraction": 0.55, "flops_fraction": 0.8, "kl": None}
+    return {
+        "recipe": "tiny",
+        "metric": metric,
+        "start": 40 * scale,
+        "dense": 11 * scale,
+        "control": 10 * scale,
+        "moefication": 12 * scale,
+        "points": [{**point, "quality": 13 * scale, "quality_ratio": 1.0}],
+        "moefication_points": [{**point, "quality": 15 * scale, "quality_ratio": 1.0}],
+        "at_flops": {"relu": {"0.5": 13.5 * scale, "0.6": 12.5 * scale}, "moefication": {"0.5": None, "0.6": 14 * scale}},
+        "variants": {"relu": {"main": True, "quality": 10.5 * scale}, "gelu": {"main": False, "quality": 10.25 * scale}},
+        "seeds": [0, 1],
+        "train_tokens": 1000,
+        "wall_s": 12.4,
+    }
+
+
+def test_recipe_markdown_compares_every_model_with_the_control():
+    assert recipe_markdown(recipe_result("perplexity", 1.0)).splitlines() == [
+        "tiny: perplexity on validation, mean of the seeds 0, 1; 1000 training tokens, 12 s of training and conversion.",
+        "",
+        "| before conversion | perplexity | / control |",
+        "| ----------------- | ---------: | --------: |",
+        "| start             |         40 |    4.0000 |",
+        "| dense             |         11 |    1.1000 |",
+        "| control           |         10 |    1.0000 |",
+        "| relu (main)       |       10.5 |    1.0500 |",
+        "| gelu              |      10.25 |    1.0250 |",
+        "| MoEfication       |         12 |    1.2000 |",
+        "",
+        "| converted   | rule | knob | active | FFN FLOPs | perplexity | / control |",
+        "| ----------- | ---: | ---: | -----: | --------: | ---------: | --------: |",
+        "| relu        | topk |    8 | 50.0 % |    55.0 % |         13 |    1.3000 |",
+        "| MoEfication | topk |    8 | 50.0 % |    55.0 % |         15 |    1.5000 |",
+        "",
+        "| perplexity at FFN FLOPs of | 50 % | 60 % |",
+        "| -------------------------- | ---: | ---: |",
+        "| relu                       | 13.5 | 12.5 |",
+        "| MoEfication                |      |   14 |",
+    ]
+
+
+def test_recipe_markdown_of_accuracies_has_points_over_the_control():
+    lines = recipe_markdown(recipe_result("accuracy", 0.05)).splitlines()
+    assert "| relu (main)       |    0.525 |               +2.50 |" in lines
+    assert "| before conversion | accuracy | points over control |" in lines
+
+
+def test_recipe_markdown_without_a_baseline_leaves_it_out():
+    result = {**recipe_result("perplexity", 1.0), "moefication": None, "moefication_points": []}
+    result["at_flops"] = {"relu": result["at_flops"]["relu"]}
+    assert "MoEfication" not in recipe_markdown(result)
