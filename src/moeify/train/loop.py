@@ -28,8 +28,9 @@ from .state import has_state, load_state, open_state, save_state
 
 _log = logging.getLogger(__name__)
 _NOT_DECAYED = re.compile(r"bias|layernorm|rmsnorm|(^|\.)norm($|\.)|_norm($|\.)")
-_MEMORY_KNOBS = ("micro_sequences", "gradient_checkpointing", "eval_every", "save_every", "log_every")
-"""Options that may change between a kill and the next start: they decide what is kept and what fits, not what is computed."""
+
+FREE_OPTIONS = ("micro_sequences", "gradient_checkpointing", "eval_every", "save_every", "log_every")
+"""Options of `TrainConfig` that may change between a kill and the next start: they decide what is kept and what fits into memory."""
 
 
 class TrainingData(Protocol):
@@ -109,6 +110,10 @@ class TrainConfig:
         """Passes over a data set of this many sequences; far more than 1 on a small one is learning by heart."""
         return self.steps / math.ceil(sequences / self.batch_sequences)
 
+    def decisive(self) -> dict[str, Any]:
+        """JSON values of the options that decide what a run gives: all but `FREE_OPTIONS`."""
+        return {key: value for key, value in _config.to_dict(self).items() if key not in FREE_OPTIONS}
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainRecord:
@@ -178,7 +183,7 @@ def train(
     done = 0
     with _own_random_numbers(device, seed=config.seed), _gradient_checkpointing(model, enabled=config.gradient_checkpointing):
         if state is not None:
-            open_state(state, {"train": _identity(config), "sequences": len(data), "run": dict(run or {})})
+            open_state(state, {"train": config.decisive(), "sequences": len(data), "run": dict(run or {})})
             if kept := load_state(state, model=model, optimizer=optimizer, schedule=schedule, scaler=scaler):
                 done, log = kept[0], _Log.of(_config.from_dict(TrainRecord, kept[1], where=str(state)))
         order = _Order(len(data), config)
@@ -399,10 +404,6 @@ def _evaluated(model: nn.Module, evaluate: Callable[[nn.Module], float], device:
 
 def _is_due(done: int, every: int | None) -> bool:
     return every is not None and done % every == 0
-
-
-def _identity(config: TrainConfig) -> dict[str, Any]:
-    return {key: value for key, value in _config.to_dict(config).items() if key not in _MEMORY_KNOBS}
 
 
 # ---- what can go wrong
