@@ -62,7 +62,8 @@ class TrainConfig:
     batch_sequences: int = 8
     """Sequences per optimizer step."""
     micro_sequences: int | None = None
-    """Sequences per forward; fewer need less memory and give the same result. None: all of a step at once."""
+    """Sequences per forward; fewer need less memory and give the same result, but for other random numbers (dropout, masking) and for what
+    stages take from one forward. None: all of a step at once."""
     lr: float = 1e-4
     """Largest learning rate."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
@@ -149,6 +150,7 @@ def train(
 
     Epoch e takes the sequences in the order ``randperm(len(data))`` of seed ``seed + e``, ``batch_sequences`` a step, its last what is
     left. A step's loss is the mean over all its labels, however they fall into micro-batches: each one's mean is weighted by its share.
+    Gradients that the model comes with are dropped.
 
     Args:
         model: any whose forward takes a batch's entries and returns an object with ``loss``, the mean over its labels.
@@ -189,6 +191,7 @@ def train(
         order = _Order(len(data), config)
         shifted: bool | None = None
         model.train()
+        model.zero_grad(set_to_none=True)  # what a failed step, or somebody else, left there
         with progress.task("train", total=config.steps) as task:
             task.advance(done)
             for step in range(done, config.steps):
@@ -200,7 +203,7 @@ def train(
                 generator = torch.Generator().manual_seed(1_000_003 * (config.seed + 1) + step)
                 batches = [data.batch(rows, generator=generator) for rows in order.micro_batches(step)]
                 if shifted is None:
-                    with _autocast(device, compute), _own_random_numbers(device):
+                    with _memory_errors(config, step), _autocast(device, compute), _own_random_numbers(device):
                         shifted = shifts_labels(model, _to(batches[0], device))
                 counts = [counted_labels(batch, shifted=shifted) for batch in batches]
                 if sum(counts) == 0:
