@@ -289,13 +289,14 @@ class RouterTraining:
 
     ``outputs.loss`` becomes the sum over layers of the loss that `train_routers` fits with, on every real token of the batch, in dense
     mode, so that each router sees what the dense model's FFN sees. Everything but the routers is frozen until the part is removed. No
-    gradient leaves a layer, so a backward pass costs next to nothing; gradient checkpointing would lose it.
+    gradient leaves a layer, so a backward pass costs next to nothing.
 
     Args:
         model: converted model with norm routers.
 
     Raises:
         ConfigError: the model is dense, or has another kind of router.
+        UnsupportedModelError: (in forward) reentrant gradient checkpointing.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -313,7 +314,7 @@ class RouterTraining:
         for parameter, was in self._required.items():
             parameter.requires_grad_(was and parameter in routers)
         self._handles: list[RemovableHandle] = [
-            model.register_forward_pre_hook(self._state.begin, with_kwargs=True),
+            model.register_forward_pre_hook(self._begin, with_kwargs=True),
             model.register_forward_hook(self._end, prepend=True),
         ]
         for layer in self._layers:
@@ -345,11 +346,20 @@ class RouterTraining:
         z_TE, output = router.raw_scores(x_TD), router.config.output
         return router_loss(z_TE - 2 * scale.log() if output == "exp" else z_TE / scale, targets_TE, output=output)
 
+    def _begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._losses.clear()  # of a forward that failed, or of checkpointed layers that ran again
+        self._state.begin(model, args, kwargs)
+
     def _end(self, _model: nn.Module, _args: tuple[Any, ...], outputs: Any) -> Any:
-        if self._losses:
-            share = self._state.share
-            outputs["loss"] = torch.stack(self._losses).sum() * (1.0 if share is None else share)
-            self._losses.clear()
+        if not torch.is_grad_enabled():
+            return outputs
+        if not self._losses:
+            raise UnsupportedModelError(
+                "reentrant gradient checkpointing hides the routers' inputs; leave it out, nothing here needs its memory."
+            )
+        share = self._state.share
+        outputs["loss"] = torch.stack(self._losses).sum() * (1.0 if share is None else share)
+        self._losses.clear()
         return outputs
 
     def set_step(self, step: int) -> None:
