@@ -11,7 +11,8 @@ outputs are, as `moeify.sparsity.enforce` does it, which is exact whatever is ch
 
 import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, cast
@@ -147,20 +148,28 @@ class Distillation:
             return
         self._state.begin(model, args, kwargs)
         inputs = self._state.inputs
-        for ffn in self._ffns.values():
-            ffn.target = None
         arguments = {key: value for key, value in inputs.items() if key not in _NOT_FOR_THE_TEACHER}
         arguments |= {"use_cache": False} if self._takes_cache else {}
         device = self._state.scale.device.type
         enabled = torch.is_autocast_enabled(device)
         compute = self._compute or (torch.get_autocast_dtype(device) if enabled else torch.float32)
         with torch.no_grad(), torch.autocast(device, dtype=compute, enabled=compute is not torch.float32):
-            if self._shifts is None:
+            if self._shifts is None and inputs.get("labels") is not None:
                 tensors = {key: value for key, value in inputs.items() if isinstance(value, Tensor) and key != "num_items_in_batch"}
                 self._shifts = shifts_labels(self._teacher, tensors)
-                for ffn in self._ffns.values():  # what they remember is to be of the next forward
-                    ffn.target = None
-            self._logits = getattr(self._teacher(**arguments), "logits", None)
+            with self._remembering():
+                self._logits = getattr(self._teacher(**arguments), "logits", None)
+
+    @contextmanager
+    def _remembering(self) -> Iterator[None]:
+        """The teacher's forwards that others call in between are none of ours."""
+        for ffn in self._ffns.values():
+            ffn.target, ffn.is_listening = None, True
+        try:
+            yield
+        finally:
+            for ffn in self._ffns.values():
+                ffn.is_listening = False
 
     def _add_to_loss(self, model: nn.Module, args: tuple[Any, ...], outputs: Any) -> None:
         """Hook of the student."""
@@ -245,6 +254,8 @@ class _FFN:
 
     def __init__(self, state: InFlight, weight: float, name: str, *, in_decoder: bool) -> None:
         self.target: Tensor | None = None
+        self.is_listening = False
+        """Whether the teacher's forward in flight is the one to learn from."""
         self.value: Tensor | None = None
         """Relative squared error of the latest forward with gradients."""
         self._state, self._weight, self._name = state, weight, name
@@ -252,6 +263,8 @@ class _FFN:
 
     def remember(self, _module: nn.Module, _args: Any, output: Tensor) -> None:
         """Hook of the teacher's down projection."""
+        if not self.is_listening:
+            return
         if self.target is not None:
             raise UnsupportedModelError(f"'{self._name}' runs several times in a forward; leave it out of sites, or set ffn_weight to 0.")
         self.target = output.detach()
