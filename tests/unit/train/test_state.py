@@ -110,6 +110,20 @@ def test_state_stores_tied_weights_once_and_nothing_pickled(tmp_path):
     assert sum("intermediate.dense.weight" in name for name in stored) == 1
 
 
+def test_state_of_a_model_with_more_than_tensors_keeps_the_tensors(tmp_path):
+    class Counting(nn.Identity):
+        def get_extra_state(self):
+            return {"calls": 3}
+
+        def set_extra_state(self, state):
+            pass
+
+    model = tiny_llama()
+    model.model.extra = Counting()
+    train(model, text(), TrainConfig(steps=1, **F32), state=tmp_path)
+    assert load_file(tmp_path / "step-00000001" / "model.safetensors").keys() == dict(tiny_llama().named_parameters()).keys()
+
+
 def test_train_when_it_diverges_keeps_the_last_good_state(tmp_path):
     data = text(rows=6)
     model = tiny_llama()
