@@ -14,7 +14,6 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any, cast
 
 import torch
@@ -23,8 +22,8 @@ from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
 from ..errors import ConfigError, UnsupportedModelError
-from ..sites.site import FFNSite, in_decoder, token_mask_of
-from ..sparsity.inflight import InFlight, read_scale
+from ..sites.site import FFNSite, mask_name, token_mask_of
+from ..sparsity.inflight import InFlight, Removable, read_scale
 from .labels import IGNORED, shifts_labels
 
 _CHUNK_LOGITS = 2**22  # numbers of a chunk of rows; their fp32 copies are what the KL needs beside the logits
@@ -54,7 +53,14 @@ class DistillConfig:
             raise ConfigError("logits_weight and ffn_weight are both 0: nothing is learnt from the teacher.")
 
 
-class Distillation:
+def check_teacher(config: DistillConfig | None, teacher: nn.Module | None) -> None:
+    """A `ConfigError` where one of the two is given without the other."""
+    if (teacher is None) != (config is None):
+        given, missing = ("distill", "a teacher") if teacher is None else ("a teacher", "distill")
+        raise ConfigError(f"{given} is given without {missing}; distillation needs both.")
+
+
+class Distillation(Removable):
     """What is attached to a model that learns from a teacher; a context manager that removes it, and a `moeify.train.Part`.
 
         with Distillation(model, teacher, DistillConfig(temperature=2.0)):
@@ -110,7 +116,7 @@ class Distillation:
         self._values: dict[str, Tensor] = {}
         self._state = InFlight(model)
         self._ffns = {
-            site.name: _FFN(self._state, config.ffn_weight / len(sites), site.name, in_decoder=in_decoder(model, site)) for site in sites
+            site.name: _FFN(self._state, config.ffn_weight / len(sites), site.name, mask_name=mask_name(model, site)) for site in sites
         }
         # Before all others: who follows outputs.loss (sparsity enforcement) is to see the final one.
         self._handles: list[RemovableHandle] = [
@@ -135,12 +141,6 @@ class Distillation:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-
-    def __enter__(self) -> "Distillation":
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.remove()
 
     def _ask_teacher(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Pre-hook of the student."""
@@ -252,14 +252,14 @@ class _KLSum(torch.autograd.Function):
 class _FFN:
     """One FFN's term: what the teacher's gave, and the pull of the student's towards it."""
 
-    def __init__(self, state: InFlight, weight: float, name: str, *, in_decoder: bool) -> None:
+    def __init__(self, state: InFlight, weight: float, name: str, *, mask_name: str) -> None:
         self.target: Tensor | None = None
         self.is_listening = False
         """Whether the teacher's forward in flight is the one to learn from."""
         self.value: Tensor | None = None
         """Relative squared error of the latest forward with gradients."""
         self._state, self._weight, self._name = state, weight, name
-        self._mask_name = "decoder_attention_mask" if in_decoder else "attention_mask"
+        self._mask_name = mask_name
 
     def remember(self, _module: nn.Module, _args: Any, output: Tensor) -> None:
         """Hook of the teacher's down projection."""

@@ -4,7 +4,6 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Literal
 
 import torch
@@ -13,9 +12,10 @@ from torch import Tensor, nn
 from .. import _config
 from .._progress import NO_PROGRESS, Progress
 from ..errors import ConfigError
-from ..sites import FFNSite, check_policy
+from ..sites import FFNSite
 from ..sparsity import ActivationConfig, EnforcementConfig, enforce_sparsity, scheduled_weight, set_activation, set_mix
-from .distill import Distillation, DistillConfig
+from ..sparsity.inflight import Removable
+from .distill import Distillation, DistillConfig, check_teacher
 from .loop import TrainConfig, TrainingData, TrainRecord, train
 
 
@@ -42,7 +42,7 @@ class SparsifyConfig:
         ActivationConfig(threshold=self.threshold)
 
 
-class Sparsification:
+class Sparsification(Removable):
     """What `sparsify` attaches to a model: a `moeify.train.Part` for any loop, and a context manager that removes its hooks.
 
     The activation function stays when it is removed, and has arrived after ``set_step(total_steps)``.
@@ -71,10 +71,8 @@ class Sparsification:
         compute: torch.dtype | None = None,
     ) -> None:
         self.config = config = config or SparsifyConfig()
-        if (teacher is None) != (config.distill is None):
-            given, missing = ("distill", "a teacher") if teacher is None else ("a teacher", "distill")
-            raise ConfigError(f"{given} is given without {missing}; distillation needs both.")
-        check_policy(config.enforcement.layer_weights, sites)  # what can be refused is refused before the model is changed
+        check_teacher(config.distill, teacher)
+        config.enforcement.enforced(sites)  # what can be refused is refused before the model is changed
         self._model = model
         self._attached = ExitStack()
         distillation = Distillation(model, teacher, config.distill, sites, compute=compute) if teacher is not None else None
@@ -130,12 +128,6 @@ class Sparsification:
     def remove(self) -> None:
         """Take all hooks off."""
         self._attached.close()
-
-    def __enter__(self) -> "Sparsification":
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.remove()
 
 
 def sparsify(

@@ -171,9 +171,10 @@ def test_router_training_callback_trains_routers_alone_as_our_loop_does(tmp_path
     assert all(torch.equal(p, dense.get_parameter(name)) == ("router" not in name) for name, p in other.named_parameters())
 
 
-def test_finetune_callback_when_compiled_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match="torch_compile and selection"):
-        trainer_of(convert_tiny(tiny_llama()), text(), STEPS, tmp_path, callbacks=[FinetuneCallback()], torch_compile=True)
+@pytest.mark.parametrize("callback", [FinetuneCallback, RouterTrainingCallback])
+def test_callbacks_of_converted_models_when_compiled_are_refused(callback, tmp_path):
+    with pytest.raises(ConfigError, match="torch_compile and the training of converted models"):
+        trainer_of(convert_tiny(tiny_llama()), text(), STEPS, tmp_path, callbacks=[callback()], torch_compile=True)
 
 
 SCRIPT = """

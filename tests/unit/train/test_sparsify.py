@@ -108,6 +108,7 @@ def test_sparsify_when_raw_activations_are_never_zero_refuses_before_any_work(lo
         pytest.param(
             SparsifyConfig(enforcement=EnforcementConfig(layer_weights={"x": 1.0})), False, "layer_weights|matches no", id="layer"
         ),
+        pytest.param(SparsifyConfig(enforcement=EnforcementConfig(layer_weights={"re:.*": 0.0})), False, "leaves no FFN", id="no layer"),
     ],
 )
 def test_sparsify_when_options_do_not_fit_refuses_and_leaves_the_model(config, teacher, message):
