@@ -28,7 +28,7 @@ class SparsifyConfig:
     threshold: float = 0.0
     """t of relu(z - t), for relu. Where FFNs have biases and nothing is annealed t goes there; else moeify is needed to load the model."""
     anneal_frac: float = 0.0
-    """Share of the steps over which the old function becomes ReLU, in [0, 1]; 0: at once."""
+    """Share of the steps over which the old function becomes ReLU, in [0, 1]; 0: at once. Nothing where it is ReLU already."""
     enforcement: EnforcementConfig = field(default_factory=EnforcementConfig)
     """The sparsity loss."""
     distill: DistillConfig | None = None
@@ -91,6 +91,7 @@ class Sparsification(Removable):
         except BaseException:
             self._attached.close()
             raise
+        self._anneals = bool(config.anneal_frac) and any(new != old for new, old in zip(self.sites, sites, strict=True))
         self._mix = 1.0
         self.set_step(0)
 
@@ -107,7 +108,7 @@ class Sparsification(Removable):
     def set_step(self, step: int) -> None:
         """Set the weight of the sparsity loss and the share of the new function; the last step has all of both."""
         self._enforcement.set_step(step)
-        if self.config.activation == "relu" and self.config.anneal_frac:
+        if self._anneals:
             if self.total_steps > 1:
                 self._mix = scheduled_weight(
                     1.0, schedule="warmup", step=step, total_steps=self.total_steps, warmup_frac=self.config.anneal_frac

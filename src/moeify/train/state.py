@@ -103,7 +103,7 @@ def load_state(
         The step and the record; None where nothing was kept.
 
     Raises:
-        CheckpointError: it is damaged, or of another model.
+        CheckpointError: it is damaged, or of another model or other parameters of it.
     """
     steps = _steps(folder)
     if not steps:
@@ -113,6 +113,9 @@ def load_state(
         weights, tensors = load_file(found / "model.safetensors"), load_file(found / "optimizer.safetensors")
         rest = json.loads((found / "state.json").read_text())
         _load_weights(model, weights, where=found)
+        kept, present = ([(len(g["params"]), g["initial_lr"]) for g in groups] for groups in (rest["groups"], optimizer.param_groups))
+        if kept != present:
+            raise CheckpointError(f"'{found}' is of a run that trained other parameters, or at other rates; choose another state folder.")
         _load_random_states(model, tensors)
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         slots: dict[int, dict[str, Tensor]] = {}

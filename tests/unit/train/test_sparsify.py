@@ -1,6 +1,7 @@
 """Training for sparse activations: fewer are active, the model stays a plain one, and what makes no sense is refused before any work."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -83,6 +84,16 @@ def test_sparsify_when_it_died_while_annealing_goes_on_as_if_it_had_not(tmp_path
     assert fresh.config.hidden_act == "relu", "a finished run's model is finished, too"
     with torch.no_grad():
         assert torch.equal(fresh(**tiny_inputs()).logits, model(**tiny_inputs()).logits)
+
+
+def test_sparsify_of_a_model_that_computes_relu_already_has_nothing_to_anneal():
+    config = SparsifyConfig(anneal_frac=0.5, enforcement=EnforcementConfig(weight=0.03))
+    records = []
+    for one in (config, replace(config, anneal_frac=0.0)):
+        model = tiny_llama()
+        records.append(sparsify(model, find_ffn_sites(model, tiny_inputs()), text(), one, replace(STEPS, steps=3)))
+    assert records[0].losses == records[1].losses
+    assert [entry["activation_mix"] for entry in records[0].parts] == [1, 1, 1]
 
 
 class Unread:

@@ -167,6 +167,16 @@ def test_train_when_the_state_is_of_another_model_says_so(tmp_path):
         train(tiny_classifier(), text(), config, state=tmp_path)
 
 
+def test_train_when_other_parameters_are_trained_than_in_the_state_says_so(tmp_path):
+    config = TrainConfig(steps=2, **F32)
+    train(tiny_llama(), text(), config, state=tmp_path)
+    frozen = tiny_llama()
+    frozen.lm_head.requires_grad_(False)
+    for model, factors in ((frozen, None), (tiny_llama(), {"re:.*mlp.*": 2.0})):
+        with pytest.raises(CheckpointError, match="is of a run that trained other parameters, or at other rates; choose another state"):
+            train(model, text(), config, state=tmp_path, lr_factors=factors)
+
+
 def test_train_when_the_state_folder_is_of_somebody_else_leaves_it(tmp_path):
     (tmp_path / "thesis.txt").write_text("years")
     with pytest.raises(CheckpointError, match="is in the way and is not the state of a training run"):
