@@ -168,7 +168,7 @@ def train(
         The record; the model is in eval mode, without gradients.
 
     Raises:
-        ConfigError: nothing to train, or float16 without a GPU.
+        ConfigError: nothing to train, float16 weights to train, or float16 products without a GPU.
         DataError: no sequences, or a step without a label.
         CheckpointError: ``state`` is of another run, or cannot be written.
         TrainingError: the loss or a gradient is not finite, or memory ran out. The model then has the weights that gave it.
@@ -335,6 +335,10 @@ def _parameter_groups(model: nn.Module, config: TrainConfig, lr_factors: Mapping
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     if not trained:
         raise ConfigError("no parameter of the model requires a gradient: nothing to train.")
+    if low := next((name for name, p in trained if p.dtype is torch.float16), None):
+        raise ConfigError(
+            f"'{low}' is float16, in which a gradient's square is 0; load the model in float32 (compute='float16' multiplies in it)."
+        )
     groups: dict[tuple[str | None, bool], list[nn.Parameter]] = {(None, True): [], (None, False): []}
     for name, parameter in trained:
         is_still = _NOT_DECAYED.search(name.lower()) or name.rpartition(".")[0] in norms

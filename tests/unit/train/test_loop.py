@@ -285,6 +285,18 @@ def test_train_when_there_is_nothing_to_train_or_to_train_on_says_so():
         train(tiny_llama(), text(), TrainConfig(steps=1, compute="float16"))
 
 
+def test_train_when_trained_weights_are_float16_refuses():
+    model = tiny_llama(dtype=torch.float16)
+    with pytest.raises(ConfigError, match=r"'model.embed_tokens.weight' is float16, .* load the model in float32"):
+        train(model, text(), TrainConfig(steps=1, **F32))
+    for p in model.parameters():
+        p.requires_grad_(False)
+        p.data = p.data.float() if p is model.lm_head.weight else p.data
+    model.lm_head.weight.requires_grad_()
+    model.lm_head.register_forward_pre_hook(lambda _m, args: (args[0].float(),))
+    assert len(train(model, text(), TrainConfig(steps=1, **F32)).losses) == 1, "what is frozen may be of any type"
+
+
 def test_train_when_there_is_no_loss_says_so():
     with pytest.raises(DataError, match="LlamaModel gives no loss for input_ids, attention_mask: it needs a head, and the data labels"):
         train(tiny_llama().model, Rows(**{k: v for k, v in text().tensors.items() if k != "labels"}), TrainConfig(steps=1, **F32))
