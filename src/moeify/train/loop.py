@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from .. import _config
 from .._progress import NO_PROGRESS, Progress
-from ..errors import ConfigError, DataError, TrainingError
+from ..errors import ConfigError, DataError, TrainingError, is_out_of_memory
 from ..sites.policy import matching_key
 from .capture import fast_dtype
 from .labels import counted_labels, shifts_labels
@@ -420,8 +420,8 @@ def _is_due(done: int, every: int | None) -> bool:
 def _memory_errors(config: TrainConfig, step: int) -> Iterator[None]:
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
             raise
         micro = config.micro_sequences or config.batch_sequences
         knob = f"lower micro_sequences ({micro})" if micro > 1 else "take shorter sequences"

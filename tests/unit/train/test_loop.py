@@ -254,6 +254,7 @@ def test_train_out_of_memory_says_which_knob_lowers_it():
     [
         pytest.param(torch.OutOfMemoryError("CUDA out of memory."), id="GPU"),
         pytest.param(RuntimeError("[enforce fail at alloc_cpu.cpp:119] err == 0. DefaultCPUAllocator: can't allocate memory"), id="CPU"),
+        pytest.param(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), id="cuBLAS"),
         pytest.param(MemoryError(), id="Python"),
     ],
 )
