@@ -309,7 +309,8 @@ class RouterTraining(Removable):
         inputs: list[Tensor] = []
 
         def remember(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            inputs[:] = [args[0]]
+            if torch.is_grad_enabled():  # else nobody takes it out again
+                inputs[:] = [args[0]]
 
         def regress(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
             if torch.is_grad_enabled():
