@@ -1,5 +1,6 @@
 """Files and folders that a kill may leave half done."""
 
+import os
 import shutil
 from pathlib import Path
 
@@ -12,3 +13,14 @@ def remove_folder(folder: Path, *, last: str) -> None:
         elif child.name != last:
             child.unlink()
     shutil.rmtree(folder)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk: a power cut could leave a name without the content."""
+    if os.name == "nt" and path.is_dir():  # a folder cannot be opened there
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

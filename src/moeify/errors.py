@@ -4,6 +4,10 @@
 arguments; ``KernelError`` and ``TrainingError`` are ``RuntimeError``. The command line prints the message alone and exits with 2.
 """
 
+import torch
+
+_NO_MEMORY = ("can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED")  # CPU on Linux and Windows; cuBLAS
+
 
 class MoeifyError(Exception):
     """Base of every error that the library raises on purpose."""
@@ -31,3 +35,10 @@ class DataError(MoeifyError, ValueError):
 
 class TrainingError(MoeifyError, RuntimeError):
     """Training cannot go on: the loss or a gradient is no number any more, or memory ran out; what was kept before is still there."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed; torch has an exception of its own for accelerators only."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
+        isinstance(error, RuntimeError) and any(text in str(error) for text in _NO_MEMORY)
+    )

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from .._config import did_you_mean
-from .._files import remove_folder
+from .._files import remove_folder, sync
 from .._progress import NO_PROGRESS, Progress
 from ..convert import Manifest, stamp
 from ..errors import CheckpointError, MoeifyError, UnsupportedModelError
@@ -522,14 +522,14 @@ def _whole_folder(out: Path, *, overwrite: bool, marker: str = MANIFEST_FILE) ->
         (partial / marker).touch()  # says that the folder is ours, see _check_leftover
         yield partial
         is_dense = (partial / marker).stat().st_size == 0
-        _sync(partial)
+        _sync_all(partial)
         if out.exists() and any(out.iterdir()):
             out.rename(replaced)
         partial.rename(out)
         done = True
         if is_dense:
             (out / marker).unlink()
-        _sync_directory(out.parent)
+        sync(out.parent)
     except MoeifyError:
         raise
     except (OSError, ValueError, SafetensorError) as error:
@@ -558,22 +558,10 @@ def _check_leftover(folder: Path) -> None:
         raise CheckpointError(f"'{folder}' is in the way and was not written by moeify; move it, or choose another --out.")
 
 
-def _sync(directory: Path) -> None:
+def _sync_all(directory: Path) -> None:
     for folder, _, names in os.walk(directory):
-        for name in names:
-            with (Path(folder) / name).open("rb") as file:
-                os.fsync(file.fileno())
-        _sync_directory(Path(folder))
-
-
-def _sync_directory(directory: Path) -> None:
-    if os.name == "nt":  # a directory cannot be opened there
-        return
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        for name in (*names, ""):  # the folder itself at the end
+            sync(Path(folder) / name)
 
 
 def _reason(error: Exception) -> str:

@@ -60,8 +60,6 @@ AT_FLOPS = tuple(round(0.1 * i, 1) for i in range(1, 10))
 _PROFILE_TOKENS = 8192
 _EPS = 1e-3
 _CALIBRATED = ("rule", "value", "active_fraction", "router_scores")
-# Options of training that decide what is kept and what fits into memory, and nothing else.
-_KEEPING = ("micro_sequences", "gradient_checkpointing", "eval_every", "save_every", "log_every")
 
 
 def run_recipe(
@@ -230,7 +228,7 @@ class _SeedRun:
             "stage": "train",
             **self._model_id,
             "data": self._data_id,
-            "train": _decisive(config),
+            "train": config.decisive(),
             "sparsify": None if options is None else to_dict(options),
             "regress": None if regress is None else {**to_dict(regress), "tokens": variant.regress_tokens},
             "teacher": self._teacher_key(variant.teacher, None) if follows else None,
@@ -361,7 +359,7 @@ class _SeedRun:
             "stage": "finetune",
             "of": converted.key,
             "data": self._data_id,
-            "train": _decisive(config),
+            "train": config.decisive(),
             "config": to_dict(stage.config),
             "teacher": self._teacher_key(stage.teacher, variant) if follows else None,
         }
@@ -579,11 +577,6 @@ def _tokens(stage: Stage) -> int:
 def task_of(model: nn.Module) -> str:
     """The task of a model's head."""
     return next(name for name, task in TASKS.items() if type(model).__name__.endswith(task.heads))
-
-
-def _decisive(config: TrainConfig) -> dict[str, Any]:
-    """The options that decide what training gives; the others decide what is kept and what fits into memory."""
-    return {key: value for key, value in to_dict(config).items() if key not in _KEEPING}
 
 
 def _summary(record: TrainRecord, config: TrainConfig) -> dict[str, Any]:

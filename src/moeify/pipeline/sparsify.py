@@ -36,13 +36,6 @@ _MEASURED = "before.json"
 _PROFILE_TOKENS = 8192  # zeros of 8192 tokens: a standard error of under 0.1 points in every layer
 _FORWARD_TOKENS = 2048  # of an evaluation, as far as windows allow; short texts and images come in batches of 32
 _POINTS = 20  # of a long run, in the record
-_FREE = (
-    "micro_sequences",
-    "gradient_checkpointing",
-    "eval_every",
-    "save_every",
-    "log_every",
-)  # may change between a kill and the next start
 
 
 def sparsify_checkpoint(
@@ -202,7 +195,7 @@ def _run_of(
         "sample": fingerprint(sample),
         "validation": fingerprint(batches),
         "config": _config.to_dict(config),
-        "train": {key: value for key, value in _config.to_dict(train).items() if key not in _FREE},
+        "train": train.decisive(),
         "augment": _config.to_dict(augment or AugmentConfig()),
         "dtype": dtype,
     }

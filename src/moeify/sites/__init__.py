@@ -18,6 +18,7 @@ from .site import dequantize_site as dequantize_site
 from .site import expert_bounds as expert_bounds
 from .site import has_int8 as has_int8
 from .site import in_decoder as in_decoder
+from .site import mask_name as mask_name
 from .site import not_plain_reason as not_plain_reason
 from .site import permute_neurons as permute_neurons
 from .site import quantize_site as quantize_site

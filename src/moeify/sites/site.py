@@ -165,6 +165,11 @@ def in_decoder(model: nn.Module, site: FFNSite) -> bool:
     return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False)) and "decoder" in site.name.split(".")
 
 
+def mask_name(model: nn.Module, site: FFNSite) -> str:
+    """The argument of the model's forward that says which of a site's tokens are padding."""
+    return "decoder_attention_mask" if in_decoder(model, site) else "attention_mask"
+
+
 def token_mask_of(mask_BS: Tensor | None, shape: Sequence[int]) -> Tensor | None:
     """The padding mask of tokens that have this shape, (B, S), or (T,) where the model has flattened them: bool (T,), True at real tokens.
 

@@ -15,7 +15,6 @@ import copy
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from types import TracebackType
 from typing import Any, Literal, cast
 
 import torch
@@ -26,9 +25,9 @@ from .._config import lookup
 from ..errors import ConfigError, UnsupportedModelError
 from ..sites.formula import ShiftedReLU
 from ..sites.policy import check_patterns, check_policy, matching_key
-from ..sites.site import FFNSite, in_decoder, token_mask_of
+from ..sites.site import FFNSite, mask_name, token_mask_of
 from .activation import BlendedActivation, find_activation, put_module
-from .inflight import InFlight, read_scale
+from .inflight import InFlight, Removable, read_scale
 from .losses import EPS, LOSSES, Schedule, scheduled_weight
 
 Target = Literal["auto", "activations", "preactivations", "products"]
@@ -76,6 +75,20 @@ class EnforcementConfig:
         key = matching_key(self.layer_weights, name)
         return 1.0 if key is None else self.layer_weights[key]
 
+    def enforced(self, sites: Sequence[FFNSite]) -> list[FFNSite]:
+        """The sites whose factor is not 0.
+
+        Raises:
+            ConfigError: there is none, or a key of ``layer_weights`` matches none.
+        """
+        if not sites:
+            raise ConfigError("no sites to enforce sparsity on; find_ffn_sites lists them.")
+        check_policy(self.layer_weights, sites)
+        enforced = [site for site in sites if self.layer_weight(site.name)]
+        if not enforced:
+            raise ConfigError("layer_weights leaves no FFN to enforce sparsity on.")
+        return enforced
+
 
 def enforce_sparsity(
     model: nn.Module, sites: Sequence[FFNSite], config: EnforcementConfig | None = None, *, total_steps: int = 1
@@ -112,28 +125,22 @@ def enforce_sparsity(
     return Enforcement(model, sites, config or EnforcementConfig(), total_steps=total_steps)
 
 
-class Enforcement:
+class Enforcement(Removable):
     """What `enforce_sparsity` attached: a context manager that removes it."""
 
     def __init__(self, model: nn.Module, sites: Sequence[FFNSite], config: EnforcementConfig, *, total_steps: int) -> None:
-        if not sites:
-            raise ConfigError("no sites to enforce sparsity on; find_ffn_sites lists them.")
+        enforced = config.enforced(sites)
         if total_steps < 1:
             raise ConfigError(f"total_steps must be at least 1, got {total_steps}.")
-        check_policy(config.layer_weights, sites)
-        enforced = [(site, config.layer_weight(site.name)) for site in sites]
-        enforced = [(site, factor) for site, factor in enforced if factor]
-        if not enforced:
-            raise ConfigError("layer_weights leaves no FFN to enforce sparsity on.")
-        places = [_place(model, site, config) for site, _ in enforced]
+        places = [_place(model, site, config) for site in enforced]
         self.config = config
         self.total_steps = total_steps
         self.weight = 0.0
         """Weight of the present step."""
         state = self._state = _State(model)
         self._terms = {
-            site.name: _Term(state, config, place, factor / len(enforced), in_decoder=in_decoder(model, site))
-            for (site, factor), place in zip(enforced, places, strict=True)
+            site.name: _Term(state, config, place, config.layer_weight(site.name) / len(enforced), mask_name=mask_name(model, site))
+            for site, place in zip(enforced, places, strict=True)
         }
         seen: set[nn.Module] = set()
         for place in places:  # one object in several layers: a hook could not tell them apart
@@ -184,12 +191,6 @@ class Enforcement:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-
-    def __enter__(self) -> "Enforcement":
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.remove()
 
 
 @dataclass(frozen=True)
@@ -245,13 +246,13 @@ class _State(InFlight):
 class _Term:
     """The penalty of one FFN."""
 
-    def __init__(self, state: _State, config: EnforcementConfig, place: _Place, factor: float, *, in_decoder: bool) -> None:
+    def __init__(self, state: _State, config: EnforcementConfig, place: _Place, factor: float, *, mask_name: str) -> None:
         self.factor = factor
         """layer_weight / L."""
         self.value: Tensor | None = None
         self._state, self._place = state, place
         self._penalty, self._eps = LOSSES[config.loss], config.eps
-        self._mask_name = "decoder_attention_mask" if in_decoder else "attention_mask"
+        self._mask_name = mask_name
 
     def on_input(self, _module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
         return (self._inject(args[0]), *args[1:])

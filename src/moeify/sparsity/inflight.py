@@ -6,9 +6,10 @@ arrives at the loss, the first thing a backward pass computes.
 """
 
 import inspect
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,23 @@ from torch.utils.hooks import RemovableHandle
 
 _SHIFTED = ("ForCausalLM", "ForConditionalGeneration", "CsmForConditionalGeneration")
 """Loss types of transformers models of which Trainer counts the labels from the second on."""
+
+
+R = TypeVar("R", bound="Removable")
+
+
+class Removable(ABC):
+    """What hangs on a model until it is removed, or its ``with`` block ends."""
+
+    @abstractmethod
+    def remove(self) -> None:
+        """Take it off."""
+
+    def __enter__(self: R) -> R:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
 
 
 class InFlight:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .._progress import NO_PROGRESS, Progress
 from ..errors import ConfigError, DataError
-from ..sites.site import FFNSite, in_decoder, site_weights, token_mask_of
+from ..sites.site import FFNSite, mask_name, site_weights, token_mask_of
 
 RELATIVE = (10, 100, 1000)
 """Relative thresholds: |h| below the token's largest |h| divided by these."""
@@ -364,7 +364,7 @@ class _Listener:
         """Sites whose tokens the mask does not fit, in order."""
         self._profiles = profiles
         self._norms = {site.name: down_norms(site_weights(model, site).down_FD) for site in sites}
-        self._mask_keys = {site.name: "decoder_attention_mask" if in_decoder(model, site) else "attention_mask" for site in sites}
+        self._mask_keys = {site.name: mask_name(model, site) for site in sites}
 
     def hear(self, site: FFNSite, _module: nn.Module, args: tuple[Tensor, ...]) -> None:
         """Pre-hook of a site's down projection."""

@@ -78,12 +78,26 @@ def recalibrate(
                 layer.router, x_TD, weights, activation=layer.site.activation, num_experts=layer.num_experts
             )
             scores[name] = scores_TE.cpu()
+    return set_calibrated_rules(model, kind, scores, router_scores=captured, target_active=target_active, scope=scope)
+
+
+def set_calibrated_rules(
+    model: nn.Module,
+    kind: type[Rule],
+    scores: Mapping[str, Tensor],
+    *,
+    router_scores: Mapping[str, Mapping[str, float]],
+    target_active: float,
+    scope: Scope,
+) -> dict[str, Any]:
+    """`calibrate_rules` for the layers of a converted model, which get the rules; returns the record."""
+    layers = moe_layers(model)
     rules, record = calibrate_rules(
         kind,
         scores,
         neurons={name: layer.site.d_ff for name, layer in layers.items()},
         always_on={name: layer.always_on for name, layer in layers.items()},
-        router_scores=captured,
+        router_scores=router_scores,
         target_active=target_active,
         scope=scope,
     )

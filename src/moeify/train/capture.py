@@ -21,7 +21,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .._progress import NO_PROGRESS, Progress
 from ..errors import DataError
-from ..sites import FFNSite, in_decoder, token_mask_of
+from ..sites import FFNSite, mask_name, token_mask_of
 
 _STATE = "capture.json"
 
@@ -101,8 +101,8 @@ def capture_ffn_inputs(
         recorder = _Recorder(sinks, calls_per_forward=calls)
         for site in sites:
             first = model.get_submodule(site.first[0])
-            mask = "decoder_attention_mask" if in_decoder(model, site) else "attention_mask"
-            handles.append(first.register_forward_pre_hook(recorder.hook(site.name, mask=mask), prepend=True, with_kwargs=True))
+            hook = recorder.hook(site.name, mask=mask_name(model, site))
+            handles.append(first.register_forward_pre_hook(hook, prepend=True, with_kwargs=True))
         with progress.task("read FFN inputs", total=len(batches)) as task:
             task.advance(state["done"])
             for i, batch in enumerate(batches[state["done"] :], start=state["done"]):

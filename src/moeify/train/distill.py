@@ -11,9 +11,9 @@ outputs are, as `moeify.sparsity.enforce` does it, which is exact whatever is ch
 
 import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any, cast
 
 import torch
@@ -22,8 +22,8 @@ from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
 from ..errors import ConfigError, UnsupportedModelError
-from ..sites.site import FFNSite, in_decoder, token_mask_of
-from ..sparsity.inflight import InFlight, read_scale
+from ..sites.site import FFNSite, mask_name, token_mask_of
+from ..sparsity.inflight import InFlight, Removable, read_scale
 from .labels import IGNORED, shifts_labels
 
 _CHUNK_LOGITS = 2**22  # numbers of a chunk of rows; their fp32 copies are what the KL needs beside the logits
@@ -53,7 +53,14 @@ class DistillConfig:
             raise ConfigError("logits_weight and ffn_weight are both 0: nothing is learnt from the teacher.")
 
 
-class Distillation:
+def check_teacher(config: DistillConfig | None, teacher: nn.Module | None) -> None:
+    """A `ConfigError` where one of the two is given without the other."""
+    if (teacher is None) != (config is None):
+        given, missing = ("distill", "a teacher") if teacher is None else ("a teacher", "distill")
+        raise ConfigError(f"{given} is given without {missing}; distillation needs both.")
+
+
+class Distillation(Removable):
     """What is attached to a model that learns from a teacher; a context manager that removes it, and a `moeify.train.Part`.
 
         with Distillation(model, teacher, DistillConfig(temperature=2.0)):
@@ -109,7 +116,7 @@ class Distillation:
         self._values: dict[str, Tensor] = {}
         self._state = InFlight(model)
         self._ffns = {
-            site.name: _FFN(self._state, config.ffn_weight / len(sites), site.name, in_decoder=in_decoder(model, site)) for site in sites
+            site.name: _FFN(self._state, config.ffn_weight / len(sites), site.name, mask_name=mask_name(model, site)) for site in sites
         }
         # Before all others: who follows outputs.loss (sparsity enforcement) is to see the final one.
         self._handles: list[RemovableHandle] = [
@@ -135,32 +142,34 @@ class Distillation:
             handle.remove()
         self._handles.clear()
 
-    def __enter__(self) -> "Distillation":
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.remove()
-
     def _ask_teacher(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Pre-hook of the student."""
         if not torch.is_grad_enabled():
             return
         self._state.begin(model, args, kwargs)
         inputs = self._state.inputs
-        for ffn in self._ffns.values():
-            ffn.target = None
         arguments = {key: value for key, value in inputs.items() if key not in _NOT_FOR_THE_TEACHER}
         arguments |= {"use_cache": False} if self._takes_cache else {}
         device = self._state.scale.device.type
         enabled = torch.is_autocast_enabled(device)
         compute = self._compute or (torch.get_autocast_dtype(device) if enabled else torch.float32)
         with torch.no_grad(), torch.autocast(device, dtype=compute, enabled=compute is not torch.float32):
-            if self._shifts is None:
+            if self._shifts is None and inputs.get("labels") is not None:
                 tensors = {key: value for key, value in inputs.items() if isinstance(value, Tensor) and key != "num_items_in_batch"}
                 self._shifts = shifts_labels(self._teacher, tensors)
-                for ffn in self._ffns.values():  # what they remember is to be of the next forward
-                    ffn.target = None
-            self._logits = getattr(self._teacher(**arguments), "logits", None)
+            with self._remembering():
+                self._logits = getattr(self._teacher(**arguments), "logits", None)
+
+    @contextmanager
+    def _remembering(self) -> Iterator[None]:
+        """The teacher's forwards that others call in between are none of ours."""
+        for ffn in self._ffns.values():
+            ffn.target, ffn.is_listening = None, True
+        try:
+            yield
+        finally:
+            for ffn in self._ffns.values():
+                ffn.is_listening = False
 
     def _add_to_loss(self, model: nn.Module, args: tuple[Any, ...], outputs: Any) -> None:
         """Hook of the student."""
@@ -243,15 +252,19 @@ class _KLSum(torch.autograd.Function):
 class _FFN:
     """One FFN's term: what the teacher's gave, and the pull of the student's towards it."""
 
-    def __init__(self, state: InFlight, weight: float, name: str, *, in_decoder: bool) -> None:
+    def __init__(self, state: InFlight, weight: float, name: str, *, mask_name: str) -> None:
         self.target: Tensor | None = None
+        self.is_listening = False
+        """Whether the teacher's forward in flight is the one to learn from."""
         self.value: Tensor | None = None
         """Relative squared error of the latest forward with gradients."""
         self._state, self._weight, self._name = state, weight, name
-        self._mask_name = "decoder_attention_mask" if in_decoder else "attention_mask"
+        self._mask_name = mask_name
 
     def remember(self, _module: nn.Module, _args: Any, output: Tensor) -> None:
         """Hook of the teacher's down projection."""
+        if not self.is_listening:
+            return
         if self.target is not None:
             raise UnsupportedModelError(f"'{self._name}' runs several times in a forward; leave it out of sites, or set ffn_weight to 0.")
         self.target = output.detach()

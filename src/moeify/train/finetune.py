@@ -16,15 +16,15 @@ from torch.utils.hooks import RemovableHandle
 from .. import _config
 from .._progress import NO_PROGRESS, Progress
 from ..errors import ConfigError, UnsupportedModelError
-from ..layers import MoEFFN, moe_layers, set_rule
+from ..layers import MoEFFN, moe_layers
 from ..routers import NormRouter, expert_grams, expert_norms
 from ..select.calibrate import Scope
-from ..sites import in_decoder, token_mask_of
-from ..sparsity.inflight import InFlight
-from .calibration import calibrate_rules, recalibrate, spread
+from ..sites import mask_name, token_mask_of
+from ..sparsity.inflight import InFlight, Removable
+from .calibration import recalibrate, set_calibrated_rules, spread
 from .capture import capture_ffn_inputs, fast_dtype
-from .distill import Distillation, DistillConfig
-from .fit import RouterTrainConfig, _cast, fit_new_router, router_loss, router_targets, split_tokens
+from .distill import Distillation, DistillConfig, check_teacher
+from .fit import RouterTrainConfig, cast_weights, fit_new_router, router_loss, router_targets, split_tokens
 from .loop import TrainConfig, TrainingData, TrainRecord, train
 from .selection import SelectionConfig, SelectionTraining
 from .work import fingerprint, open_work, read_tensors, weights_checksum, write_tensors
@@ -53,7 +53,7 @@ class FinetuneConfig(SelectionConfig):
             raise ConfigError("parameters='routers' with routers='frozen' leaves nothing to train.")
 
 
-class Finetuning:
+class Finetuning(Removable):
     """What `finetune_converted` attaches to a model: a `moeify.train.Part` for any loop, and a context manager that removes it.
 
     Selection and distillation. Parameters that are not trained lose ``requires_grad`` until it is removed: make the optimizer afterwards.
@@ -81,9 +81,7 @@ class Finetuning:
     ) -> None:
         config = config or FinetuneConfig()
         layers = list(moe_layers(model).values())
-        if (config.distill is None) != (teacher is None):
-            given, missing = ("distill", "a teacher") if teacher is None else ("a teacher", "distill")
-            raise ConfigError(f"{given} is given without {missing}; distillation needs both.")
+        check_teacher(config.distill, teacher)
         if config.parameters != "routers" and any(layer.is_int8 for layer in layers):
             raise ConfigError("int8 experts cannot be trained; call dequantize(model) first, or train parameters='routers'.")
         with ExitStack() as stack:
@@ -106,12 +104,6 @@ class Finetuning:
     def remove(self) -> None:
         """Give the layers their rules, and the parameters their gradients back."""
         self._attached.close()
-
-    def __enter__(self) -> "Finetuning":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.remove()
 
 
 def finetune_converted(
@@ -189,8 +181,8 @@ def _some(data: TrainingData, *, seed: int, most: int = _CALIBRATION_TOKENS) -> 
     def batch(rows: list[int]) -> dict[str, Tensor]:
         return {key: value for key, value in data.batch(rows, generator=generator).items() if key != "labels"}
 
-    first = batch([0])
-    tokens = next(iter(first.values())).shape[1] if "input_ids" in first else 64
+    ids = batch([0]).get("input_ids")
+    tokens = 64 if ids is None else ids.shape[1]
     count = min(len(data), -(-most // max(1, tokens)))
     rows = [i * len(data) // count for i in range(count)]
     return [batch(rows[i : i + 8]) for i in range(0, count, 8)]
@@ -209,7 +201,8 @@ def train_routers(
 ) -> dict[str, Any]:
     """Fit the routers of a converted model anew to its experts as they are now, layer by layer, and set its rules; in place.
 
-    What conversion does after the split: neurons stay where they are. Inputs are those of the dense mode.
+    What conversion does after the split: neurons stay where they are. Inputs are those of the dense mode. To teach routers by the model's
+    own loss, or a teacher, call `finetune_converted` with ``parameters="routers"`` and ``routers="straight_through"`` or "both".
 
     Args:
         model: converted model; its experts were trained, or its routers never were.
@@ -257,7 +250,7 @@ def train_routers(
             found = read_tensors(path)
             if found is None:
                 train_TD, held_out_TD = split_tokens(inputs.read(name), config.holdout_frac, name=name)
-                weights = _cast(layer.weights().dequantized(torch.float32), torch.float32, device=torch.device("cpu"))
+                weights = cast_weights(layer.weights().dequantized(torch.float32), torch.float32, device=torch.device("cpu"))
                 states[name], scores_TE, captured[name] = fit_new_router(
                     layer.router.config, train_TD, held_out_TD, weights, layer.site, layer.num_experts, config
                 )
@@ -269,33 +262,25 @@ def train_routers(
                 scores[name], captured[name] = tensors.pop("scores_TE"), metadata["captured"]
                 states[name] = {key.removeprefix("router."): tensor for key, tensor in tensors.items()}
             task.advance(1)
-    rules, record = calibrate_rules(
-        type(next(iter(layers.values())).rule),
-        scores,
-        neurons={name: layer.site.d_ff for name, layer in layers.items()},
-        always_on={name: layer.always_on for name, layer in layers.items()},
-        router_scores=captured,
-        target_active=target_active,
-        scope=scope,
-    )
     for name, layer in layers.items():
         layer.router.load_state_dict(states[name])
-    set_rule(model, rules)
-    return record
+    kind = type(next(iter(layers.values())).rule)
+    return set_calibrated_rules(model, kind, scores, router_scores=captured, target_active=target_active, scope=scope)
 
 
-class RouterTraining:
+class RouterTraining(Removable):
     """The regression of all routers as the model's loss, for trainers of others; a `Part` of training.
 
     ``outputs.loss`` becomes the sum over layers of the loss that `train_routers` fits with, on every real token of the batch, in dense
     mode, so that each router sees what the dense model's FFN sees. Everything but the routers is frozen until the part is removed. No
-    gradient leaves a layer, so a backward pass costs next to nothing; gradient checkpointing would lose it.
+    gradient leaves a layer, so a backward pass costs next to nothing.
 
     Args:
         model: converted model with norm routers.
 
     Raises:
         ConfigError: the model is dense, or has another kind of router.
+        UnsupportedModelError: (in forward) reentrant gradient checkpointing.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -313,23 +298,23 @@ class RouterTraining:
         for parameter, was in self._required.items():
             parameter.requires_grad_(was and parameter in routers)
         self._handles: list[RemovableHandle] = [
-            model.register_forward_pre_hook(self._state.begin, with_kwargs=True),
+            model.register_forward_pre_hook(self._begin, with_kwargs=True),
             model.register_forward_hook(self._end, prepend=True),
         ]
         for layer in self._layers:
             layer.mode = "dense"
-            self._handles += self._watch(layer, in_decoder=in_decoder(model, layer.site))
+            self._handles += self._watch(layer, mask_name=mask_name(model, layer.site))
 
-    def _watch(self, layer: MoEFFN, *, in_decoder: bool) -> list[RemovableHandle]:
-        name = "decoder_attention_mask" if in_decoder else "attention_mask"
+    def _watch(self, layer: MoEFFN, *, mask_name: str) -> list[RemovableHandle]:
         inputs: list[Tensor] = []
 
         def remember(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            inputs[:] = [args[0]]
+            if torch.is_grad_enabled():  # else nobody takes it out again
+                inputs[:] = [args[0]]
 
         def regress(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
             if torch.is_grad_enabled():
-                self._losses.append(self._loss(layer, inputs.pop(), args[0], self._state.masks[name]))
+                self._losses.append(self._loss(layer, inputs.pop(), args[0], self._state.masks[mask_name]))
 
         first, down = layer.projections()
         return [first.register_forward_pre_hook(remember), down.register_forward_pre_hook(regress)]
@@ -345,11 +330,20 @@ class RouterTraining:
         z_TE, output = router.raw_scores(x_TD), router.config.output
         return router_loss(z_TE - 2 * scale.log() if output == "exp" else z_TE / scale, targets_TE, output=output)
 
+    def _begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._losses.clear()  # of a forward that failed, or of checkpointed layers that ran again
+        self._state.begin(model, args, kwargs)
+
     def _end(self, _model: nn.Module, _args: tuple[Any, ...], outputs: Any) -> Any:
-        if self._losses:
-            share = self._state.share
-            outputs["loss"] = torch.stack(self._losses).sum() * (1.0 if share is None else share)
-            self._losses.clear()
+        if not torch.is_grad_enabled():
+            return outputs
+        if not self._losses:
+            raise UnsupportedModelError(
+                "reentrant gradient checkpointing hides the routers' inputs; leave it out, nothing here needs its memory."
+            )
+        share = self._state.share
+        outputs["loss"] = torch.stack(self._losses).sum() * (1.0 if share is None else share)
+        self._losses.clear()
         return outputs
 
     def set_step(self, step: int) -> None:
@@ -368,9 +362,3 @@ class RouterTraining:
             layer.mode = mode
         for parameter, required in self._required.items():
             parameter.requires_grad_(required)
-
-    def __enter__(self) -> "RouterTraining":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.remove()

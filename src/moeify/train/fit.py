@@ -82,7 +82,7 @@ def fit_site(weights: FFNWeights, x_TD: Tensor, record: SiteRecord, options: Con
     Raises:
         DataError: too few tokens to train on some and hold out others.
     """
-    weights = _cast(weights, torch.float32, device=x_TD.device)  # of a model on another device, one layer at a time
+    weights = cast_weights(weights, torch.float32, device=x_TD.device)  # of a model on another device, one layer at a time
     train_TD, held_out_TD = split_tokens(x_TD, train.holdout_frac, name=record.site.name)
     del x_TD  # the caller keeps no other reference: one copy of the inputs in memory, not two
     split = split_site(weights, train_TD, record, options)
@@ -132,7 +132,7 @@ def split_tokens(x_TD: Tensor, holdout_frac: float, *, name: str) -> tuple[Tenso
         DataError: too few of them, of the FFN ``name``.
     """
     num_tokens = x_TD.shape[0]
-    held_out_T = _held_out(num_tokens, holdout_frac) if num_tokens else torch.zeros(0, dtype=torch.bool)
+    held_out_T = held_out_tokens(num_tokens, holdout_frac) if num_tokens else torch.zeros(0, dtype=torch.bool)
     num_train = num_tokens - int(held_out_T.sum())
     if num_train < 2:  # the spread of a single one is not defined
         raise DataError(
@@ -142,7 +142,7 @@ def split_tokens(x_TD: Tensor, holdout_frac: float, *, name: str) -> tuple[Tenso
     return x_TD[~held_out_T], x_TD[held_out_T]
 
 
-def _held_out(num_tokens: int, share: float) -> Tensor:
+def held_out_tokens(num_tokens: int, share: float) -> Tensor:
     """bool (T,): blocks of consecutive tokens at even distances; at least one token on either side.
 
     Blocks, because neighbouring tokens resemble each other; spread, because the last tenth of a corpus is one topic, and activity differs
@@ -276,7 +276,7 @@ def _fit_norm_router(router: NormRouter, x_TD: Tensor, norms_TE: Tensor, config:
         z_TE = router.raw_scores((x_TD[rows].float() - mean_D) / std_D)
         return router_loss(z_TE, targets_TE[rows], output=router.config.output)
 
-    _adam(router.parameters(), loss_of, x_TD.shape[0], epochs=config.epochs, batch_tokens=config.batch_tokens, lr=config.lr)
+    minimise(router.parameters(), loss_of, x_TD.shape[0], epochs=config.epochs, batch_tokens=config.batch_tokens, lr=config.lr)
     with torch.no_grad():  # fold standardisation and scale into the weights: the deployed router reads x as it is
         router.hidden.weight.div_(std_D)
         router.hidden.bias.sub_(router.hidden.weight @ mean_D)
@@ -306,10 +306,10 @@ def _fit_classifier(router: MLPRouter, x_TD: Tensor, sums_TE: Tensor, config: Ro
         labels = sums_TE[rows]
         return F.binary_cross_entropy_with_logits(router.raw_scores(x_TD[rows]), labels / labels.max().clamp_min(1e-12))
 
-    _adam(router.parameters(), loss_of, x_TD.shape[0], epochs=config.epochs, batch_tokens=config.batch_tokens, lr=config.lr)
+    minimise(router.parameters(), loss_of, x_TD.shape[0], epochs=config.epochs, batch_tokens=config.batch_tokens, lr=config.lr)
 
 
-def _adam(
+def minimise(
     parameters: Iterable[Tensor],
     loss_of: Callable[[Tensor], Tensor],
     num_tokens: int,
@@ -319,7 +319,17 @@ def _adam(
     lr: float,
     generator: torch.Generator | None = None,
 ) -> None:
-    """Minimise ``loss_of(rows)`` over random batches of rows; None: in the order of torch's own generator."""
+    """Minimise ``loss_of(rows)`` by AdamW over random batches of the rows [0, num_tokens), in place.
+
+    Args:
+        parameters: leaves that require a gradient.
+        loss_of: a scalar of some rows.
+        num_tokens: number of rows.
+        epochs: passes over them.
+        batch_tokens: rows a step.
+        lr: largest learning rate; it warms up over a tenth of the steps and falls to nearly 0 by a cosine.
+        generator: of the order of rows; None: torch's own.
+    """
     optimizer = torch.optim.AdamW(list(parameters), lr=lr, weight_decay=0.0, fused=True)
     total_steps = epochs * -(-num_tokens // batch_tokens) + 1
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=lr, total_steps=total_steps, pct_start=0.1)
@@ -339,7 +349,7 @@ def _per_chunk(x_TD: Tensor, weights: FFNWeights, activation: str, function: Cal
     In bfloat16 where that is native: the inputs are stored in it, and a target needs no more.
     """
     dtype = fast_dtype(x_TD.device)
-    low = _cast(weights, dtype)
+    low = cast_weights(weights, dtype)
     result = torch.empty(0)
     for start in range(0, x_TD.shape[0], _CHUNK_TOKENS):
         part = function(ffn_hidden(x_TD[start : start + _CHUNK_TOKENS].to(dtype), low, activation=activation).float())
@@ -357,6 +367,7 @@ def _energies(weights: FFNWeights, x_TD: Tensor, activation: str) -> Tensor:
     return _per_chunk(x_TD[rows], weights, activation, lambda h_TF: (h_TF * down_norm_F).square())
 
 
-def _cast(weights: FFNWeights, dtype: torch.dtype, *, device: torch.device | None = None) -> FFNWeights:
+def cast_weights(weights: FFNWeights, dtype: torch.dtype, *, device: torch.device | None = None) -> FFNWeights:
+    """The weights in another dtype, and on another device if one is given, without gradients; themselves where they are so."""
     tensors = {f.name: t for f in fields(weights) if (t := getattr(weights, f.name)) is not None}
     return replace(weights, **{name: tensor.detach().to(device=device, dtype=dtype) for name, tensor in tensors.items()})

@@ -136,8 +136,7 @@ class FinetuneCallback(PartsCallback):
 
     def __init__(self, config: FinetuneConfig | None = None, *, teacher: nn.Module | None = None) -> None:
         def attach(model: nn.Module, args: TrainingArguments) -> list[AttachedPart]:
-            if args.torch_compile:
-                raise ConfigError("torch_compile and selection in training do not go together; leave torch_compile out.")
+            _refuse_compile(args)
             moved = teacher.to(args.device) if teacher is not None else None
             return [Finetuning(model, config, seed=args.seed, teacher=moved, compute=_compute(args))]
 
@@ -147,15 +146,27 @@ class FinetuneCallback(PartsCallback):
 class RouterTrainingCallback(PartsCallback):
     """`RouterTraining` for Trainer: the routers' regression is the loss, in dense mode, everything else frozen. Call `recalibrate`
     afterwards.
+
+    Raises:
+        ConfigError: with ``torch_compile``, or as `RouterTraining`.
     """
 
     def __init__(self) -> None:
-        super().__init__(lambda model, _args: [RouterTraining(model)])
+        def attach(model: nn.Module, args: TrainingArguments) -> list[AttachedPart]:
+            _refuse_compile(args)
+            return [RouterTraining(model)]
+
+        super().__init__(attach)
 
 
 def _compute(args: TrainingArguments) -> torch.dtype | None:
     """accelerate casts inside of the model's forward, where a hook does not see it."""
     return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+
+
+def _refuse_compile(args: TrainingArguments) -> None:
+    if args.torch_compile:
+        raise ConfigError("torch_compile and the training of converted models do not go together; leave torch_compile out.")
 
 
 def _check_compile(args: TrainingArguments, *, distils: bool) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from .. import _config
 from .._progress import NO_PROGRESS, Progress
-from ..errors import ConfigError, DataError, TrainingError
+from ..errors import ConfigError, DataError, TrainingError, is_out_of_memory
 from ..sites.policy import matching_key
 from .capture import fast_dtype
 from .labels import counted_labels, shifts_labels
@@ -28,8 +28,9 @@ from .state import has_state, load_state, open_state, save_state
 
 _log = logging.getLogger(__name__)
 _NOT_DECAYED = re.compile(r"bias|layernorm|rmsnorm|(^|\.)norm($|\.)|_norm($|\.)")
-_MEMORY_KNOBS = ("micro_sequences", "gradient_checkpointing", "eval_every", "save_every", "log_every")
-"""Options that may change between a kill and the next start: they decide what is kept and what fits, not what is computed."""
+
+FREE_OPTIONS = ("micro_sequences", "gradient_checkpointing", "eval_every", "save_every", "log_every")
+"""Options of `TrainConfig` that may change between a kill and the next start: they decide what is kept and what fits into memory."""
 
 
 class TrainingData(Protocol):
@@ -61,7 +62,8 @@ class TrainConfig:
     batch_sequences: int = 8
     """Sequences per optimizer step."""
     micro_sequences: int | None = None
-    """Sequences per forward; fewer need less memory and give the same result. None: all of a step at once."""
+    """Sequences per forward; fewer need less memory and give the same result, but for other random numbers (dropout, masking) and for what
+    stages take from one forward. None: all of a step at once."""
     lr: float = 1e-4
     """Largest learning rate."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
@@ -109,6 +111,10 @@ class TrainConfig:
         """Passes over a data set of this many sequences; far more than 1 on a small one is learning by heart."""
         return self.steps / math.ceil(sequences / self.batch_sequences)
 
+    def decisive(self) -> dict[str, Any]:
+        """JSON values of the options that decide what a run gives: all but `FREE_OPTIONS`."""
+        return {key: value for key, value in _config.to_dict(self).items() if key not in FREE_OPTIONS}
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainRecord:
@@ -144,6 +150,7 @@ def train(
 
     Epoch e takes the sequences in the order ``randperm(len(data))`` of seed ``seed + e``, ``batch_sequences`` a step, its last what is
     left. A step's loss is the mean over all its labels, however they fall into micro-batches: each one's mean is weighted by its share.
+    Gradients that the model comes with are dropped.
 
     Args:
         model: any whose forward takes a batch's entries and returns an object with ``loss``, the mean over its labels.
@@ -161,7 +168,7 @@ def train(
         The record; the model is in eval mode, without gradients.
 
     Raises:
-        ConfigError: nothing to train, or float16 without a GPU.
+        ConfigError: nothing to train, float16 weights to train, or float16 products without a GPU.
         DataError: no sequences, or a step without a label.
         CheckpointError: ``state`` is of another run, or cannot be written.
         TrainingError: the loss or a gradient is not finite, or memory ran out. The model then has the weights that gave it.
@@ -178,12 +185,13 @@ def train(
     done = 0
     with _own_random_numbers(device, seed=config.seed), _gradient_checkpointing(model, enabled=config.gradient_checkpointing):
         if state is not None:
-            open_state(state, {"train": _identity(config), "sequences": len(data), "run": dict(run or {})})
+            open_state(state, {"train": config.decisive(), "sequences": len(data), "run": dict(run or {})})
             if kept := load_state(state, model=model, optimizer=optimizer, schedule=schedule, scaler=scaler):
                 done, log = kept[0], _Log.of(_config.from_dict(TrainRecord, kept[1], where=str(state)))
         order = _Order(len(data), config)
         shifted: bool | None = None
         model.train()
+        model.zero_grad(set_to_none=True)  # what a failed step, or somebody else, left there
         with progress.task("train", total=config.steps) as task:
             task.advance(done)
             for step in range(done, config.steps):
@@ -195,7 +203,7 @@ def train(
                 generator = torch.Generator().manual_seed(1_000_003 * (config.seed + 1) + step)
                 batches = [data.batch(rows, generator=generator) for rows in order.micro_batches(step)]
                 if shifted is None:
-                    with _autocast(device, compute), _own_random_numbers(device):
+                    with _memory_errors(config, step), _autocast(device, compute), _own_random_numbers(device):
                         shifted = shifts_labels(model, _to(batches[0], device))
                 counts = [counted_labels(batch, shifted=shifted) for batch in batches]
                 if sum(counts) == 0:
@@ -327,6 +335,10 @@ def _parameter_groups(model: nn.Module, config: TrainConfig, lr_factors: Mapping
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     if not trained:
         raise ConfigError("no parameter of the model requires a gradient: nothing to train.")
+    if low := next((name for name, p in trained if p.dtype is torch.float16), None):
+        raise ConfigError(
+            f"'{low}' is float16, in which a gradient's square is 0; load the model in float32 (compute='float16' multiplies in it)."
+        )
     groups: dict[tuple[str | None, bool], list[nn.Parameter]] = {(None, True): [], (None, False): []}
     for name, parameter in trained:
         is_still = _NOT_DECAYED.search(name.lower()) or name.rpartition(".")[0] in norms
@@ -401,10 +413,6 @@ def _is_due(done: int, every: int | None) -> bool:
     return every is not None and done % every == 0
 
 
-def _identity(config: TrainConfig) -> dict[str, Any]:
-    return {key: value for key, value in _config.to_dict(config).items() if key not in _MEMORY_KNOBS}
-
-
 # ---- what can go wrong
 
 
@@ -412,8 +420,8 @@ def _identity(config: TrainConfig) -> dict[str, Any]:
 def _memory_errors(config: TrainConfig, step: int) -> Iterator[None]:
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
             raise
         micro = config.micro_sequences or config.batch_sequences
         knob = f"lower micro_sequences ({micro})" if micro > 1 else "take shorter sequences"

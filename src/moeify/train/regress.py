@@ -25,7 +25,7 @@ from ..sites import FFNSite, FFNWeights, ffn_hidden, find_ffn_sites, site_weight
 from ..sites.formula import ACTIVATIONS
 from ..sparsity.losses import LOSSES, sparsity_loss
 from .capture import capture_ffn_inputs, fast_dtype
-from .fit import _adam, _cast, _held_out
+from .fit import cast_weights, held_out_tokens, minimise
 from .work import fingerprint, open_work, read_tensors, weights_checksum, write_tensors
 
 _CHUNK_TOKENS = 1024
@@ -178,7 +178,7 @@ def _regress(
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
     """The fitted tensors of one site by field name of `FFNWeights`, and its errors."""
     num_tokens, device = len(x_TD), x_TD.device
-    held_out_T = _held_out(num_tokens, config.holdout_frac)
+    held_out_T = held_out_tokens(num_tokens, config.holdout_frac)
     num_train = num_tokens - int(held_out_T.sum())
     if num_train < 1:
         raise DataError(f"'{site.name}' saw {num_tokens} tokens, {num_train} of them to fit to; give more data.")
@@ -217,7 +217,7 @@ def _regress(
         return loss
 
     before = error()
-    _adam(
+    minimise(
         leaves.values(),
         loss_of,
         num_train,
@@ -243,7 +243,7 @@ def _forward(x_TD: Tensor, weights: FFNWeights, activation: str) -> tuple[Tensor
 def _outputs(x_TD: Tensor, weights: FFNWeights, activation: str) -> Tensor:
     """The FFN's outputs in bfloat16, a chunk of tokens at a time."""
     low = fast_dtype(x_TD.device)
-    weights = _cast(weights, low)
+    weights = cast_weights(weights, low)
     y_TD = torch.empty(len(x_TD), weights.down_FD.shape[1], dtype=torch.bfloat16, device=x_TD.device)
     for y, x in zip(y_TD.split(_CHUNK_TOKENS), x_TD.split(_CHUNK_TOKENS), strict=True):
         y.copy_(F.linear(ffn_hidden(x.to(low), weights, activation=activation), weights.down_FD.t(), weights.down_bias_D))

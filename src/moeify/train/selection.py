@@ -19,7 +19,6 @@ import math
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any, Literal, cast
 
 import torch
@@ -31,8 +30,8 @@ from ..kernels.plan import neuron_mask
 from ..layers import MoEFFN, moe_layers
 from ..routers import NormRouter, expert_grams, expert_norms
 from ..select import Rule
-from ..sites import in_decoder, token_mask_of
-from ..sparsity.inflight import InFlight
+from ..sites import mask_name, token_mask_of
+from ..sparsity.inflight import InFlight, Removable
 from .fit import router_loss, router_targets
 
 _MOST_PAIRS = 1 << 20  # scores that set a batch's threshold; more are sampled by token: 0.1 points of active fraction
@@ -66,7 +65,7 @@ class SelectionConfig:
             raise ConfigError(f"router_tokens must be at least 1, got {self.router_tokens}.")
 
 
-class SelectionTraining:
+class SelectionTraining(Removable):
     """Selects by budget in every forward of a converted model until it is removed, or its ``with`` block ends; a `Part` of training.
 
     Gradients are exact under accumulation, autocast, gradient scalers and both kinds of checkpointing, as those of `enforce_sparsity`: the
@@ -95,7 +94,7 @@ class SelectionTraining:
         """Active fraction of the present step."""
         self._seed = seed
         self._state = InFlight(model)
-        self._layers = {layer: _Layer(self, layer, share=1 / len(layers), in_decoder=in_decoder(model, layer.site)) for layer in layers}
+        self._layers = {layer: _Layer(self, layer, share=1 / len(layers), mask_name=mask_name(model, layer.site)) for layer in layers}
         self._handles: list[RemovableHandle] = [
             model.register_forward_pre_hook(self._state.begin, with_kwargs=True),
             model.register_forward_hook(self._state.end),
@@ -147,21 +146,15 @@ class SelectionTraining:
             if layer.selector == part.select:
                 layer.selector = None
 
-    def __enter__(self) -> "SelectionTraining":
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.remove()
-
 
 class _Layer:
     """The selection of one FFN."""
 
-    def __init__(self, training: SelectionTraining, layer: MoEFFN, *, share: float, in_decoder: bool) -> None:
+    def __init__(self, training: SelectionTraining, layer: MoEFFN, *, share: float, mask_name: str) -> None:
         self.values: dict[str, Tensor] = {}
         self._config, self._training, self._state, self._layer = training.config, training, training._state, layer
         self._share = share
-        self._mask_name = "decoder_attention_mask" if in_decoder else "attention_mask"
+        self._mask_name = mask_name
 
     def select(self, layer: MoEFFN, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
         """The layer's `Selector`."""

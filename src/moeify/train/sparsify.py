@@ -4,7 +4,6 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Literal
 
 import torch
@@ -13,9 +12,10 @@ from torch import Tensor, nn
 from .. import _config
 from .._progress import NO_PROGRESS, Progress
 from ..errors import ConfigError
-from ..sites import FFNSite, check_policy
+from ..sites import FFNSite
 from ..sparsity import ActivationConfig, EnforcementConfig, enforce_sparsity, scheduled_weight, set_activation, set_mix
-from .distill import Distillation, DistillConfig
+from ..sparsity.inflight import Removable
+from .distill import Distillation, DistillConfig, check_teacher
 from .loop import TrainConfig, TrainingData, TrainRecord, train
 
 
@@ -28,7 +28,7 @@ class SparsifyConfig:
     threshold: float = 0.0
     """t of relu(z - t), for relu. Where FFNs have biases and nothing is annealed t goes there; else moeify is needed to load the model."""
     anneal_frac: float = 0.0
-    """Share of the steps over which the old function becomes ReLU, in [0, 1]; 0: at once."""
+    """Share of the steps over which the old function becomes ReLU, in [0, 1]; 0: at once. Nothing where it is ReLU already."""
     enforcement: EnforcementConfig = field(default_factory=EnforcementConfig)
     """The sparsity loss."""
     distill: DistillConfig | None = None
@@ -42,7 +42,7 @@ class SparsifyConfig:
         ActivationConfig(threshold=self.threshold)
 
 
-class Sparsification:
+class Sparsification(Removable):
     """What `sparsify` attaches to a model: a `moeify.train.Part` for any loop, and a context manager that removes its hooks.
 
     The activation function stays when it is removed, and has arrived after ``set_step(total_steps)``.
@@ -71,10 +71,8 @@ class Sparsification:
         compute: torch.dtype | None = None,
     ) -> None:
         self.config = config = config or SparsifyConfig()
-        if (teacher is None) != (config.distill is None):
-            given, missing = ("distill", "a teacher") if teacher is None else ("a teacher", "distill")
-            raise ConfigError(f"{given} is given without {missing}; distillation needs both.")
-        check_policy(config.enforcement.layer_weights, sites)  # what can be refused is refused before the model is changed
+        check_teacher(config.distill, teacher)
+        config.enforcement.enforced(sites)  # what can be refused is refused before the model is changed
         self._model = model
         self._attached = ExitStack()
         distillation = Distillation(model, teacher, config.distill, sites, compute=compute) if teacher is not None else None
@@ -93,6 +91,7 @@ class Sparsification:
         except BaseException:
             self._attached.close()
             raise
+        self._anneals = bool(config.anneal_frac) and any(new != old for new, old in zip(self.sites, sites, strict=True))
         self._mix = 1.0
         self.set_step(0)
 
@@ -109,7 +108,7 @@ class Sparsification:
     def set_step(self, step: int) -> None:
         """Set the weight of the sparsity loss and the share of the new function; the last step has all of both."""
         self._enforcement.set_step(step)
-        if self.config.activation == "relu" and self.config.anneal_frac:
+        if self._anneals:
             if self.total_steps > 1:
                 self._mix = scheduled_weight(
                     1.0, schedule="warmup", step=step, total_steps=self.total_steps, warmup_frac=self.config.anneal_frac
@@ -130,12 +129,6 @@ class Sparsification:
     def remove(self) -> None:
         """Take all hooks off."""
         self._attached.close()
-
-    def __enter__(self) -> "Sparsification":
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.remove()
 
 
 def sparsify(

@@ -7,7 +7,6 @@ A new state is written beside the last one and gets its name when it is on the d
 """
 
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,9 +17,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from .._files import sync
 from ..errors import CheckpointError
+from .work import RUN_FILE
 
-RUN_FILE = "run.json"
 _PREFIX, _NEW = "step-", ".new"
 
 
@@ -44,6 +44,7 @@ def open_state(folder: Path, run: Mapping[str, Any]) -> None:
             raise CheckpointError(f"'{folder}' is in the way and is not the state of a training run; move it or choose another folder.")
         folder.mkdir(parents=True, exist_ok=True)
         temporary.write_text(text)
+        sync(temporary)
         temporary.replace(path)
     except (OSError, ValueError) as error:
         if isinstance(error, CheckpointError):
@@ -77,11 +78,9 @@ def save_state(
         save_file(_contiguous(tensors | _random_states(model)), new / "optimizer.safetensors")
         (new / "state.json").write_text(json.dumps(rest))
         for path in (*new.iterdir(), new):
-            _sync(path)
-        if done.exists():  # of a step that was reached twice: the run was told to start again from its model
-            shutil.rmtree(done)
+            sync(path)
         new.rename(done)
-        _sync(folder)
+        sync(folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(new, ignore_errors=True)
         raise CheckpointError(f"cannot write '{new}': {error}; free space and run again, the last state is kept.") from error
@@ -104,7 +103,7 @@ def load_state(
         The step and the record; None where nothing was kept.
 
     Raises:
-        CheckpointError: it is damaged, or of another model.
+        CheckpointError: it is damaged, or of another model or other parameters of it.
     """
     steps = _steps(folder)
     if not steps:
@@ -114,6 +113,9 @@ def load_state(
         weights, tensors = load_file(found / "model.safetensors"), load_file(found / "optimizer.safetensors")
         rest = json.loads((found / "state.json").read_text())
         _load_weights(model, weights, where=found)
+        kept, present = ([(len(g["params"]), g["initial_lr"]) for g in groups] for groups in (rest["groups"], optimizer.param_groups))
+        if kept != present:
+            raise CheckpointError(f"'{found}' is of a run that trained other parameters, or at other rates; choose another state folder.")
         _load_random_states(model, tensors)
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         slots: dict[int, dict[str, Tensor]] = {}
@@ -171,8 +173,10 @@ def _without_ties(model: nn.Module) -> dict[str, Tensor]:
     seen: set[tuple[Any, ...]] = set()
     kept = {}
     for name, tensor in model.state_dict().items():
+        if not isinstance(tensor, Tensor):  # what a module keeps beside tensors is its own business
+            continue
         place = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride())
-        if not isinstance(tensor, Tensor) or (tensor.numel() and place in seen):
+        if tensor.numel() and place in seen:
             continue
         seen.add(place)
         kept[name] = tensor
@@ -211,12 +215,3 @@ def _laid_out_as(parameter: Tensor, value: Tensor) -> Tensor:
 
 def _contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-
-
-def _sync(path: Path) -> None:
-    """Or a power cut could leave the name without the content."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

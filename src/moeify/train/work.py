@@ -4,7 +4,6 @@ tensors that are whole or not there.
 
 import hashlib
 import json
-import os
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .._files import remove_folder
+from .._files import remove_folder, sync
 from ..errors import CheckpointError
 
 RUN_FILE = "run.json"
@@ -69,8 +68,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     temporary = path.with_suffix(".new")
     try:
         save_file(dict(tensors), temporary, metadata={key: json.dumps(value) for key, value in metadata.items()})
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())  # or a power cut could leave the name without the content
+        sync(temporary)
     except (OSError, SafetensorError) as error:
         temporary.unlink(missing_ok=True)
         raise CheckpointError(f"cannot write '{path}': {error}; free space and run again, what is fitted already is kept.") from error
@@ -94,7 +92,8 @@ def fingerprint(batches: Sequence[Mapping[str, Tensor]]) -> str:
     digest = hashlib.sha256()
     for batch in batches:
         for key in sorted(batch):
-            digest.update(key.encode() + str(tuple(batch[key].shape)).encode() + batch[key].contiguous().numpy().tobytes())
+            digest.update(key.encode() + str(tuple(batch[key].shape)).encode())
+            digest.update(_bytes_of(batch[key]))
     return digest.hexdigest()[:16]
 
 
@@ -102,8 +101,13 @@ def weights_checksum(model: nn.Module) -> str:
     """What tells that a source of the same name holds other weights now."""
     checksum = 0
     for parameter in model.parameters():
-        checksum = zlib.crc32(parameter.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data, checksum)
+        checksum = zlib.crc32(_bytes_of(parameter), checksum)
     return f"{checksum:08x}"
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    """Of any dtype, on any device."""
+    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
 
 
 def _digest(text: str) -> str:

@@ -248,6 +248,24 @@ def test_distillation_without_labels_learns_from_all_real_tokens(causal):
         assert student(**inputs).loss.item() == pytest.approx(wanted.item(), rel=1e-9)
 
 
+def test_distillation_when_the_teacher_is_called_by_others_in_between_learns_the_same(causal):
+    student, teacher, sites, batch, wanted = causal
+    with Distillation(student, teacher, CONFIG, sites):
+        teacher(**batch)  # as an evaluation of agreement does
+        loss = student(**batch).loss
+        teacher(input_ids=batch["input_ids"].flip(1))
+        loss.backward()
+        same(grads_of(student), wanted)
+
+
+def test_distillation_when_labels_come_later_shifts_them_as_the_model_does(causal):
+    student, teacher, sites, batch, wanted = causal
+    with Distillation(student, teacher, CONFIG, sites):
+        student(**{key: value for key, value in batch.items() if key != "labels"})
+        student(**batch).loss.backward()
+        same(grads_of(student), wanted)
+
+
 def test_train_with_a_teacher_comes_nearer_to_it():
     teacher, student = tiny_llama(), tiny_llama(seed=1)
     data = text(vocab=200)

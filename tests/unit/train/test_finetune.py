@@ -287,6 +287,41 @@ def test_router_training_makes_the_routers_regression_the_models_loss_and_trains
     torch.testing.assert_close(plain, model(**inputs).loss)
 
 
+def test_router_training_when_a_forward_failed_forgets_what_it_left():
+    model = converted()
+    inputs = batches(1)[0]
+    with RouterTraining(model):
+        wanted = model(**inputs).loss.item()
+        handle = model.model.layers[1].register_forward_pre_hook(lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            model(**inputs)
+        handle.remove()
+        assert model(**inputs).loss.item() == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_router_training_when_layers_are_checkpointed_trains_the_same_or_refuses(reentrant):
+    model, inputs = converted().train(), batches(1)[0]
+    grads = []
+    with RouterTraining(model):
+        for checkpointed in (False, True, True):
+            if checkpointed:
+                enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+                enable({"use_reentrant": reentrant})
+            if checkpointed and reentrant:
+                model.enable_input_require_grads()
+                with pytest.raises(UnsupportedModelError, match="reentrant gradient checkpointing hides the routers' inputs"):
+                    model(**inputs, use_cache=False)
+                continue
+            model(**inputs, use_cache=False).loss.backward()
+            grads.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+            model.zero_grad()
+    for other in grads[1:]:
+        assert other.keys() == grads[0].keys() > set()
+        for name, grad in other.items():
+            torch.testing.assert_close(grad, grads[0][name])
+
+
 def regression(model, inputs):
     """Sum over layers of the Gamma deviance of every real token's squared output norms over their mean square, floored."""
     caught, handles, total = {}, [], 0.0

@@ -28,7 +28,16 @@ from moeify.routers import (
 from moeify.select import DynKMax
 from moeify.sites import FFNSite, FFNWeights, expert_bounds, ffn_hidden
 from moeify.split import BalancedKMeans, Coactivation, ContiguousSplit, RandomSplit
-from moeify.train.fit import RouterTrainConfig, _held_out, _mean_and_std, fit_router, fit_site, loudest_experts, score_router, split_site
+from moeify.train.fit import (
+    RouterTrainConfig,
+    _mean_and_std,
+    fit_router,
+    fit_site,
+    held_out_tokens,
+    loudest_experts,
+    score_router,
+    split_site,
+)
 
 D, E, G = 16, 6, 5
 TRAIN = RouterTrainConfig(epochs=20, batch_tokens=128)
@@ -84,7 +93,7 @@ def test_fit_site_on_a_planted_problem_captures_nearly_what_the_oracle_does(outp
     for frac in (0.25, 0.5, 0.75):
         assert fitted.captured[f"captured@{frac}"] > 0.95 * fitted.captured[f"oracle@{frac}"]
     assert 0 < fitted.captured["oracle@0.1"] < fitted.captured["oracle@0.5"] <= 1
-    assert fitted.scores_TE.shape == (_held_out(1500, 0.1).sum(), E)
+    assert fitted.scores_TE.shape == (held_out_tokens(1500, 0.1).sum(), E)
     assert fitted.scores_TE.dtype is torch.float32
 
 
@@ -93,7 +102,7 @@ def test_fitted_scores_are_norms_in_the_units_of_the_output():
     fitted = fit_site(weights, x_TD, record_of(NormRouterConfig(width=32)), options(), replace(TRAIN, lr=3e-3))
     ordered = FFNWeights(up_FD=weights.up_FD[fitted.order_F], down_FD=weights.down_FD[fitted.order_F])
     bounds = expert_bounds(E * G, E)
-    h_TF = ffn_hidden(x_TD[_held_out(1500, 0.1)].float(), ordered, activation="relu")
+    h_TF = ffn_hidden(x_TD[held_out_tokens(1500, 0.1)].float(), ordered, activation="relu")
     norms_TE = expert_norms(h_TF, expert_grams(ordered.down_FD, bounds), bounds)
     large = norms_TE > norms_TE.quantile(0.75)
     assert (fitted.scores_TE[large] / norms_TE[large]).log().abs().mean() < 0.7  # half of the experts of each token are silent
@@ -174,7 +183,7 @@ def test_fit_site_with_experts_of_two_sizes_biases_and_half_weights(num_experts)
     record = record_of(NormRouterConfig(width=8), num_experts=num_experts, activation="silu")
     fitted = fit_site(weights, torch.randn(200, D), record, options(ContiguousSplit()), replace(TRAIN, epochs=2))
     assert torch.equal(fitted.order_F, torch.arange(30))
-    assert fitted.scores_TE.shape == (_held_out(200, 0.1).sum(), num_experts)
+    assert fitted.scores_TE.shape == (held_out_tokens(200, 0.1).sum(), num_experts)
     assert all(tensor.isfinite().all() for tensor in fitted.router_state.values())
 
 
@@ -216,7 +225,7 @@ def test_an_ffn_that_is_zero_everywhere_fits_without_nan():
 @pytest.mark.parametrize("share", [0.01, 0.1, 0.5])
 @pytest.mark.parametrize("tokens", [3, 4, 10, 1000, 20_000])
 def test_held_out_tokens_are_the_wanted_share_spread_over_the_data(tokens, share):
-    held_out_T = _held_out(tokens, share)
+    held_out_T = held_out_tokens(tokens, share)
     assert 1 <= held_out_T.sum() < tokens
     assert not held_out_T[0]
     assert held_out_T[-1]

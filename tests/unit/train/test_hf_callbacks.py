@@ -25,6 +25,7 @@ from moeify.train.sparsify import SparsifyConfig, sparsify
 CONFIG = SparsifyConfig(
     anneal_frac=0.8, enforcement=EnforcementConfig(weight=0.05), distill=DistillConfig(temperature=2.0, ffn_weight=0.5, task_weight=0.5)
 )
+FINETUNE = FinetuneConfig(target_active=(0.3, 0.7), routers="both", router_lr_factor=1.0, router_tokens=16)
 STEPS = TrainConfig(steps=6, batch_sequences=4, micro_sequences=1, lr=1e-2, log_every=1, **F32)
 
 
@@ -147,11 +148,10 @@ def test_sparsify_callback_when_the_model_is_compiled_trains_as_when_it_is_not(t
 
 
 def test_finetune_callback_trains_as_our_loop_does(tmp_path):
-    config = FinetuneConfig(target_active=(0.3, 0.7), routers="both", router_lr_factor=1.0, router_tokens=16)
     model, other = convert_tiny(tiny_llama()), convert_tiny(tiny_llama())
-    with Finetuning(model, config) as part:
+    with Finetuning(model, FINETUNE) as part:
         record = train(model, whole_rows(), STEPS, parts=[part])
-    trainer = trainer_of(other, whole_rows(), STEPS, tmp_path, callbacks=[FinetuneCallback(config)])
+    trainer = trainer_of(other, whole_rows(), STEPS, tmp_path, callbacks=[FinetuneCallback(FINETUNE)])
     assert trainer_losses(trainer) == pytest.approx(record.losses, rel=1e-5)
     same_weights(other, model)
     logged = [entry for entry in trainer.state.log_history if "loss" in entry]
@@ -171,11 +171,22 @@ def test_router_training_callback_trains_routers_alone_as_our_loop_does(tmp_path
     assert all(torch.equal(p, dense.get_parameter(name)) == ("router" not in name) for name, p in other.named_parameters())
 
 
-def test_finetune_callback_when_compiled_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match="torch_compile and selection"):
-        trainer_of(convert_tiny(tiny_llama()), text(), STEPS, tmp_path, callbacks=[FinetuneCallback()], torch_compile=True)
+@pytest.mark.parametrize("callback", [FinetuneCallback, RouterTrainingCallback])
+def test_callbacks_of_converted_models_when_compiled_are_refused(callback, tmp_path):
+    with pytest.raises(ConfigError, match="torch_compile and the training of converted models"):
+        trainer_of(convert_tiny(tiny_llama()), text(), STEPS, tmp_path, callbacks=[callback()], torch_compile=True)
 
 
+def _sparsified():
+    model, sites = silu()
+    return model, SparsifyCallback(sites, CONFIG, teacher=silu(seed=1)[0])
+
+
+STAGES = {
+    "sparsify": _sparsified,
+    "finetune": lambda: (convert_tiny(tiny_llama()), FinetuneCallback(FINETUNE)),
+    "routers": lambda: (convert_tiny(tiny_llama()), RouterTrainingCallback()),
+}
 SCRIPT = """
 import json, os, sys
 sys.path.insert(0, os.environ["MOEIFY_TESTS"])
@@ -183,13 +194,12 @@ import torch
 torch.set_num_threads(1)
 from pathlib import Path
 from training import trainer_losses, trainer_of
-from unit.train.test_hf_callbacks import CONFIG, STEPS, SparsifyCallback, silu, whole_rows
+from unit.train.test_hf_callbacks import STAGES, STEPS, whole_rows
 from dataclasses import replace
 
-model, sites = silu()
 folder = Path(sys.argv[1])
 half = replace(STEPS, batch_sequences=2, micro_sequences=1)  # of each process
-callback = SparsifyCallback(sites, CONFIG, teacher=silu(seed=1)[0])
+model, callback = STAGES[sys.argv[2]]()
 trainer = trainer_of(model, whole_rows(), half, folder, callbacks=[callback], ddp_backend="gloo")
 assert trainer.accelerator.num_processes == 2
 losses = trainer_losses(trainer)
@@ -201,13 +211,20 @@ torch.distributed.destroy_process_group()
 
 
 @pytest.mark.slow
-def test_sparsify_callback_when_accelerate_launches_two_processes_trains_as_one_does(ours, tmp_path, request):
+@pytest.mark.parametrize("stage", STAGES)
+def test_callbacks_when_accelerate_launches_two_processes_train_as_one_does(stage, ours, tmp_path, request):
+    if stage == "sparsify":
+        wanted = ours[0].losses
+    else:
+        model = convert_tiny(tiny_llama())
+        with Finetuning(model, FINETUNE) if stage == "finetune" else RouterTraining(model) as part:
+            wanted = train(model, whole_rows(), STEPS, parts=[part]).losses
     script = tmp_path / "run.py"
     script.write_text(SCRIPT)
     tests = request.config.rootpath / "tests"
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", str(script), str(tmp_path)]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", str(script), str(tmp_path), stage]
     environment = os.environ | {"MOEIFY_TESTS": str(tests), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(launch, env=environment, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert json.loads((tmp_path / "losses.json").read_text()) == pytest.approx(ours[0].losses, rel=1e-5)
+    assert json.loads((tmp_path / "losses.json").read_text()) == pytest.approx(wanted, rel=1e-5)

@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -44,6 +45,16 @@ def test_train_trains_only_what_requires_a_gradient():
     before = weights(model)
     train(model, text(), TrainConfig(steps=2, **F32))
     assert {name for name, p in model.named_parameters() if not torch.equal(p, before[name])} == set(before) - {"model.embed_tokens.weight"}
+
+
+def test_train_when_the_model_has_gradients_already_trains_as_without():
+    plain, used = tiny_llama(), tiny_llama()
+    for model in (plain, used):
+        model.model.embed_tokens.requires_grad_(False)
+    used.model.embed_tokens.weight.grad = torch.full_like(used.model.embed_tokens.weight, 1e3)  # in the norm that is clipped
+    used(**text(seed=1).tensors).loss.backward()
+    config = TrainConfig(steps=2, lr=1e-2, clip=0.1, **F32)
+    assert train(used, text(), config).losses == train(plain, text(), config).losses
 
 
 def test_train_takes_every_sequence_once_an_epoch_in_another_order():
@@ -238,6 +249,33 @@ def test_train_out_of_memory_says_which_knob_lowers_it():
         train(model, text(), TrainConfig(steps=1, batch_sequences=4, **F32))
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        pytest.param(torch.OutOfMemoryError("CUDA out of memory."), id="GPU"),
+        pytest.param(RuntimeError("[enforce fail at alloc_cpu.cpp:119] err == 0. DefaultCPUAllocator: can't allocate memory"), id="CPU"),
+        pytest.param(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), id="cuBLAS"),
+        pytest.param(MemoryError(), id="Python"),
+    ],
+)
+def test_train_out_of_memory_in_the_first_forward_of_all_says_which_knob_lowers_it(error):
+    model = tiny_llama()
+
+    def fail(*_args):
+        raise error
+
+    model.lm_head.register_forward_pre_hook(fail)
+    with pytest.raises(TrainingError, match="out of memory at step 0; take shorter sequences: a state"):
+        train(model, text(), TrainConfig(steps=1, batch_sequences=1, gradient_checkpointing=True, **F32))
+
+
+def test_train_when_a_forward_fails_otherwise_passes_the_error_on():
+    model = tiny_llama()
+    model.lm_head.register_forward_pre_hook(lambda *_: torch.ones(2) @ torch.ones(3))
+    with pytest.raises(RuntimeError, match="inconsistent tensor size"):
+        train(model, text(), TrainConfig(steps=1, **F32))
+
+
 def test_train_when_there_is_nothing_to_train_or_to_train_on_says_so():
     model = tiny_llama().requires_grad_(False)
     with pytest.raises(ConfigError, match="no parameter of the model requires a gradient"):
@@ -246,6 +284,18 @@ def test_train_when_there_is_nothing_to_train_or_to_train_on_says_so():
         train(tiny_llama(), text(rows=0), TrainConfig(steps=1))
     with pytest.raises(ConfigError, match="float16' needs a GPU"):
         train(tiny_llama(), text(), TrainConfig(steps=1, compute="float16"))
+
+
+def test_train_when_trained_weights_are_float16_refuses():
+    model = tiny_llama(dtype=torch.float16)
+    with pytest.raises(ConfigError, match=r"'model.embed_tokens.weight' is float16, .* load the model in float32"):
+        train(model, text(), TrainConfig(steps=1, **F32))
+    for p in model.parameters():
+        p.requires_grad_(False)
+        p.data = p.data.float() if p is model.lm_head.weight else p.data
+    model.lm_head.weight.requires_grad_()
+    model.lm_head.register_forward_pre_hook(lambda _m, args: (args[0].float(),))
+    assert len(train(model, text(), TrainConfig(steps=1, **F32)).losses) == 1, "what is frozen may be of any type"
 
 
 def test_train_when_there_is_no_loss_says_so():
@@ -278,6 +328,13 @@ def test_train_when_the_model_cannot_be_checkpointed_says_so():
 def test_train_config_when_out_of_range_raises(options, message):
     with pytest.raises(ConfigError, match=message):
         TrainConfig(**{"steps": 1} | options)
+
+
+def test_train_config_decisive_is_all_that_changes_the_result():
+    config = TrainConfig(steps=3, micro_sequences=1, gradient_checkpointing=True, eval_every=1, save_every=1, log_every=1)
+    assert config.decisive() == TrainConfig(steps=3).decisive()
+    for change in ({"steps": 4}, {"batch_sequences": 1}, {"lr": 0.5}, {"seed": 1}, {"compute": "float32"}):
+        assert replace(config, **change).decisive() != config.decisive()
 
 
 def test_train_record_is_plain_numbers():

@@ -13,7 +13,7 @@ from moeify.errors import ConfigError
 from moeify.sites import find_ffn_sites
 from moeify.sparsity import set_activation
 from moeify.train import regress
-from moeify.train.fit import _held_out
+from moeify.train.fit import held_out_tokens
 from moeify.train.regress import RegressConfig, regress_layers
 
 CONFIG = RegressConfig(epochs=20, batch_tokens=32, lr=1e-2, holdout_frac=0.2)
@@ -55,7 +55,7 @@ def errors_of(teacher, model, sites):
         energy = y.square().sum(1)
         with torch.no_grad():
             error = (model.get_submodule(name)(x) - y).square().sum(1) / (energy + 0.01 * energy.mean())
-        found[name] = error[_held_out(len(x), 0.2)].mean().item()
+        found[name] = error[held_out_tokens(len(x), 0.2)].mean().item()
     return found
 
 
@@ -116,12 +116,14 @@ def test_regress_layers_when_killed_goes_on_and_gives_equal_weights(workers, tmp
 def test_regress_layers_fits_nothing_to_the_tokens_that_measure_it(tmp_path, monkeypatch):
     teacher, model, sites = changed()
     seen = []
-    monkeypatch.setattr(regress, "_adam", lambda _leaves, loss_of, count, **_: seen.append(loss_of(torch.arange(count - 30, count)).item()))
+    monkeypatch.setattr(
+        regress, "minimise", lambda _leaves, loss_of, count, **_: seen.append(loss_of(torch.arange(count - 30, count)).item())
+    )
     regress_layers(model, teacher, sites, batches(), CONFIG, work=tmp_path / "work")
     for name, (x, y) in watched(teacher, sites).items():
         energy = y.square().sum(1)
         error = (model.get_submodule(name)(x) - y).square().sum(1) / (energy + 0.01 * energy.mean())
-        fitted = error[~_held_out(len(x), 0.2)]
+        fitted = error[~held_out_tokens(len(x), 0.2)]
         assert seen.pop(0) == pytest.approx(fitted[-30:].mean().item(), rel=0.01)
 
 

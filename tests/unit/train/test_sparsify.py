@@ -1,6 +1,7 @@
 """Training for sparse activations: fewer are active, the model stays a plain one, and what makes no sense is refused before any work."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -85,6 +86,16 @@ def test_sparsify_when_it_died_while_annealing_goes_on_as_if_it_had_not(tmp_path
         assert torch.equal(fresh(**tiny_inputs()).logits, model(**tiny_inputs()).logits)
 
 
+def test_sparsify_of_a_model_that_computes_relu_already_has_nothing_to_anneal():
+    config = SparsifyConfig(anneal_frac=0.5, enforcement=EnforcementConfig(weight=0.03))
+    records = []
+    for one in (config, replace(config, anneal_frac=0.0)):
+        model = tiny_llama()
+        records.append(sparsify(model, find_ffn_sites(model, tiny_inputs()), text(), one, replace(STEPS, steps=3)))
+    assert records[0].losses == records[1].losses
+    assert [entry["activation_mix"] for entry in records[0].parts] == [1, 1, 1]
+
+
 class Unread:
     """Data that must not be touched."""
 
@@ -108,6 +119,7 @@ def test_sparsify_when_raw_activations_are_never_zero_refuses_before_any_work(lo
         pytest.param(
             SparsifyConfig(enforcement=EnforcementConfig(layer_weights={"x": 1.0})), False, "layer_weights|matches no", id="layer"
         ),
+        pytest.param(SparsifyConfig(enforcement=EnforcementConfig(layer_weights={"re:.*": 0.0})), False, "leaves no FFN", id="no layer"),
     ],
 )
 def test_sparsify_when_options_do_not_fit_refuses_and_leaves_the_model(config, teacher, message):

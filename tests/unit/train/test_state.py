@@ -48,11 +48,18 @@ def same_as(uninterrupted, record, model):
     assert torch.equal(model.calls, calls)
 
 
-@pytest.mark.parametrize(("at", "kept"), [pytest.param(6, 1, id="after a state"), pytest.param(2, 0, id="before the first state")])
+@pytest.mark.parametrize(
+    ("at", "kept"),
+    [
+        pytest.param(6, ["step-00000002"], id="after a state"),
+        pytest.param(8, ["step-00000004"], id="where an epoch begins"),
+        pytest.param(2, [], id="before the first state"),
+    ],
+)
 def test_train_when_it_died_goes_on_as_if_it_had_not(uninterrupted, tmp_path, at, kept):
     with pytest.raises(Dies):
         train(model_of(), DyingData(emotions(), at=at), CONFIG, state=tmp_path)
-    assert len(list(tmp_path.glob("step-00000002"))) == kept
+    assert [p.name for p in tmp_path.glob("step-*")] == kept
     model = model_of()
     if kept:
         with torch.no_grad():
@@ -110,6 +117,20 @@ def test_state_stores_tied_weights_once_and_nothing_pickled(tmp_path):
     assert sum("intermediate.dense.weight" in name for name in stored) == 1
 
 
+def test_state_of_a_model_with_more_than_tensors_keeps_the_tensors(tmp_path):
+    class Counting(nn.Identity):
+        def get_extra_state(self):
+            return {"calls": 3}
+
+        def set_extra_state(self, state):
+            pass
+
+    model = tiny_llama()
+    model.model.extra = Counting()
+    train(model, text(), TrainConfig(steps=1, **F32), state=tmp_path)
+    assert load_file(tmp_path / "step-00000001" / "model.safetensors").keys() == dict(tiny_llama().named_parameters()).keys()
+
+
 def test_train_when_it_diverges_keeps_the_last_good_state(tmp_path):
     data = text(rows=6)
     model = tiny_llama()
@@ -151,6 +172,16 @@ def test_train_when_the_state_is_of_another_model_says_so(tmp_path):
         train(tiny_llama(intermediate_size=40), text(), config, state=tmp_path)
     with pytest.raises(CheckpointError, match="is of another model: '"):
         train(tiny_classifier(), text(), config, state=tmp_path)
+
+
+def test_train_when_other_parameters_are_trained_than_in_the_state_says_so(tmp_path):
+    config = TrainConfig(steps=2, **F32)
+    train(tiny_llama(), text(), config, state=tmp_path)
+    frozen = tiny_llama()
+    frozen.lm_head.requires_grad_(False)
+    for model, factors in ((frozen, None), (tiny_llama(), {"re:.*mlp.*": 2.0})):
+        with pytest.raises(CheckpointError, match="is of a run that trained other parameters, or at other rates; choose another state"):
+            train(model, text(), config, state=tmp_path, lr_factors=factors)
 
 
 def test_train_when_the_state_folder_is_of_somebody_else_leaves_it(tmp_path):
