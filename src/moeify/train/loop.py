@@ -8,6 +8,7 @@ import logging
 import math
 import re
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -339,6 +340,11 @@ def _parameter_groups(model: nn.Module, config: TrainConfig, lr_factors: Mapping
         raise ConfigError(
             f"'{low}' is float16, in which a gradient's square is 0; load the model in float32 (compute='float16' multiplies in it)."
         )
+    if low := next((name for name, p in trained if p.dtype is torch.bfloat16), None):
+        warnings.warn(
+            f"'{low}' is bfloat16, which rounds small steps away; load the model in float32 (compute='bfloat16' multiplies in it).",
+            stacklevel=3,
+        )
     groups: dict[tuple[str | None, bool], list[nn.Parameter]] = {(None, True): [], (None, False): []}
     for name, parameter in trained:
         is_still = _NOT_DECAYED.search(name.lower()) or name.rpartition(".")[0] in norms
@@ -449,8 +455,12 @@ def _not_finite(
     elif gradients:
         where += f", the gradient of '{gradients[-1]}' is not"
     what = f"loss is {loss}" if not math.isfinite(loss) else f"gradient norm is {norm}"
-    kept = f" The last good state is kept in '{state}'." if state is not None and has_state(state) else ""
-    return TrainingError(f"the {what} at step {step}: {where}. Lower lr ({config.lr}) or clip ({config.clip}).{kept}")
+    way_out = f"Lower lr ({config.lr}) or clip ({config.clip})"
+    if state is not None:
+        way_out += ", which is another run: it needs a new state folder (another --out, or --overwrite)"
+        if has_state(state):
+            way_out += f". '{state}' keeps the last good state as a record: with the same options it goes on to the same step"
+    return TrainingError(f"the {what} at step {step}: {where}. {way_out}.")
 
 
 @torch.no_grad()
