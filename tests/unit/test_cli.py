@@ -633,10 +633,9 @@ def test_out_of_memory_in_training_names_the_options_that_help_there(monkeypatch
 
     monkeypatch.setattr("moeify.pipeline.sparsify_checkpoint", fail)
     arguments = ["sparsify", "m", "--data", "d", "--out", "o", "--steps", "1"]
-    less = "a smaller --micro-sequences or a smaller --window or a smaller --max-tokens"
-    end = "or --dtype bfloat16.\n"
-    assert run(capsys, *arguments) == (2, "", f"error: out of memory; try {less} or --gradient-checkpointing {end}")
-    assert run(capsys, *arguments, "--gradient-checkpointing") == (2, "", f"error: out of memory; try {less} {end}")
+    less = "a smaller --micro-sequences or a smaller --window or a smaller --max-tokens"  # bfloat16 weights do not train well
+    assert run(capsys, *arguments) == (2, "", f"error: out of memory; try {less} or --gradient-checkpointing.\n")
+    assert run(capsys, *arguments, "--gradient-checkpointing") == (2, "", f"error: out of memory; try {less}.\n")
     monkeypatch.setattr("moeify.pipeline.read_recipe", fail)
     settings = ("train.micro_sequences=1", "train.gradient_checkpointing=true", "sweep.batch_size=1")
     less = " or ".join(f"--set {setting}" for setting in settings)
