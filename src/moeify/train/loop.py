@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from .. import _config
 from .._progress import NO_PROGRESS, Progress
+from .._random import restored, seeded
 from ..errors import ConfigError, DataError, TrainingError, is_out_of_memory
 from ..sites.policy import matching_key
 from .capture import fast_dtype
@@ -184,7 +185,7 @@ def train(
     scaler = torch.amp.GradScaler(device.type, enabled=compute is torch.float16)
     log = _Log()
     done = 0
-    with _own_random_numbers(device, seed=config.seed), _gradient_checkpointing(model, enabled=config.gradient_checkpointing):
+    with seeded(config.seed, device), _gradient_checkpointing(model, enabled=config.gradient_checkpointing):
         if state is not None:
             open_state(state, {"train": config.decisive(), "sequences": len(data), "run": dict(run or {})})
             if kept := load_state(state, model=model, optimizer=optimizer, schedule=schedule, scaler=scaler):
@@ -204,7 +205,7 @@ def train(
                 generator = torch.Generator().manual_seed(1_000_003 * (config.seed + 1) + step)
                 batches = [data.batch(rows, generator=generator) for rows in order.micro_batches(step)]
                 if shifted is None:
-                    with _memory_errors(config, step), _autocast(device, compute), _own_random_numbers(device):
+                    with _memory_errors(config, step), _autocast(device, compute), restored(device):
                         shifted = shifts_labels(model, _to(batches[0], device))
                 counts = [counted_labels(batch, shifted=shifted) for batch in batches]
                 if sum(counts) == 0:
@@ -382,15 +383,6 @@ def _autocast(device: torch.device, compute: torch.dtype) -> Any:
 
 
 @contextmanager
-def _own_random_numbers(device: torch.device, *, seed: int | None = None) -> Iterator[None]:
-    """Those outside go on afterwards as if nothing had been drawn."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        if seed is not None:
-            torch.manual_seed(seed)
-        yield
-
-
-@contextmanager
 def _gradient_checkpointing(model: nn.Module, *, enabled: bool) -> Iterator[None]:
     if not enabled:
         yield
@@ -409,7 +401,7 @@ def _gradient_checkpointing(model: nn.Module, *, enabled: bool) -> Iterator[None
 def _evaluated(model: nn.Module, evaluate: Callable[[nn.Module], float], device: torch.device) -> float:
     """Leaves mode and random numbers as they were."""
     model.eval()
-    with _own_random_numbers(device), torch.no_grad():
+    with restored(device), torch.no_grad():
         value = float(evaluate(model))
     model.train()
     return value

@@ -225,7 +225,9 @@ def test_train_that_diverges_names_the_first_layer_and_leaves_the_weights():
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[3, 4] = float("inf")
     before = weights(model)
-    message = r"the loss is nan at step 0: the activations of 'model.layers.1.mlp.up_proj' are the first .* Lower lr \(0.01\) or clip \(1.0\)\.$"
+    message = (
+        r"the loss is nan at step 0: the activations of 'model.layers.1.mlp.up_proj' are the first .* Lower lr \(0.01\) or clip \(1.0\)\.$"
+    )
     with pytest.raises(TrainingError, match=message):
         train(model, text(), TrainConfig(steps=3, lr=1e-2, **F32))
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
@@ -288,7 +290,7 @@ def test_train_when_there_is_nothing_to_train_or_to_train_on_says_so():
 
 def test_train_when_trained_weights_are_bfloat16_warns_once_and_trains():
     model = tiny_llama(dtype=torch.bfloat16)
-    with pytest.warns(UserWarning) as warned:
+    with pytest.warns(UserWarning, match="bfloat16") as warned:
         record = train(model, text(), TrainConfig(steps=2, lr=1e-2, **F32))
     (message,) = (str(w.message) for w in warned)
     assert message == (

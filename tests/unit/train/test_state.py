@@ -148,7 +148,7 @@ def test_train_when_it_diverges_keeps_the_last_good_state(tmp_path):
     message = str(raised.value)
     assert "Lower lr (0.0001) or clip (1.0), which is another run: it needs a new state folder (another --out, or --overwrite)" in message
     assert message.endswith(f"'{tmp_path}' keeps the last good state as a record: with the same options it goes on to the same step.")
-    with pytest.raises(CheckpointError, match="lr was 0.0001, is 1e-05"):  # what the message says
+    with pytest.raises(CheckpointError, match=r"lr was 0\.0001, is 1e-05"):  # what the message says
         train(tiny_llama(), data, replace(config, lr=1e-5), state=tmp_path)
     assert all(p.isfinite().all() for p in model.parameters())
     assert train(tiny_llama(), data, config, state=tmp_path).losses == train(tiny_llama(), data, config).losses
