@@ -195,7 +195,7 @@ def profile(
 
 @command(resumes=lambda _values: True)
 @takes("data", DataConfig, skip=("seed", "split", "max_tokens"))
-@takes("config", SparsifyConfig, skip=("enforcement", "distill"))
+@takes("config", SparsifyConfig, skip=("enforcement", "distill", "policy"))
 @takes(
     "enforcement",
     EnforcementConfig,
@@ -240,6 +240,9 @@ def sparsify(
     layer_weights: Annotated[
         str | None, typer.Option(help="JSON object, or the path of one. " + _config.field_docs(EnforcementConfig)["layer_weights"])
     ] = None,
+    activation_policy: Annotated[
+        str | None, typer.Option(help="JSON object, or the path of one. " + " ".join(_config.field_docs(SparsifyConfig)["policy"].split()))
+    ] = None,
     distill: Annotated[bool, typer.Option("--distill", help="Learn from the model as it was, too.")] = False,
     dtype: DType = "float32",
     device: Device = "cpu",
@@ -259,7 +262,12 @@ def sparsify(
         model,
         out,
         data=data,
-        config=dataclasses.replace(config, enforcement=enforcement, distill=distillation if distill else None),
+        config=dataclasses.replace(
+            config,
+            policy=_json_object(activation_policy, option="--activation-policy"),
+            enforcement=enforcement,
+            distill=distillation if distill else None,
+        ),
         train=dataclasses.replace(
             train, batch_sequences=batch_sequences or TrainConfig.batch_sequences, save_every=save_every, seed=seed or 0
         ),
