@@ -22,6 +22,10 @@ from .errors import ConfigError
 
 T = TypeVar("T")
 
+LATER: Mapping[str, Any] = {"later": True}
+"""``metadata`` of a field that its class got after its JSON had become a part of names on disk: left out where it has its default, so that
+what was named before is still found."""
+
 
 def to_dict(config: object) -> dict[str, Any]:
     """Plain JSON value of a config dataclass; tagged with ``name`` where its class has one.
@@ -35,7 +39,7 @@ def to_dict(config: object) -> dict[str, Any]:
     assert dataclasses.is_dataclass(config)
     assert not isinstance(config, type)
     tag = {"name": _tag_of(type(config))} if _is_tagged(type(config)) else {}
-    return tag | {f.name: _plain(getattr(config, f.name)) for f in dataclasses.fields(config)}
+    return tag | {f.name: _plain(getattr(config, f.name)) for f in dataclasses.fields(config) if not _is_left_out(config, f)}
 
 
 def from_dict(cls: type[T], data: Mapping[str, Any], *, where: str = "") -> T:
@@ -117,6 +121,11 @@ def field_docs(cls: type) -> dict[str, str]:
             if isinstance(doc, ast.Expr) and isinstance(doc.value, ast.Constant) and isinstance(doc.value.value, str):
                 docs[field.target.id] = inspect.cleandoc(doc.value.value)
     return docs
+
+
+def _is_left_out(config: Any, field: dataclasses.Field[Any]) -> bool:
+    default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+    return "later" in field.metadata and getattr(config, field.name) == default
 
 
 def _tag_of(cls: Any) -> str:

@@ -19,14 +19,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal, TextIO
 
-import torch
 import typer
 
 from . import _config
 from ._progress import Progress, Task
 from .convert import ConvertConfig
 from .data import AugmentConfig, DataConfig
-from .errors import ConfigError, MoeifyError
+from .errors import ConfigError, MoeifyError, is_out_of_memory
 from .pipeline import STAGES, TASKS, CalibrationConfig
 from .routers import ROUTERS, NormRouterConfig
 from .select import RULES, Rule
@@ -144,7 +143,7 @@ def command(
                 way_out = "; the same command again continues where it stopped." if resumes(values) else "."
                 raise _Interrupted(f"interrupted{way_out}") from error
             except (MemoryError, RuntimeError) as error:
-                if not _is_out_of_memory(error):
+                if not is_out_of_memory(error):
                     raise
                 raise MoeifyError(_out_of_memory(error, options=values)) from error
             _show(result if json_ else text(result), as_json=json_)
@@ -196,7 +195,7 @@ def profile(
 
 @command(resumes=lambda _values: True)
 @takes("data", DataConfig, skip=("seed", "split", "max_tokens"))
-@takes("config", SparsifyConfig, skip=("enforcement", "distill"))
+@takes("config", SparsifyConfig, skip=("enforcement", "distill", "policy"))
 @takes(
     "enforcement",
     EnforcementConfig,
@@ -241,6 +240,9 @@ def sparsify(
     layer_weights: Annotated[
         str | None, typer.Option(help="JSON object, or the path of one. " + _config.field_docs(EnforcementConfig)["layer_weights"])
     ] = None,
+    activation_policy: Annotated[
+        str | None, typer.Option(help="JSON object, or the path of one. " + " ".join(_config.field_docs(SparsifyConfig)["policy"].split()))
+    ] = None,
     distill: Annotated[bool, typer.Option("--distill", help="Learn from the model as it was, too.")] = False,
     dtype: DType = "float32",
     device: Device = "cpu",
@@ -260,7 +262,12 @@ def sparsify(
         model,
         out,
         data=data,
-        config=dataclasses.replace(config, enforcement=enforcement, distill=distillation if distill else None),
+        config=dataclasses.replace(
+            config,
+            policy=_json_object(activation_policy, option="--activation-policy"),
+            enforcement=enforcement,
+            distill=distillation if distill else None,
+        ),
         train=dataclasses.replace(
             train, batch_sequences=batch_sequences or TrainConfig.batch_sequences, save_every=save_every, seed=seed or 0
         ),
@@ -597,18 +604,12 @@ def _runs_all(rule_type: type[Rule]) -> Any:
     return rule_type.at(min(value, float(2**31)))
 
 
-def _is_out_of_memory(error: Exception) -> bool:
-    """Whether an allocation failed; torch has an exception of its own for accelerators only."""
-    known = ("can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED")  # CPU on Linux and Windows; cuBLAS
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(text in str(error) for text in known)
-
-
 def _out_of_memory(error: Exception, *, options: Mapping[str, Any]) -> str:
     """One line with the size that was asked for, and those of the command's options that need less of it."""
     size = re.search(r"tried to allocate ([\d.]+ [A-Za-z]+)", str(error), flags=re.IGNORECASE)
     less = [f"a smaller --{name.replace('_', '-')}" for name in _MEMORY_OPTIONS if name in options]
     less += ["--gradient-checkpointing"] * (options.get("gradient_checkpointing") is False)
-    less += ["--dtype bfloat16"] * (options.get("dtype") == "float32")
+    less += ["--dtype bfloat16"] * (options.get("dtype") == "float32" and "micro_sequences" not in options)  # not to train
     less += [f"--set {setting}" for setting in _RECIPE_MEMORY] * ("recipe" in options)
     way_out = f"try {' or '.join(less)}" if less else "free some, or use a machine with more"
     return f"out of memory{f' (an allocation of {size[1]})' if size else ''}; {way_out}."

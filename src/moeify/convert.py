@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from . import _config
+from ._random import seeded
 from .errors import CheckpointError, ConfigError, UnsupportedModelError
 from .layers import MoEFFN, attach, detach, moe_layers
 from .routers import NormRouterConfig, RouterConfig, build_router
@@ -243,8 +244,7 @@ def convert(
             )
         orders[record.site.name] = split.order_F
     for record, options in plan:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(options.seed)
+        with seeded(options.seed):
             apply_site(model, record, order_F=orders[record.site.name])
     return stamp(model)
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ._progress import NO_PROGRESS, Progress
+from ._random import seeded
 from .convert import ConvertConfig
 from .data import DataConfig, text_windows
 from .errors import CheckpointError, MoeifyError
@@ -107,8 +108,7 @@ def small_relu_gpt(*, seed: int) -> Any:
         eos_token_id=None,
         use_cache=True,
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         return GPT2LMHeadModel(config)
 
 

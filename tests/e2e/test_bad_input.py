@@ -274,7 +274,7 @@ def sparsify(*options, source="dense", data=DATA, steps="2"):
     [
         pytest.param(sparsify(steps="0"), "steps must be at least 1, got 0", id="no step"),
         pytest.param(sparsify("--loss", "hoier"), ("'hoier'", "did you mean 'hoyer'"), id="unknown penalty"),
-        pytest.param(sparsify("--activation", "gelu"), ("'relu', 'keep'", "'gelu'"), id="unknown activation"),
+        pytest.param(sparsify("--activation", "gelu"), ("'relu', 'relu2', 'keep'", "'gelu'"), id="unknown activation"),
         pytest.param(sparsify("--weight", "-1"), "weight must be finite and >= 0", id="weight below 0"),
         pytest.param(sparsify("--lr", "nan"), "lr must be finite", id="lr nan"),
         pytest.param(
@@ -285,6 +285,7 @@ def sparsify(*options, source="dense", data=DATA, steps="2"):
         pytest.param(sparsify("--task", "masked_lm"), ("--task", "did you mean 'masked-lm'"), id="unknown task"),
         pytest.param(sparsify("--crop", "2"), "vary images; LlamaForCausalLM reads text", id="crop of text"),
         pytest.param(sparsify("--layer-weights", '{"model.layers.7": 0}'), ("model.layers.7", "matches no"), id="weights of no layer"),
+        pytest.param(sparsify("--activation-policy", '{"mlp": null}'), ("policy 'mlp'", "matches no"), id="activation of no layer"),
         pytest.param(sparsify("--layer-weights", "0.5"), "--layer-weights must be a JSON object", id="weights no object"),
         pytest.param(sparsify("--device", "cuda:99"), "--device cuda:99: torch sees", id="device that is not there"),
         pytest.param(sparsify("--validation", "./other"), "no such file or folder: './other'", id="validation not there"),

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import transformers
-from tiny import save_dense_tiny
+from tiny import save_dense_tiny, tiny_inputs
 
 from moeify import cli
 from moeify._progress import NO_PROGRESS
@@ -22,6 +22,7 @@ from moeify.hf.checkpoint import load_model, read_calibration
 from moeify.layers import moe_layers
 from moeify.pipeline.recipe import read_recipe
 from moeify.pipeline.run_recipe import run_recipe
+from moeify.sites import find_ffn_sites
 
 RECIPE = """
 name = "tiny"
@@ -304,6 +305,14 @@ def test_a_threshold_is_subtracted_once_although_layers_are_fitted_before_traini
     model, _ = load_model(trained / "model")
     assert model.config.hidden_act == "relu"
     assert model.model.layers[0].mlp.gate_proj.bias.tolist() == pytest.approx([-0.05] * 24, abs=1e-6)
+
+
+def test_a_policy_of_activations_holds_where_layers_are_fitted_before_training(folder):
+    policy = "{'re:.*[.]1[.]mlp' = {activation = 'relu2'}}"
+    run(folder, "policy", f"variant.relu.sparsify.policy={policy}", "train.steps=1", stage="sparsify")
+    (trained,) = (folder / "policy/seed0").glob("sparsify.relu-*")
+    model, _ = load_model(trained / "model")
+    assert [site.activation for site in find_ffn_sites(model, tiny_inputs())] == ["relu", "relu2"]
 
 
 def test_bad_arguments_of_a_run_are_refused_before_anything_is_made(folder):

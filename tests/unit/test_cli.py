@@ -266,7 +266,8 @@ def test_sparsify_options_reach_the_configs(sparsify_call, tmp_path, capsys):
     assert plain["validation"] == DataConfig(data="d", split="validation", max_tokens=100_000)
     assert (plain["task"], plain["batch_tokens"], plain["overwrite"], plain["augment"]) == (None, None, False, AugmentConfig())
     more = {
-        "--activation": "keep", "--loss": "l1", "--weight": "0.5", "--on": "preactivations", "--weight-schedule": "linear",
+        "--activation": "relu2", "--activation-policy": '{"a": null}',
+        "--loss": "l1", "--weight": "0.5", "--on": "preactivations", "--weight-schedule": "linear",
         "--layer-weights": '{"re:.*": 2.0}', "--distill-temperature": "2", "--batch-sequences": "3", "--micro-sequences": "1",
         "--schedule": "linear", "--save-every": "2", "--seed": "5", "--task": "masked-lm", "--crop": "4", "--max-tokens": "90",
         "--data-split": "all", "--validation": "v", "--validation-split": "test", "--validation-tokens": "30", "--column": "c",
@@ -275,7 +276,9 @@ def test_sparsify_options_reach_the_configs(sparsify_call, tmp_path, capsys):
     assert cli.run([*arguments, *flags, *(part for pair in more.items() for part in pair)]) == 0
     enforcement = EnforcementConfig(loss="l1", weight=0.5, on="preactivations", schedule="linear", layer_weights={"re:.*": 2.0})
     got = sparsify_call
-    assert got["config"] == SparsifyConfig(activation="keep", enforcement=enforcement, distill=DistillConfig(temperature=2.0))
+    assert got["config"] == SparsifyConfig(
+        activation="relu2", policy={"a": None}, enforcement=enforcement, distill=DistillConfig(temperature=2.0)
+    )
     assert got["train"] == TrainConfig(
         steps=7, batch_sequences=3, micro_sequences=1, schedule="linear", save_every=2, seed=5, gradient_checkpointing=True
     )
@@ -633,10 +636,9 @@ def test_out_of_memory_in_training_names_the_options_that_help_there(monkeypatch
 
     monkeypatch.setattr("moeify.pipeline.sparsify_checkpoint", fail)
     arguments = ["sparsify", "m", "--data", "d", "--out", "o", "--steps", "1"]
-    less = "a smaller --micro-sequences or a smaller --window or a smaller --max-tokens"
-    end = "or --dtype bfloat16.\n"
-    assert run(capsys, *arguments) == (2, "", f"error: out of memory; try {less} or --gradient-checkpointing {end}")
-    assert run(capsys, *arguments, "--gradient-checkpointing") == (2, "", f"error: out of memory; try {less} {end}")
+    less = "a smaller --micro-sequences or a smaller --window or a smaller --max-tokens"  # bfloat16 weights do not train well
+    assert run(capsys, *arguments) == (2, "", f"error: out of memory; try {less} or --gradient-checkpointing.\n")
+    assert run(capsys, *arguments, "--gradient-checkpointing") == (2, "", f"error: out of memory; try {less}.\n")
     monkeypatch.setattr("moeify.pipeline.read_recipe", fail)
     settings = ("train.micro_sequences=1", "train.gradient_checkpointing=true", "sweep.batch_size=1")
     less = " or ".join(f"--set {setting}" for setting in settings)

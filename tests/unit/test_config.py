@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 
 import pytest
 
-from moeify._config import did_you_mean, field_docs, from_dict, from_tagged, lookup, to_dict
+from moeify._config import LATER, did_you_mean, field_docs, from_dict, from_tagged, lookup, to_dict
 from moeify.convert import ConvertConfig, Manifest, SiteRecord
 from moeify.data import DataConfig
 from moeify.errors import CheckpointError, ConfigError, DataError, KernelError, MoeifyError, TrainingError, UnsupportedModelError
@@ -95,6 +95,26 @@ def test_round_trip_through_json_gives_an_equal_object():
         assert from_dict(Everything, json.loads(json.dumps(to_dict(value)))) == value
     assert to_dict(FULL)["colour"] == {"name": "blue", "size": 7}
     assert from_dict(Everything, {}) == Everything()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grown:
+    """A config that got a field later."""
+
+    old: int = 1
+    """There from the start, and written always."""
+    new: dict[str, int] = field(default_factory=dict, metadata=LATER)
+    """Written where it says something."""
+    newer: int = field(default=2, metadata=LATER)
+    """The same."""
+
+
+def test_to_dict_leaves_later_fields_out_where_they_have_their_default():
+    assert to_dict(Grown()) == {"old": 1}
+    full = Grown(old=0, new={"a": 1}, newer=0)
+    assert to_dict(full) == {"old": 0, "new": {"a": 1}, "newer": 0}
+    for value in (Grown(), full):
+        assert from_dict(Grown, to_dict(value)) == value
 
 
 WRONG = [

@@ -22,6 +22,7 @@ from torch import nn
 from .._config import did_you_mean
 from .._files import remove_folder, sync
 from .._progress import NO_PROGRESS, Progress
+from .._random import seeded
 from ..convert import Manifest, stamp
 from ..errors import CheckpointError, MoeifyError, UnsupportedModelError
 from .registration import QUANT_METHOD, register
@@ -74,8 +75,7 @@ def load_model(
         cls = _model_class(config, source) if auto_class is None else auto_class
         processor = _load_processor(where, file_options, source)  # before the weights: a bad one is found at once
         task.advance(1)
-    with progress.task(f"load {source}", total=1) as task, torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with progress.task(f"load {source}", total=1) as task, seeded(seed):
         try:
             # Shapes that differ are let through here: `_check_complete` names the tensor, transformers' own error does not.
             model, info = cls.from_pretrained(

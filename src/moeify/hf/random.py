@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from .._config import did_you_mean
+from .._random import seeded
 from ..errors import CheckpointError, ConfigError
 
 
@@ -34,8 +35,7 @@ def random_model(architecture: Mapping[str, Any], *, auto_class: str, seed: int,
         if unknown := next((name for name in fields if name not in known), None):
             raise ConfigError(f"unknown field {unknown!r} of {cls.__name__}{did_you_mean(unknown, sorted(known))}")
         config = cls(**fields)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with seeded(seed):
             model: Any = getattr(transformers, auto_class).from_config(config, dtype=dtype)
     except ConfigError:
         raise

@@ -6,11 +6,11 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor, nn
 
 from .. import _config
 from .._progress import NO_PROGRESS, Progress
+from .._random import seeded
 from ..convert import manifest_of
 from ..data import DataConfig, check_source
 from ..errors import CheckpointError, ConfigError
@@ -225,8 +225,7 @@ def generate_text(
         if temperature
         else {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed, place):
         pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id  # 0 is an id, too
         ids = model.generate(**inputs, max_new_tokens=max_new_tokens, pad_token_id=pad_id, **options)
     return str(tokenizer.decode(ids[0], skip_special_tokens=True))

@@ -33,7 +33,7 @@ from ..evaluate import CurvePoint, measure_quality, quality_at
 from ..hf.checkpoint import MANIFEST_FILE, load_model, read_calibration, save_checkpoint, save_dense
 from ..hf.inputs import example_inputs
 from ..sites import FFNSite, find_ffn_sites
-from ..sparsity import ActivationConfig, EnforcementConfig, profile_activations, set_activation
+from ..sparsity import EnforcementConfig, profile_activations, set_activation
 from ..train.calibration import recalibrate
 from ..train.finetune import finetune_converted, train_routers
 from ..train.loop import TrainConfig, TrainRecord, train
@@ -246,7 +246,7 @@ class _SeedRun:
             if regress is not None:
                 tokens, errors, sites = self._regress(model, processor, sites, variant, folder / SCRATCH / "regress", progress)
                 # The functions have changed; a threshold may be in a bias, and would be subtracted once more.
-                chosen = None if options is None else replace(options, activation="keep", threshold=0.0)
+                chosen = None if options is None else replace(options, activation="keep", threshold=0.0, policy={})
             kept: dict[str, Any] = {"state": folder / SCRATCH / "state", "run": inputs, "progress": progress}
             kept["evaluate"] = self._evaluator(model, processor, config, progress)
             if chosen is None:
@@ -287,8 +287,8 @@ class _SeedRun:
     ) -> tuple[int, dict[str, Any], list[FFNSite]]:
         """Fit every FFN, with its new activation, to what it put out before; tokens read, errors, and the sites as they are now."""
         before = self._teacher("source", None, progress)
-        if variant.sparsify is not None and variant.sparsify.activation == "relu":
-            sites = set_activation(model, sites, ActivationConfig(activation="relu", threshold=variant.sparsify.threshold))
+        if variant.sparsify is not None and (functions := variant.sparsify.functions()) is not None:
+            sites = set_activation(model, sites, functions)
         data = replace(self.recipe.data, max_tokens=variant.regress_tokens)
         batches = calibration_batches(model, processor, data, progress=progress)
         errors = regress_layers(model, before, sites, batches, variant.regress, work=folder, progress=progress)

@@ -20,7 +20,6 @@ from ..hf.checkpoint import check_output, library_versions, recover, save_traine
 from ..hf.inputs import example_inputs
 from ..layers import moe_layers
 from ..sites import FFNSite, find_ffn_sites
-from ..sites.policy import check_policy
 from ..sparsity import enforce_sparsity, profile_activations
 from ..train.loop import TrainConfig, TrainingData, TrainRecord
 from ..train.sparsify import SparsifyConfig, sparsify
@@ -148,14 +147,15 @@ def sparsify_checkpoint(
 
 
 def check_enforcement(model: nn.Module, sites: Sequence[FFNSite], config: SparsifyConfig) -> None:
-    """Refuse, before anything is read or trained, enforcement that these FFNs cannot have.
+    """Refuse, before anything is read or trained, enforcement that these FFNs cannot have, or exceptions for FFNs that are not there.
 
     Raises:
-        ConfigError, UnsupportedModelError: as `enforce_sparsity`.
+        ConfigError, UnsupportedModelError: as `enforce_sparsity`, and as `set_activation` of its policy.
     """
-    check_policy(config.enforcement.layer_weights, sites)
-    if config.activation == "keep":
-        enforce_sparsity(model, sites, config.enforcement).remove()
+    enforced, functions = config.enforcement.enforced(sites), config.functions()
+    changes = functions.by_site(sites) if functions is not None else {}
+    if kept := [site for site in enforced if changes.get(site.name) is None]:
+        enforce_sparsity(model, kept, replace(config.enforcement, layer_weights={})).remove()
 
 
 def _sequences(batch_tokens: int, window: int) -> int:

@@ -7,7 +7,6 @@ nothing.
 
 import hashlib
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -16,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .._files import sync
 from .._progress import Progress, Task
 from ..errors import CheckpointError, ConfigError
 
@@ -143,8 +143,7 @@ def write_json(path: Path, value: Any) -> None:
     with temporary.open("w", encoding="utf-8") as file:
         json.dump(value, file, indent=1, allow_nan=False)
         file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
+    sync(temporary)
     temporary.replace(path)
 
 

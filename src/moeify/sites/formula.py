@@ -96,7 +96,9 @@ class ShiftedReLU(nn.Module):
 
 def activation_names(model: nn.Module) -> tuple[str, ...]:
     """Names of all functions that a model's FFNs may compute: the table, and the shifted ReLUs that stand in the model."""
-    return (*ACTIVATIONS, *dict.fromkeys(m.activation for m in model.modules() if isinstance(m, ShiftedReLU)))
+    # One that was annealed is the `end` of a module that does not register it.
+    found = (getattr(module, "end", module) for module in model.modules())
+    return (*ACTIVATIONS, *dict.fromkeys(m.activation for m in found if isinstance(m, ShiftedReLU)))
 
 
 def ffn_hidden(x_TD: Tensor, weights: FFNWeights, *, activation: str) -> Tensor:

@@ -117,9 +117,14 @@ class ActivationConfig:
         """The function's name in `moeify.sites.ACTIVATIONS`."""
         return ShiftedReLU(self.threshold).activation if self.threshold else self.activation
 
-    def for_site(self, name: str) -> "ActivationConfig | None":
-        """The options at one site, the policy applied; None where its function stays."""
-        return options_for(self, self.policy, name)
+    def by_site(self, sites: Sequence[FFNSite]) -> dict[str, "ActivationConfig | None"]:
+        """The options at each site by name, the policy applied; None where the FFN's function stays.
+
+        Raises:
+            ConfigError: an entry of the policy matches no site, or has an unknown option.
+        """
+        check_policy(self.policy, sites)
+        return {site.name: options_for(self, self.policy, site.name) for site in sites}
 
     def build(self) -> nn.Module:
         """A module that computes it."""
@@ -189,12 +194,12 @@ def set_activation(
             no config could say that it was changed. Nothing has been changed then.
     """
     config = config or ActivationConfig()
-    check_policy(config.policy, sites)
+    functions = config.by_site(sites)
     if not 0 <= mix <= 1:
         raise ConfigError(f"mix must be in [0, 1], got {mix}.")
     plan: dict[str, tuple[FFNSite, ActivationConfig, str]] = {}
     for site in sites:
-        options = config.for_site(site.name)
+        options = functions[site.name]
         if options is None or options.name == site.activation:
             continue
         if hasattr(model.get_submodule(site.name), "moe"):

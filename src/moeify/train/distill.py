@@ -3,7 +3,7 @@
 Letters: N rows of logits, V classes or vocabulary, T tokens, D model width, L FFNs, R rows of a chunk.
 
     loss = task_weight * own loss + logits_weight * T^2 * mean over rows of KL(softmax(teacher / T) || softmax(student / T))
-         + ffn_weight / L * sum_l |y_l - y*_l|^2 / |y*_l|^2, over the tokens of a forward
+         + ffn_weight / L * sum_l mean over a forward's tokens of |y_l - y*_l|^2 / (|y*_l|^2 + mean |y*_l|^2 / 100)
 
 Hooks do it, so any loop trains with it. The first two terms are in ``outputs.loss``; the third is injected as a gradient where the FFNs'
 outputs are, as `moeify.sparsity.enforce` does it, which is exact whatever is checkpointed.
@@ -41,7 +41,7 @@ class DistillConfig:
     task_weight: float = 1.0
     """Weight of the model's own loss, at least 0."""
     ffn_weight: float = 0.0
-    """Weight of the relative squared error of each FFN's output, mean over FFNs; at least 0."""
+    """Weight of the squared error of each FFN's output, relative token by token, mean over tokens and FFNs; at least 0."""
 
     def __post_init__(self) -> None:
         for name in ("logits_weight", "task_weight", "ffn_weight"):
@@ -58,6 +58,30 @@ def check_teacher(config: DistillConfig | None, teacher: nn.Module | None) -> No
     if (teacher is None) != (config is None):
         given, missing = ("distill", "a teacher") if teacher is None else ("a teacher", "distill")
         raise ConfigError(f"{given} is given without {missing}; distillation needs both.")
+
+
+def token_weights(target_TD: Tensor, mask_T: Tensor | None = None) -> Tensor:
+    """What makes the squared error of each token relative to what it should be: their product's mean is a relative error.
+
+    weight_T = 1 / (|y*|^2 + mean |y*|^2 / 100)
+
+    Relative token by token: the largest few have ten thousand times the energy of the others, and would be all that is fitted.
+
+    Args:
+        target_TD: y*, of any leading shape.
+        mask_T: bool, of that leading shape: False at tokens that do not count, which may hold anything; their weights are finite.
+
+    Returns:
+        weight_T: positive, at least fp32.
+    """
+    dtype = torch.promote_types(target_TD.dtype, torch.float32)
+    energy_T = target_TD.to(dtype).square().sum(-1)
+    if mask_T is None:
+        mean = energy_T.mean()
+    else:
+        energy_T = torch.where(mask_T, energy_T, 0)
+        mean = energy_T.sum() / mask_T.sum().clamp_min(1)
+    return 1 / (energy_T + 0.01 * mean + torch.finfo(dtype).tiny)
 
 
 class Distillation(Removable):
@@ -280,14 +304,12 @@ class _FFN:
             dtype = torch.promote_types(output.dtype, torch.float32)
             y, target = output.detach().to(dtype), self.target.to(dtype)
             mask_T = token_mask_of(self._state.masks[self._mask_name], output.shape[:-1])
-            error, size = y - target, target.square()
-            if mask_T is not None:  # a padded row may hold anything, NaN included
-                keep = mask_T.view(*output.shape[:-1], 1)
-                error, size = torch.where(keep, error, 0), torch.where(keep, size, 0)
-            total = size.sum().clamp_min(torch.finfo(dtype).tiny)
-            self.value = error.square().sum() / total
+            keep = torch.ones(y.shape[:-1], dtype=torch.bool, device=y.device) if mask_T is None else mask_T.view(y.shape[:-1])
+            error = torch.where(keep[..., None], y - target, 0)  # a padded row may hold anything, NaN included
+            weights = token_weights(target, keep) / keep.sum().clamp_min(1)
+            self.value = (error.square().sum(-1) * weights).sum()
             # A float16 is too coarse for numbers that wait for the loss's scale.
-            pull = (error * (2 * self._weight / total)).to(output.dtype if output.dtype is not torch.float16 else dtype)
+            pull = (error * (2 * self._weight * weights)[..., None]).to(output.dtype if output.dtype is not torch.float16 else dtype)
         return cast(Tensor, _Inject.apply(output, pull, self._state.scale))
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .._random import seeded
 from ..convert import ConvertConfig, SiteRecord
 from ..errors import ConfigError, DataError
 from ..routers import CentreRouter, MLPRouter, NormRouter, Router, RouterConfig, build_router, expert_grams, expert_norms, expert_sums
@@ -115,10 +116,9 @@ def fit_new_router(
         weights: fp32 weights of the FFN, neurons in expert order.
         site: the FFN.
         num_experts: E.
-        train: optimizer settings and seed; torch's own generator is left as it was.
+        train: optimizer settings and seed; torch's own generators are left as they were.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(train.seed)
+    with seeded(train.seed, train_TD.device):
         router = build_router(config, site=site, num_experts=num_experts)
         fit_router(router, train_TD, weights, activation=site.activation, num_experts=num_experts, config=train)
     scores_TE, captured = score_router(router, held_out_TD, weights, activation=site.activation, num_experts=num_experts)

@@ -8,6 +8,7 @@ import logging
 import math
 import re
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from .. import _config
 from .._progress import NO_PROGRESS, Progress
+from .._random import restored, seeded
 from ..errors import ConfigError, DataError, TrainingError, is_out_of_memory
 from ..sites.policy import matching_key
 from .capture import fast_dtype
@@ -183,7 +185,7 @@ def train(
     scaler = torch.amp.GradScaler(device.type, enabled=compute is torch.float16)
     log = _Log()
     done = 0
-    with _own_random_numbers(device, seed=config.seed), _gradient_checkpointing(model, enabled=config.gradient_checkpointing):
+    with seeded(config.seed, device), _gradient_checkpointing(model, enabled=config.gradient_checkpointing):
         if state is not None:
             open_state(state, {"train": config.decisive(), "sequences": len(data), "run": dict(run or {})})
             if kept := load_state(state, model=model, optimizer=optimizer, schedule=schedule, scaler=scaler):
@@ -203,7 +205,7 @@ def train(
                 generator = torch.Generator().manual_seed(1_000_003 * (config.seed + 1) + step)
                 batches = [data.batch(rows, generator=generator) for rows in order.micro_batches(step)]
                 if shifted is None:
-                    with _memory_errors(config, step), _autocast(device, compute), _own_random_numbers(device):
+                    with _memory_errors(config, step), _autocast(device, compute), restored(device):
                         shifted = shifts_labels(model, _to(batches[0], device))
                 counts = [counted_labels(batch, shifted=shifted) for batch in batches]
                 if sum(counts) == 0:
@@ -339,6 +341,11 @@ def _parameter_groups(model: nn.Module, config: TrainConfig, lr_factors: Mapping
         raise ConfigError(
             f"'{low}' is float16, in which a gradient's square is 0; load the model in float32 (compute='float16' multiplies in it)."
         )
+    if low := next((name for name, p in trained if p.dtype is torch.bfloat16), None):
+        warnings.warn(
+            f"'{low}' is bfloat16, which rounds small steps away; load the model in float32 (compute='bfloat16' multiplies in it).",
+            stacklevel=3,
+        )
     groups: dict[tuple[str | None, bool], list[nn.Parameter]] = {(None, True): [], (None, False): []}
     for name, parameter in trained:
         is_still = _NOT_DECAYED.search(name.lower()) or name.rpartition(".")[0] in norms
@@ -376,15 +383,6 @@ def _autocast(device: torch.device, compute: torch.dtype) -> Any:
 
 
 @contextmanager
-def _own_random_numbers(device: torch.device, *, seed: int | None = None) -> Iterator[None]:
-    """Those outside go on afterwards as if nothing had been drawn."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        if seed is not None:
-            torch.manual_seed(seed)
-        yield
-
-
-@contextmanager
 def _gradient_checkpointing(model: nn.Module, *, enabled: bool) -> Iterator[None]:
     if not enabled:
         yield
@@ -403,7 +401,7 @@ def _gradient_checkpointing(model: nn.Module, *, enabled: bool) -> Iterator[None
 def _evaluated(model: nn.Module, evaluate: Callable[[nn.Module], float], device: torch.device) -> float:
     """Leaves mode and random numbers as they were."""
     model.eval()
-    with _own_random_numbers(device), torch.no_grad():
+    with restored(device), torch.no_grad():
         value = float(evaluate(model))
     model.train()
     return value
@@ -449,8 +447,12 @@ def _not_finite(
     elif gradients:
         where += f", the gradient of '{gradients[-1]}' is not"
     what = f"loss is {loss}" if not math.isfinite(loss) else f"gradient norm is {norm}"
-    kept = f" The last good state is kept in '{state}'." if state is not None and has_state(state) else ""
-    return TrainingError(f"the {what} at step {step}: {where}. Lower lr ({config.lr}) or clip ({config.clip}).{kept}")
+    way_out = f"Lower lr ({config.lr}) or clip ({config.clip})"
+    if state is not None:
+        way_out += ", which is another run: it needs a new state folder (another --out, or --overwrite)"
+        if has_state(state):
+            way_out += f". '{state}' keeps the last good state as a record: with the same options it goes on to the same step"
+    return TrainingError(f"the {what} at step {step}: {where}. {way_out}.")
 
 
 @torch.no_grad()

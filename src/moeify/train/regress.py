@@ -25,6 +25,7 @@ from ..sites import FFNSite, FFNWeights, ffn_hidden, find_ffn_sites, site_weight
 from ..sites.formula import ACTIVATIONS
 from ..sparsity.losses import LOSSES, sparsity_loss
 from .capture import capture_ffn_inputs, fast_dtype
+from .distill import token_weights
 from .fit import cast_weights, held_out_tokens, minimise
 from .work import fingerprint, open_work, read_tensors, weights_checksum, write_tensors
 
@@ -184,9 +185,7 @@ def _regress(
         raise DataError(f"'{site.name}' saw {num_tokens} tokens, {num_train} of them to fit to; give more data.")
     held_out_T = held_out_T.to(device)
     target_TD = _outputs(x_TD, old, old_site.activation)
-    energy_T = target_TD.float().square().sum(1)
-    # Relative token by token: the largest few have ten thousand times the energy of the others, and would be all that is fitted.
-    weight_T = 1 / (energy_T + 0.01 * energy_T.mean() + torch.finfo(torch.float32).tiny)
+    weight_T = token_weights(target_TD)
     # Down in the order of its Linear, for which its products are fastest.
     leaves = {
         f.name: (t.t().float().clone(memory_format=torch.contiguous_format) if f.name == "down_FD" else t.float().clone())

@@ -23,23 +23,33 @@ from .loop import TrainConfig, TrainingData, TrainRecord, train
 class SparsifyConfig:
     """What makes activations sparse."""
 
-    activation: Literal["relu", "keep"] = "relu"
-    """'relu': the FFNs compute ReLU from now on; 'keep': their own function, of which pre-activations are penalised if it is never zero."""
+    activation: Literal["relu", "relu2", "keep"] = "relu"
+    """'relu': the FFNs compute ReLU from now on; 'relu2': its square; 'keep': their own function, of which pre-activations are penalised if
+    it is never zero."""
     threshold: float = 0.0
     """t of relu(z - t), for relu. Where FFNs have biases and nothing is annealed t goes there; else moeify is needed to load the model."""
     anneal_frac: float = 0.0
-    """Share of the steps over which the old function becomes ReLU, in [0, 1]; 0: at once. Nothing where it is ReLU already."""
+    """Share of the steps over which the old function becomes the new one, in [0, 1]; 0: at once. Nothing where it is that already."""
     enforcement: EnforcementConfig = field(default_factory=EnforcementConfig)
     """The sparsity loss."""
     distill: DistillConfig | None = None
     """What is learnt from the teacher; null: nothing."""
+    policy: dict[str, dict[str, Any] | None] = field(default_factory=dict, metadata=_config.LATER)
+    """Exceptions by FFN name, or by 're:' pattern on it: activation and threshold there, or null to keep the FFN's function. An exact name
+    wins, then the first matching pattern."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.anneal_frac <= 1:
             raise ConfigError(f"anneal_frac must be in [0, 1], got {self.anneal_frac}.")
-        if self.activation == "keep" and (self.anneal_frac or self.threshold):
-            raise ConfigError("anneal_frac and threshold belong to activation 'relu', and it is 'keep'.")
-        ActivationConfig(threshold=self.threshold)
+        if self.activation == "keep" and (self.anneal_frac or self.threshold or self.policy):
+            raise ConfigError("anneal_frac, threshold and policy belong to activation 'relu' or 'relu2', and it is 'keep'.")
+        self.functions()  # which checks them
+
+    def functions(self) -> ActivationConfig | None:
+        """What `set_activation` takes; None where every FFN keeps its function."""
+        if self.activation == "keep":
+            return None
+        return ActivationConfig(activation=self.activation, threshold=self.threshold, policy=self.policy)
 
 
 class Sparsification(Removable):
@@ -82,9 +92,8 @@ class Sparsification(Removable):
         try:
             self.sites = list(sites)
             """The FFNs with the functions that they compute at the end."""
-            if config.activation == "relu":
-                activation = ActivationConfig(threshold=config.threshold)
-                self.sites = set_activation(model, sites, activation, mix=0.0 if config.anneal_frac else 1.0)
+            if (functions := config.functions()) is not None:
+                self.sites = set_activation(model, sites, functions, mix=0.0 if config.anneal_frac else 1.0)
             self._enforcement = self._attached.enter_context(
                 enforce_sparsity(model, self.sites, config.enforcement, total_steps=total_steps)
             )

@@ -331,6 +331,24 @@ def test_a_penalty_on_activations_that_are_never_zero_is_refused(llama, text, tm
     refused(ConfigError, "has the activation silu, which is never zero", llama, tmp_path / "out", **options(text) | {"config": config})
 
 
+def test_a_penalty_on_activations_that_a_policy_keeps_and_are_never_zero_is_refused(llama, text, tmp_path):
+    enforcement = EnforcementConfig(on="activations", layer_weights={LAYERS[1]: 2.0})
+    config = SparsifyConfig(policy={LAYERS[0]: None}, enforcement=enforcement)
+    refused(ConfigError, "has the activation silu, which is never zero", llama, tmp_path / "out", **options(text) | {"config": config})
+
+
+@pytest.mark.parametrize(
+    ("policy", "message"),
+    [
+        ({"model.layers.7.mlp": None}, "policy 'model.layers.7.mlp' matches no FFN"),
+        ({LAYERS[0]: {"activate": "relu2"}}, "unknown option 'activate' of ActivationConfig; did you mean 'activation'"),
+    ],
+)
+def test_a_policy_that_does_not_fit_is_refused(llama, text, tmp_path, policy, message):
+    config = SparsifyConfig(policy=policy)
+    refused(ConfigError, message, llama, tmp_path / "out", **options(text) | {"config": config})
+
+
 def test_a_converted_model_is_refused(text, tmp_path):
     source = str(tiny.save_converted_tiny(tmp_path / "moe"))
     refused(UnsupportedModelError, "is converted already; give the dense checkpoint", source, tmp_path / "out", **options(text))

@@ -45,6 +45,14 @@ def test_a_finished_stage_is_not_run_again_also_under_another_name(tmp_path):
     assert not (tmp_path / "seed1").exists()
 
 
+def test_write_json_waits_for_the_disk_before_the_file_has_its_name(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(module, "sync", lambda path: seen.append((path.read_text(), (tmp_path / "a").exists())))
+    write_json(tmp_path / "a", {"x": 1})
+    assert seen == [('{\n "x": 1\n}\n', False)]
+    assert json.loads((tmp_path / "a").read_text()) == {"x": 1}
+
+
 def test_a_killed_stage_continues_in_its_folder_under_another_name(tmp_path):
     def killed(path, progress):
         add(path, progress)

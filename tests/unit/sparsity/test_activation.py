@@ -111,6 +111,7 @@ def test_set_activation_when_the_projection_has_a_bias_moves_the_threshold_into_
         set_mix(shifted, 1.0)
         torch.testing.assert_close(logits(shifted, inputs), logits(wanted, inputs), rtol=1e-4, atol=1e-4)
         assert hasattr(shifted.config, RECORD)
+        assert {site.activation for site in find_ffn_sites(shifted, inputs)} == {"shifted_relu:0.5"}
 
 
 def test_set_activation_when_gate_and_up_are_one_projection_shifts_the_gate_half():

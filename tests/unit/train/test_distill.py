@@ -13,7 +13,7 @@ from moeify.errors import ConfigError, UnsupportedModelError
 from moeify.sites import find_ffn_sites
 from moeify.sparsity import EnforcementConfig, enforce_sparsity
 from moeify.train import distill
-from moeify.train.distill import Distillation, DistillConfig
+from moeify.train.distill import Distillation, DistillConfig, token_weights
 from moeify.train.loop import TrainConfig, train
 
 CONFIG = DistillConfig(logits_weight=0.7, temperature=2.0, task_weight=0.4, ffn_weight=0.5)
@@ -85,7 +85,8 @@ def expected_loss(student, teacher, sites, batch, config, *, kind):
     keep = batch["attention_mask"].bool() if "attention_mask" in batch else slice(None)
     for site in sites:
         y, target = outputs["student", site.name][keep], outputs["teacher", site.name][keep]
-        loss = loss + config.ffn_weight / len(sites) * (y - target).square().sum() / target.square().sum()
+        energy, error = target.square().sum(-1), (y - target).square().sum(-1)
+        loss = loss + config.ffn_weight / len(sites) * (error / (energy + energy.mean() / 100)).mean()
     return loss
 
 
@@ -274,6 +275,17 @@ def test_train_with_a_teacher_comes_nearer_to_it():
     kls = [entry["distill_kl"] for entry in record.parts]
     assert kls[-1] < 0.5 * kls[0]
     assert record.losses == pytest.approx(kls, rel=1e-5)
+
+
+def test_token_weights_are_relative_to_each_token_and_a_hundredth_of_the_mean():
+    y_TD = torch.tensor([[3.0, 4.0], [0.0, 0.0], [300.0, 400.0]], dtype=torch.float64)  # energies 25, 0 and 250,000
+    expected = torch.tensor([1 / (25 + 833.416666666), 1 / 833.416666666, 1 / (250_000 + 833.416666666)], dtype=torch.float64)
+    torch.testing.assert_close(token_weights(y_TD), expected)
+    assert token_weights(y_TD.bfloat16()).dtype is torch.float32
+    padded = torch.cat([y_TD, torch.tensor([[float("nan"), 1.0]])])[None]
+    found = token_weights(padded, torch.tensor([[True, True, True, False]]))
+    torch.testing.assert_close(found[0, :3], expected)
+    assert found.isfinite().all()
 
 
 # ---- bad input

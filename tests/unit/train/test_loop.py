@@ -225,7 +225,9 @@ def test_train_that_diverges_names_the_first_layer_and_leaves_the_weights():
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[3, 4] = float("inf")
     before = weights(model)
-    message = r"the loss is nan at step 0: the activations of 'model.layers.1.mlp.up_proj' are the first .* Lower lr \(0.01\) or clip"
+    message = (
+        r"the loss is nan at step 0: the activations of 'model.layers.1.mlp.up_proj' are the first .* Lower lr \(0.01\) or clip \(1.0\)\.$"
+    )
     with pytest.raises(TrainingError, match=message):
         train(model, text(), TrainConfig(steps=3, lr=1e-2, **F32))
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
@@ -284,6 +286,24 @@ def test_train_when_there_is_nothing_to_train_or_to_train_on_says_so():
         train(tiny_llama(), text(rows=0), TrainConfig(steps=1))
     with pytest.raises(ConfigError, match="float16' needs a GPU"):
         train(tiny_llama(), text(), TrainConfig(steps=1, compute="float16"))
+
+
+def test_train_when_trained_weights_are_bfloat16_warns_once_and_trains():
+    model = tiny_llama(dtype=torch.bfloat16)
+    with pytest.warns(UserWarning, match="bfloat16") as warned:
+        record = train(model, text(), TrainConfig(steps=2, lr=1e-2, **F32))
+    (message,) = (str(w.message) for w in warned)
+    assert message == (
+        "'model.embed_tokens.weight' is bfloat16, which rounds small steps away; load the model in float32 "
+        "(compute='bfloat16' multiplies in it)."
+    )
+    assert len(record.losses) == 2
+    for p in model.parameters():
+        p.requires_grad_(False)
+    model.lm_head.weight.data = model.lm_head.weight.data.float()
+    model.lm_head.weight.requires_grad_()
+    model.lm_head.register_forward_pre_hook(lambda _m, args: (args[0].float(),))
+    train(model, text(), TrainConfig(steps=1, **F32))  # what is frozen may be of any type; a warning would be an error
 
 
 def test_train_when_trained_weights_are_float16_refuses():

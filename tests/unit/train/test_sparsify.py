@@ -9,6 +9,7 @@ from tiny import convert_tiny, tiny_inputs, tiny_llama
 from training import F32, Dies, DyingData, text
 from transformers import AutoModelForCausalLM
 
+from moeify import _config
 from moeify.errors import ConfigError, UnsupportedModelError
 from moeify.sites import find_ffn_sites
 from moeify.sparsity import EnforcementConfig
@@ -16,6 +17,7 @@ from moeify.train.distill import Distillation, DistillConfig
 from moeify.train.loop import TrainConfig, train
 from moeify.train.sparsify import Sparsification, SparsifyConfig, sparsify
 
+LAYER = "model.layers.0.mlp"
 STEPS = TrainConfig(steps=30, lr=1e-2, log_every=1, **F32)
 
 
@@ -45,6 +47,30 @@ def test_sparsify_makes_fewer_neurons_active_and_saves_a_plain_relu_checkpoint(a
     inputs = {key: value for key, value in data.tensors.items() if key != "labels"}
     with torch.no_grad():
         assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path)(**inputs).logits, model(**inputs).logits)
+
+
+@pytest.mark.parametrize(
+    ("options", "found"),
+    [
+        pytest.param({"activation": "relu2"}, ["relu2", "relu2"], id="relu2"),
+        pytest.param({"policy": {LAYER: None}}, ["silu", "relu"], id="one layer kept"),
+        pytest.param({"activation": "relu2", "policy": {"re:.*1.mlp": {"activation": "relu"}}}, ["relu2", "relu"], id="two functions"),
+        pytest.param({"policy": {LAYER: None}, "anneal_frac": 0.5}, ["silu", "relu"], id="one layer kept, the other annealed"),
+        pytest.param({"policy": {LAYER: {"threshold": 0.5}}}, ["shifted_relu:0.5", "relu"], id="two thresholds"),
+    ],
+)
+def test_sparsify_with_a_policy_gives_each_ffn_its_function(options, found):
+    model, sites = silu()
+    record = sparsify(model, sites, text(vocab=200), SparsifyConfig(**options), replace(STEPS, steps=3))
+    assert [site.activation for site in find_ffn_sites(model, tiny_inputs())] == found
+    assert record.parts[-1]["activation_mix"] == 1
+
+
+def test_sparsify_config_without_a_policy_is_written_as_before_there_was_one():
+    """Stages on disk are found by what is written."""
+    assert _config.to_dict(SparsifyConfig()).keys() == {"activation", "threshold", "anneal_frac", "enforcement", "distill"}
+    config = SparsifyConfig(policy={LAYER: None, "re:.*": {"activation": "relu2"}})
+    assert _config.from_dict(SparsifyConfig, _config.to_dict(config)) == config
 
 
 def test_sparsify_without_weight_and_activation_is_train():
@@ -120,6 +146,7 @@ def test_sparsify_when_raw_activations_are_never_zero_refuses_before_any_work(lo
             SparsifyConfig(enforcement=EnforcementConfig(layer_weights={"x": 1.0})), False, "layer_weights|matches no", id="layer"
         ),
         pytest.param(SparsifyConfig(enforcement=EnforcementConfig(layer_weights={"re:.*": 0.0})), False, "leaves no FFN", id="no layer"),
+        pytest.param(SparsifyConfig(policy={"model.layers.7.mlp": None}), False, "matches no FFN; did you mean", id="policy of no layer"),
     ],
 )
 def test_sparsify_when_options_do_not_fit_refuses_and_leaves_the_model(config, teacher, message):
@@ -146,6 +173,9 @@ def test_sparsify_of_a_converted_model_is_refused_and_leaves_no_hook():
         ({"anneal_frac": 1.5}, "anneal_frac must be in"),
         ({"activation": "keep", "anneal_frac": 0.5}, "belong to activation 'relu'"),
         ({"activation": "keep", "threshold": 0.5}, "belong to activation 'relu'"),
+        ({"activation": "keep", "policy": {"a": None}}, "belong to activation 'relu'"),
+        ({"activation": "relu2", "threshold": 0.5}, "threshold is for the activation 'relu'"),
+        ({"policy": {"re:(": None}}, "is not a regular expression"),
         ({"threshold": float("inf")}, "threshold must be finite"),
     ],
 )

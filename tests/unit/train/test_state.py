@@ -4,6 +4,7 @@ import json
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -142,8 +143,13 @@ def test_train_when_it_diverges_keeps_the_last_good_state(tmp_path):
 
     model.model.layers[1].register_forward_hook(poison)
     config = TrainConfig(steps=6, batch_sequences=2, save_every=1, **F32)
-    with pytest.raises(TrainingError, match=r"loss is nan at step 4: .*'model.layers.1' are the first.* The last good state is kept in '"):
+    with pytest.raises(TrainingError, match=r"loss is nan at step 4: .*'model.layers.1' are the first") as raised:
         train(model, data, config, state=tmp_path)
+    message = str(raised.value)
+    assert "Lower lr (0.0001) or clip (1.0), which is another run: it needs a new state folder (another --out, or --overwrite)" in message
+    assert message.endswith(f"'{tmp_path}' keeps the last good state as a record: with the same options it goes on to the same step.")
+    with pytest.raises(CheckpointError, match=r"lr was 0\.0001, is 1e-05"):  # what the message says
+        train(tiny_llama(), data, replace(config, lr=1e-5), state=tmp_path)
     assert all(p.isfinite().all() for p in model.parameters())
     assert train(tiny_llama(), data, config, state=tmp_path).losses == train(tiny_llama(), data, config).losses
 
