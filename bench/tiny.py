@@ -5,8 +5,8 @@ from pathlib import Path
 import torch
 
 from moeify import CalibrationConfig, ConvertConfig, DataConfig, convert_checkpoint
-from moeify.demo import byte_tokenizer
 from moeify.hf.checkpoint import save_dense
+from moeify.hf.random import byte_tokenizer
 from moeify.routers import NormRouterConfig
 from moeify.train.fit import RouterTrainConfig
 
@@ -31,7 +31,7 @@ def save_tiny(folder: Path) -> str:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = LlamaForCausalLM(config).eval()
-    save_dense(model, byte_tokenizer(), folder)
+    save_dense(model, byte_tokenizer(context=config.max_position_embeddings), folder)
     return str(folder)
 
 

@@ -207,6 +207,7 @@ if trainer.is_world_process_zero():
     (folder / "losses.json").write_text(json.dumps(losses))
 torch.distributed.barrier()
 torch.distributed.destroy_process_group()
+os._exit(0)  # gloo's threads may abort while the interpreter tears down, after everything is done
 """
 
 
