@@ -312,8 +312,11 @@ class _Inject(torch.autograd.Function):
         scale = read_scale(scale, grad)
         slope_s, slope_q = slope_s * scale, slope_q * scale
         if ctx.delta is not None:
-            u = _displaced(a, ctx.delta)
-            term = torch.addcmul(slope_s, u, slope_q) * (u > 0)
+            u = _displaced(a.to(slope_q.dtype), ctx.delta)
+            # Where u is 0, nothing. This way takes a quarter of the time of `addcmul(slope_s, u, slope_q) * (u > 0)`.
+            term = torch.ops.aten.threshold_backward(torch.mul(u, slope_q).add_(slope_s), u, 0)
+            if term.dtype == grad.dtype:
+                return term.add_(grad), None, None, None, None, None
         elif ctx.is_signed:
             term = torch.addcmul(slope_s * a.sign(), a, slope_q)
         else:
