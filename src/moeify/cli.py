@@ -9,20 +9,18 @@ import json
 import os
 import re
 import sys
-import time
 import traceback
 import types
 import typing
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TextIO
+from typing import Annotated, Any, Literal
 
 import typer
 
 from . import _config
-from ._progress import Progress, Task
+from ._terminal import make_progress, show
 from .convert import ConvertConfig
 from .data import AugmentConfig, DataConfig
 from .errors import ConfigError, MoeifyError, is_out_of_memory
@@ -37,7 +35,6 @@ from .train.loop import TrainConfig
 from .train.sparsify import SparsifyConfig
 
 BUG, BAD_INPUT, INTERRUPTED = 1, 2, 130
-_WIDEST = 140
 _MEMORY_OPTIONS = ("micro_sequences", "batch_size", "window", "max_tokens", "max_new_tokens")
 
 _RECIPE_MEMORY = ("train.micro_sequences=1", "train.gradient_checkpointing=true", "sweep.batch_size=1")  # nothing done is lost by them
@@ -146,7 +143,7 @@ def command(
                 if not is_out_of_memory(error):
                     raise
                 raise MoeifyError(_out_of_memory(error, options=values)) from error
-            _show(result if json_ else text(result), as_json=json_)
+            show(result if json_ else text(result), as_json=json_)
 
         as_json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON value.")]
         debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
@@ -509,73 +506,8 @@ def main() -> None:
     sys.exit(run(sys.argv[1:]))
 
 
-def make_progress() -> Progress:
-    """Bars with an ETA where somebody watches, a line now and then where not."""
-    return _Bars() if sys.stderr.isatty() else _Lines(sys.stderr)
-
-
 class _Interrupted(Exception):  # noqa: N818 - Ctrl-C, in a form that typer passes on in every version
     pass
-
-
-class _Bars:
-    """Progress bars with an ETA on a terminal; nested tasks are shown below each other."""
-
-    def __init__(self) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-        from rich.progress import Progress as RichProgress
-
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), "eta", TimeRemainingColumn())
-        self._bars = RichProgress(*columns, console=Console(stderr=True))
-        self._open = 0
-
-    @contextmanager
-    def task(self, label: str, *, total: int) -> Iterator[Task]:
-        """One bar."""
-        if self._open == 0:
-            self._bars.start()
-        self._open += 1
-        bar = self._bars.add_task(label, total=total)
-        try:
-            yield _Advance(lambda steps: self._bars.advance(bar, steps))
-        finally:
-            self._open -= 1
-            if self._open == 0:
-                self._bars.stop()
-
-
-class _Lines:
-    """A line after two seconds, then one every ten: a log stays readable. Work of under two seconds says nothing."""
-
-    def __init__(self, stream: TextIO, *, first_s: float = 2.0, every_s: float = 10.0, clock: Callable[[], float] = time.monotonic) -> None:
-        self._stream = stream
-        self._first_s = first_s
-        self._every_s = every_s
-        self._clock = clock
-
-    @contextmanager
-    def task(self, label: str, *, total: int) -> Iterator[Task]:
-        """Lines of one task."""
-        start = self._clock()
-        done, due = 0, start + self._first_s
-
-        def advance(steps: int) -> None:
-            nonlocal done, due
-            done += steps
-            now = self._clock()
-            if now >= due and 0 < done < total:
-                due = now + self._every_s
-                print(f"{label}: {done}/{total}, {(now - start) * (total - done) / done:.0f} s left", file=self._stream, flush=True)
-
-        yield _Advance(advance)
-        if self._clock() - start >= self._first_s:
-            print(f"{label}: done in {self._clock() - start:.0f} s", file=self._stream, flush=True)
-
-
-class _Advance:
-    def __init__(self, advance: Callable[[int], None]) -> None:
-        self.advance = advance
 
 
 def _numbers(text: str, *, option: str) -> list[float]:
@@ -618,75 +550,3 @@ def _out_of_memory(error: Exception, *, options: Mapping[str, Any]) -> str:
 def _fail(message: str, code: int, *, kind: str = "error") -> int:
     print(f"{kind}: {' '.join(message.split())}", file=sys.stderr)
     return code
-
-
-def _show(result: Any, *, as_json: bool) -> None:
-    """Print a result: JSON for machines, tables and lines for people."""
-    if as_json:
-        print(json.dumps(result, default=_plain))
-    elif isinstance(result, str):
-        print(result)
-    else:
-        print("\n".join(_lines(result if isinstance(result, Mapping) else {"curve": result})))
-
-
-def _plain(value: Any) -> Any:
-    """JSON value of what `json` does not know: a curve."""
-    return value.to_json()
-
-
-def _lines(value: Mapping[str, Any], indent: str = "") -> Iterator[str]:
-    rows = list(value.values())
-    if len(rows) > 1 and all(isinstance(row, Mapping) for row in rows) and len({tuple(row) for row in rows}) == 1:
-        # the same things measured in many layers
-        yield from (indent + line for line in _table([{"": name, **_flat(row)} for name, row in value.items()]))
-        return
-    for key, item in value.items():
-        if _is_bulk(item):
-            continue
-        if hasattr(item, "to_json"):
-            from .report import curve_markdown
-
-            yield from (indent + line for line in curve_markdown(item).splitlines())
-        elif isinstance(item, Mapping) and item:
-            yield f"{indent}{key}:"
-            yield from _lines(item, indent + "  ")
-        elif isinstance(item, list) and item and all(isinstance(row, Mapping) for row in item):
-            yield f"{indent}{key}:"
-            yield from (f"{indent}  {line}" for line in _table(item))
-        else:
-            yield f"{indent}{key}: {_cell(item)}"
-
-
-def _is_bulk(value: Any) -> bool:
-    """Long rows of numbers, for machines only: --json has them."""
-    if isinstance(value, Mapping):
-        return bool(value) and all(_is_bulk(item) for item in value.values())
-    return isinstance(value, list) and len(value) > 12 and not any(isinstance(item, Mapping) for item in value)
-
-
-def _flat(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested numbers as one cell each: "mean 12, p50 11, p95 20"."""
-    return {k: ", ".join(f"{n} {_cell(x)}" for n, x in v.items()) if isinstance(v, Mapping) else v for k, v in row.items()}
-
-
-def _table(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """Rows in columns; where that is wider than anybody's screen, one line a value."""
-    columns = list(rows[0])
-    cells = [columns, *([_cell(row.get(column)) for column in columns] for row in rows)]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
-    if sum(widths) + 2 * len(widths) > _WIDEST:
-        for row in cells[1:]:
-            yield row[0]
-            yield from (f"  {name}: {cell}" for name, cell in zip(columns[1:], row[1:], strict=True))
-        return
-    for line in cells:
-        yield "  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip()
-
-
-def _cell(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    if isinstance(value, (list, tuple)):
-        return ", ".join(map(_cell, value)) or "none"
-    return str(value)
