@@ -8,6 +8,8 @@ from .formula import ACTIVATIONS as ACTIVATIONS
 from .formula import ShiftedReLU as ShiftedReLU
 from .formula import ffn_dense as ffn_dense
 from .formula import ffn_hidden as ffn_hidden
+from .linear import LinearSite as LinearSite
+from .linear import find_linear_sites as find_linear_sites
 from .policy import check_patterns as check_patterns
 from .policy import check_policy as check_policy
 from .policy import matching_key as matching_key
