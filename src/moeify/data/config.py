@@ -32,7 +32,8 @@ class DataConfig:
     separator: str | None = None
     """Text between two documents; none means the tokenizer's end-of-text token. WikiText read as single lines wants a blank line."""
     seed: int | None = None
-    """Shuffle files and documents by this seed; none keeps the source's order."""
+    """Shuffle by this seed; none keeps the source's order. Several tables (.parquet, .jsonl) then take turns, with as many characters each
+    until one ends, and long texts are shuffled in pieces, so that any number of tokens is of all of them."""
 
     def __post_init__(self) -> None:
         """Refuse sizes that mean nothing."""

@@ -10,6 +10,7 @@ import tokenize
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,8 @@ _SPLIT_NAME = re.compile(rf"({'|'.join(_SPLIT_ALIASES)})(?=[-_.]|$)")
 _BLOCK_CHARS = 1 << 24  # a longer text file comes as several texts
 _SPLIT_PIECE_CHARS = 1 << 16  # unit in which one text file is dealt to train and validation
 _SHUFFLE_BUFFER = 256
+_SHUFFLE_PIECE_CHARS = 1 << 14  # a longer text is shuffled in pieces: a book must not be all that a small budget of tokens reads
+_OPEN_AT_ONCE = 16  # tables that take turns; others wait until one is read
 
 
 def open_documents(config: DataConfig, columns: tuple[str, ...], *, images: bool = False) -> Iterator[Document]:
@@ -54,7 +57,9 @@ def open_documents(config: DataConfig, columns: tuple[str, ...], *, images: bool
             )
         wanted = config.split == "validation"
         documents = (document for document in documents if is_validation(document[0]) == wanted)
-    return documents if config.seed is None else _shuffled(documents, config.seed)
+    if config.seed is None:
+        return documents
+    return _shuffled(_in_pieces(documents) if columns == (config.column,) else documents, config.seed)
 
 
 def is_validation(name: str) -> bool:
@@ -104,10 +109,12 @@ def _files(config: DataConfig, path: Path, columns: tuple[str, ...], *, images: 
             raise DataError(f"'{config.data}' has no split {config.split!r}; it has {', '.join(sorted(set(own_splits.values())))}.")
     if config.seed is not None:
         files = dict(random.Random(config.seed).sample(sorted(files.items()), len(files)))
-    if kind == "parquet":
-        return _parquet(files, columns), bool(own_splits)
-    if kind == "jsonl":
-        return _jsonl(files, columns), bool(own_splits)
+    if kind in ("parquet", "jsonl"):
+        read = _parquet if kind == "parquet" else _jsonl
+        if config.seed is None:
+            return read(files, columns), bool(own_splits)
+        tables = [read({name: file}, columns) for name, file in files.items()]
+        return _dealt([_in_pieces(table) for table in tables] if columns == (config.column,) else tables), bool(own_splits)
     if kind == "image":
         if columns == (config.column,) and not images:
             raise DataError(f"'{config.data}' holds images, not text.")
@@ -278,6 +285,39 @@ def _hub(config: DataConfig, columns: tuple[str, ...]) -> Iterator[Document]:
             raise DataError(f"reading '{config.data}' from the Hub failed: {first_line(error)}") from None
 
     return rows()
+
+
+def _dealt(tables: Iterable[Iterator[Document]]) -> Iterator[Document]:
+    """Documents of several tables in turn, from each as many characters as from any other until it ends."""
+    waiting = iter(tables)
+    given: dict[Iterator[Document], int] = {}
+    while True:
+        for table in islice(waiting, _OPEN_AT_ONCE - len(given)):
+            given[table] = min(given.values(), default=0)
+        if not given:
+            return
+        table = min(given, key=given.__getitem__)
+        document = next(table, None)
+        if document is None:
+            del given[table]
+            continue
+        given[table] += 1 + sum(len(value) for value in document[1] if isinstance(value, (str, bytes)))
+        yield document
+
+
+def _in_pieces(documents: Iterable[Document]) -> Iterator[Document]:
+    """Long texts cut at line ends; a piece has its document's name, so that all of it is dealt to one split."""
+    for name, values in documents:
+        text = values[0]
+        if not isinstance(text, str):
+            yield name, values
+            continue
+        start = 0
+        while start < len(text) or start == 0:
+            line_end = text.find("\n", start + _SHUFFLE_PIECE_CHARS)
+            end = len(text) if line_end < 0 else line_end + 1
+            yield name, (text[start:end],)
+            start = end or 1
 
 
 def _shuffled(documents: Iterator[Document], seed: int) -> Iterator[Document]:

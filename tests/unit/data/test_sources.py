@@ -143,6 +143,41 @@ def test_read_texts_with_seed_shuffles_and_repeats(tmp_path):
     assert sorted(one) == sorted(plain) != one
 
 
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_read_texts_with_seed_takes_as_much_of_every_table_whatever_their_documents(tmp_path, kind):
+    book = "".join(f"line {i}\n" for i in range(40_000))
+    for name, texts in (("books", [book, book]), ("notes", [f"note {i}\n" * 100 for i in range(1000)])):
+        if kind == "jsonl":
+            write_jsonl(tmp_path / f"{name}.jsonl", [{"text": text} for text in texts])
+        else:
+            write_parquet(tmp_path / f"{name}.parquet", text=texts)
+    texts = read(tmp_path, seed=0)
+    first = texts[: len(texts) // 2]
+    books = sum(len(text) for text in first if text.startswith("line"))
+    assert 0.35 < books / sum(map(len, first)) < 0.65
+    assert sorted("".join(texts)) == sorted("".join(read(tmp_path)))  # nothing lost, nothing twice
+    assert all(text.endswith("\n") for text in texts)
+
+
+def test_read_texts_with_seed_reads_more_tables_than_are_open_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr("moeify.data.sources._OPEN_AT_ONCE", 3)
+    for table in range(8):
+        write_jsonl(tmp_path / f"{table}.jsonl", [{"text": f"{table} {i}"} for i in range(5 + table)])
+    assert sorted(read(tmp_path, seed=0)) == sorted(read(tmp_path))
+
+
+def test_read_texts_with_seed_keeps_all_pieces_of_a_text_in_one_split(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", [{"text": f"{i:02} word\n" * 9000} for i in range(40)])
+    kept = {split: {text[:2] for text in read(tmp_path / "a.jsonl", split=split, seed=0)} for split in ("train", "validation")}
+    assert kept["validation"] and not kept["train"] & kept["validation"]
+
+
+def test_read_examples_with_seed_leaves_long_texts_whole(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", [{"text": "word\n" * 9000, "label": i} for i in range(3)])
+    found = list(read_examples(DataConfig(data=str(tmp_path / "a.jsonl"), seed=0)))
+    assert sorted(example.label for example in found) == [0, 1, 2]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
