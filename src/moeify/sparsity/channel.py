@@ -22,6 +22,8 @@ from torch import Tensor
 from .._config import lookup
 from ..errors import ConfigError, DataError
 
+_TINY = torch.finfo(torch.float32).tiny
+
 
 @dataclass(frozen=True)
 class ChannelStats:
@@ -126,7 +128,7 @@ class ScoreSample:
         return int(torch.searchsorted(self._sorted, level)) / self._sorted.numel()
 
     def level(self, sparsity: float) -> float:
-        """The lowest score that is kept where a share ``sparsity`` is skipped; 0 for 0.
+        """The lowest score that is kept where a share ``sparsity`` is skipped; 0 for 0, else above 0: zeros are skipped first, at no cost.
 
         Raises:
             ConfigError: sparsity outside [0, 1).
@@ -134,7 +136,7 @@ class ScoreSample:
         if not 0 <= sparsity < 1:
             raise ConfigError(f"sparsity must be in [0, 1), got {sparsity}.")
         index = round(sparsity * self._sorted.numel())
-        return float(self._sorted[min(index, self._sorted.numel() - 1)]) if index else 0.0
+        return max(float(self._sorted[min(index, self._sorted.numel() - 1)]), _TINY) if index else 0.0
 
     @property
     def largest(self) -> float:

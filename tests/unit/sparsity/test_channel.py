@@ -88,6 +88,13 @@ def test_shared_level_reaches_the_weighted_share_and_takes_more_where_scores_are
     assert shared_level(samples, costs, sparsity=0) == 0
 
 
+def test_zeros_are_skipped_as_soon_as_anything_is():
+    sample = ScoreSample(torch.tensor([[0.0, 0.0, 0.0, 1.0], [0.0, 0.0, 2.0, 3.0]]))
+    assert sample.level(0.0) == 0
+    assert 0 < sample.level(0.2) <= 1
+    assert sample.below(sample.level(0.2)) == 5 / 8
+
+
 def test_errors_say_what_is_wrong(layer):
     W_NK, x_TK, _ = layer
     bare = ChannelStats(rows_RK=x_TK)
