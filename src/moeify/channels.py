@@ -49,7 +49,7 @@ class SparseInput(nn.Module):
         self.first_dense = first_dense
         self.mode: Literal["dense", "sparse"] = "sparse"
         self.recorder: ChannelRecorder | None = None
-        self.register_buffer("level_K", torch.zeros(site.d_in))
+        self.register_buffer("level_K", torch.zeros(site.d_in, dtype=torch.float32))
 
     def extra_repr(self) -> str:
         return f"{self.site.name!r}, {self.site.role}, {self.rule}, mode={self.mode!r}"

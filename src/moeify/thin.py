@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ._config import lookup
 from ._progress import NO_PROGRESS, Progress
 from .channels import SparseInput, attach_channels, sparse_inputs
+from .convert import stamp
 from .errors import ConfigError
 from .sites import ROLES, FFNSite, LinearSite, Role, find_linear_sites, linear_weight
 from .sparsity.channel import (
@@ -76,6 +77,8 @@ def thin(
 ) -> dict[str, float]:
     """Make the linear layers of a dense model skip input channels, in place; no weight changes.
 
+    The manifest is written into ``model.config``, so that ``save_pretrained`` keeps it; `to_dense` gives the dense model back.
+
     Args:
         model: dense model.
         batches: calibration data, keyword arguments of the model.
@@ -106,6 +109,7 @@ def thin(
         levels, expected = plan_levels(model, sites, stats, config)
         for name, executor in sparse_inputs(model).items():
             executor.level_K.copy_(levels[name])
+    stamp(model)
     return expected
 
 
