@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from types import MethodType
-from typing import Literal, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -47,12 +47,13 @@ class SparseInput(nn.Module):
         self.site = site
         self.rule: Rule = Threshold(theta=1.0) if rule is None else rule
         self.first_dense = first_dense
-        self.mode: Literal["dense", "sparse"] = "sparse"
+        self.is_on = True
+        """Whether channels are skipped; `set_mode` sets it."""
         self.recorder: ChannelRecorder | None = None
         self.register_buffer("level_K", torch.zeros(site.d_in, dtype=torch.float32))
 
     def extra_repr(self) -> str:
-        return f"{self.site.name!r}, {self.site.role}, {self.rule}, mode={self.mode!r}"
+        return f"{self.site.name!r}, {self.site.role}, {self.rule}, on={self.is_on}"
 
     def select(self, x: Tensor) -> Tensor:
         """Which channels of ``x`` (..., K) are kept; recorded if a recorder listens."""
@@ -69,7 +70,7 @@ class SparseInput(nn.Module):
         return keep
 
     def _forward(self, linear: nn.Module, x: Tensor) -> Tensor:
-        if self.mode == "sparse":
+        if self.is_on:
             x = torch.where(self.select(x), x, 0)
         return cast(Tensor, type(linear).forward(linear, x))
 

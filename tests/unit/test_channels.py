@@ -6,6 +6,7 @@ from tiny import tiny_inputs, tiny_llama
 
 from moeify.channels import SparseInput, attach_channels, detach_channels, record_channels, sparse_inputs
 from moeify.errors import ConfigError, UnsupportedModelError
+from moeify.layers import set_mode
 from moeify.select import TopK
 from moeify.sites import find_linear_sites
 
@@ -42,8 +43,10 @@ def test_a_sparse_layer_is_the_dense_one_on_a_masked_input(rule):
         found = linear(x)
     torch.testing.assert_close(found, torch.nn.functional.linear(x * keep, linear.weight, linear.bias))
     assert recorder.per_layer() == {executor.site.name: pytest.approx(1 - keep.float().mean().item())}
-    executor.mode = "dense"
+    set_mode(model, "dense")
     assert torch.equal(linear(x), torch.nn.functional.linear(x, linear.weight, linear.bias))
+    set_mode(model, "moe")
+    torch.testing.assert_close(linear(x), found)
 
 
 @torch.no_grad()
