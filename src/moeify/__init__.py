@@ -7,6 +7,7 @@ else happens.
 from importlib.metadata import PackageNotFoundError as _PackageNotFoundError
 from importlib.metadata import version as _version
 
+from .channels import record_channels as record_channels
 from .convert import ConvertConfig as ConvertConfig
 from .convert import Manifest as Manifest
 from .convert import convert as convert
@@ -57,7 +58,9 @@ from .select import DynKMax as DynKMax
 from .select import Threshold as Threshold
 from .select import TopK as TopK
 from .sites import FFNSite as FFNSite
+from .sites import LinearSite as LinearSite
 from .sites import find_ffn_sites as find_ffn_sites
+from .sites import find_linear_sites as find_linear_sites
 from .sparsity import ActivationConfig as ActivationConfig
 from .sparsity import ActivationProfile as ActivationProfile
 from .sparsity import EnforcementConfig as EnforcementConfig
@@ -68,6 +71,8 @@ from .sparsity import set_mix as set_mix
 from .sparsity import sparsity_loss as sparsity_loss
 from .split import ExpertSplit as ExpertSplit
 from .split import split_neurons as split_neurons
+from .thin import ThinConfig as ThinConfig
+from .thin import thin as thin
 from .train import Distillation as Distillation
 from .train import DistillConfig as DistillConfig
 from .train import SparsifyConfig as SparsifyConfig

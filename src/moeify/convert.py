@@ -16,16 +16,19 @@ from torch import Tensor, nn
 
 from . import _config
 from ._random import seeded
+from .channels import SparseInput, attach_channels, detach_channels, sparse_inputs
 from .errors import CheckpointError, ConfigError, UnsupportedModelError
 from .layers import MoEFFN, attach, detach, moe_layers
 from .routers import NormRouterConfig, RouterConfig, build_router
 from .select import RuleConfig, Threshold
 from .sites import (
     FFNSite,
+    LinearSite,
     check_patterns,
     check_policy,
     dequantize_site,
     has_int8,
+    linear_weight,
     options_for,
     permute_neurons,
     quantize_site,
@@ -98,6 +101,22 @@ class SiteRecord:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ChannelRecord:
+    """One linear layer that skips input channels, as the manifest stores it; its levels are the tensor ``<layer>.channels.level_K``."""
+
+    site: LinearSite
+    """The layer."""
+    rule: RuleConfig = field(default_factory=lambda: Threshold(theta=1.0))
+    """Selection rule on |x| / level."""
+    first_dense: int = 0
+    """Positions at the start of a sequence that keep all channels."""
+    weight_norm: float
+    """Norm of the weight that the levels were calibrated for."""
+    weight_projection: float
+    """Its entries summed up with fixed signs: with the norm, tells other weights from these, rounded."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Manifest:
     """All that is needed to build the same structure around a dense skeleton again."""
 
@@ -105,6 +124,8 @@ class Manifest:
     """Schema of this record."""
     sites: tuple[SiteRecord, ...]
     """Converted FFNs in module order."""
+    channels: tuple[ChannelRecord, ...] = field(default=(), metadata=_config.LATER)
+    """Linear layers that skip input channels, in module order."""
 
     @property
     def has_int8(self) -> bool:
@@ -274,6 +295,47 @@ def rebuild(model: nn.Module, manifest: Manifest) -> None:
         if record.weights == "int8":
             quantize_site(model, record.site)
         apply_site(model, record, order_F=None)
+    for channels in manifest.channels:
+        _rebuild_channels(model, channels)
+
+
+def _rebuild_channels(model: nn.Module, record: ChannelRecord) -> None:
+    site = record.site
+    try:
+        found = tuple(linear_weight(model.get_submodule(site.name)).shape)
+    except AttributeError as error:
+        raise CheckpointError(f"manifest names '{site.name}', which this {type(model).__name__} has not: {error}") from error
+    if found != (site.d_out, site.d_in):
+        raise CheckpointError(f"manifest says '{site.name}' has (N, K) = {(site.d_out, site.d_in)}, the model has {found}.")
+    attach_channels(model, SparseInput(site, rule=record.rule, first_dense=record.first_dense))
+
+
+def check_levels(model: nn.Module, manifest: Manifest) -> None:
+    """Refuse levels that were calibrated for other weights than the model's; rounding to another dtype is none.
+
+    Raises:
+        CheckpointError: names the first layer.
+    """
+    for record in manifest.channels:
+        weight_NK = linear_weight(model.get_submodule(record.site.name))
+        if weight_NK.is_meta:
+            continue
+        norm, projection = _fingerprint(weight_NK)
+        room = 0.01 * record.weight_norm
+        if abs(norm - record.weight_norm) > room or abs(projection - record.weight_projection) > room:
+            raise CheckpointError(
+                f"the levels of '{record.site.name}' were calibrated for other weights (of norm {record.weight_norm:.4g}, these have "
+                f"{norm:.4g}); calibrate this model itself, or load the weights that belong to the levels."
+            )
+
+
+@torch.no_grad()
+def _fingerprint(weight_NK: Tensor) -> tuple[float, float]:
+    """Norm, and sum with signs that alternate in rows and, from row to row, in runs of other lengths."""
+    weight_NK = weight_NK.detach().float()
+    rows_N, columns_K = (torch.arange(size, device=weight_NK.device) for size in weight_NK.shape)
+    signs_N, signs_K = (1 - 2 * ((index * 2654435761 >> 7) & 1) for index in (rows_N, columns_K))
+    return float(weight_NK.norm()), float(signs_N.float() @ weight_NK @ signs_K.float())
 
 
 def to_dense(model: nn.Module) -> None:
@@ -284,6 +346,7 @@ def to_dense(model: nn.Module) -> None:
     sites = [moe.site for moe in moe_layers(model).values()]
     for site in sites:
         detach(model, site.name)
+    detach_channels(model)
     int8 = [site for site in sites if has_int8(model, site)]
     dtype = _float_dtype(model)
     for site in int8:
@@ -299,10 +362,10 @@ def manifest_of(model: nn.Module) -> Manifest:
     """The manifest of a converted model as it is now, rules included.
 
     Raises:
-        UnsupportedModelError: the model has no MoE layer.
+        UnsupportedModelError: the model has no MoE layer and none that skips channels.
     """
-    layers = moe_layers(model)
-    if not layers:
+    layers, inputs = moe_layers(model), sparse_inputs(model)
+    if not layers and not inputs:
         raise UnsupportedModelError(f"this {type(model).__name__} is dense; convert it first.")
     return Manifest(
         sites=tuple(
@@ -315,7 +378,19 @@ def manifest_of(model: nn.Module) -> Manifest:
                 weights="int8" if has_int8(model, m.site) else "float",
             )
             for m in layers.values()
-        )
+        ),
+        channels=tuple(_channel_record(model, m) for m in inputs.values()),
+    )
+
+
+def _channel_record(model: nn.Module, executor: SparseInput) -> ChannelRecord:
+    norm, projection = _fingerprint(linear_weight(model.get_submodule(executor.site.name)))
+    return ChannelRecord(
+        site=executor.site,
+        rule=cast(RuleConfig, executor.rule),
+        first_dense=executor.first_dense,
+        weight_norm=norm,
+        weight_projection=projection,
     )
 
 

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from . import _config
+from .channels import sparse_inputs
 from .errors import ConfigError, UnsupportedModelError
 from .kernels import build_plan, cpu_always, moe_ffn, reads_rows
 from .kernels.cpu import RULES as ROUTED_RULES
@@ -521,7 +522,9 @@ def moe_layers(model: nn.Module) -> dict[str, MoEFFN]:
 
 
 def set_mode(model: nn.Module, mode: Mode) -> None:
-    """Run every converted FFN dense, or as a mixture of experts. No weight is copied.
+    """Run every converted FFN dense, or as a mixture of experts; linear layers with all input channels, or without those they skip.
+
+    No weight is copied.
 
     Raises:
         ConfigError: the mode is neither "dense" nor "moe".
@@ -530,6 +533,8 @@ def set_mode(model: nn.Module, mode: Mode) -> None:
         raise ConfigError(f"mode must be 'dense' or 'moe', got {mode!r}.")
     for layer in moe_layers(model).values():
         layer.mode = mode
+    for executor in sparse_inputs(model).values():
+        executor.is_on = mode == "moe"
 
 
 def set_rule(model: nn.Module, rule: Rule | Mapping[str, Rule]) -> None:

@@ -17,7 +17,8 @@ from torch import nn
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..convert import Manifest, SiteRecord, manifest_of, rebuild, to_dense
+from ..channels import CHILD, sparse_inputs
+from ..convert import ChannelRecord, Manifest, SiteRecord, check_levels, manifest_of, rebuild, to_dense
 from ..errors import CheckpointError
 from ..layers import moe_layers
 from ..sites.int8 import Int8Linear
@@ -26,6 +27,7 @@ from .registration import AUTO, QUANT_METHOD, is_loading, register
 
 _ROUTER = ".moe.router."
 _SCALE = ".weight_scale"
+_LEVEL = f".{CHILD}.level_K"
 _Signature = tuple[tuple[str, ...], str, tuple[int, ...]]
 
 
@@ -69,7 +71,8 @@ class MoeifyQuantizer(HfQuantizer):
         for moe in moe_layers(model).values():
             moe.router.float()  # stays fp32 whatever dtype the model is loaded in: the loader keeps a parameter's own dtype
         if checkpoint_files:
-            _check_own_tensors(model, checkpoint_files, is_whole=len(manifest.sites) == len(stored.sites))
+            is_whole = (len(manifest.sites), len(manifest.channels)) == (len(stored.sites), len(stored.channels))
+            _check_own_tensors(model, checkpoint_files, is_whole=is_whole)
         self._int8_shapes = {name: module.weight.shape for name, module in model.named_modules() if isinstance(module, Int8Linear)}
         self.quantization_config = MoeifyConfig(manifest)
         return model
@@ -87,11 +90,12 @@ class MoeifyQuantizer(HfQuantizer):
                     )
         for moe in moe_layers(model).values():
             moe.lay_out()
+        check_levels(model, self.quantization_config.manifest)
         return model
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[None, dict[str, Any]]:
         """No change of the tensors; ``save_pretrained`` asks this before it writes ``config.json``, so rules set since are saved."""
-        if moe_layers(model):
+        if moe_layers(model) or sparse_inputs(model):
             self.quantization_config = MoeifyConfig(manifest_of(model))
             model.config.quantization_config = self.quantization_config  # type: ignore[union-attr]
         return None, {}
@@ -143,42 +147,55 @@ def _resolve(model: nn.Module, manifest: Manifest) -> Manifest:
     """
     prefix = f"{getattr(model, 'base_model_prefix', '')}.".lstrip(".")
     names = {name for name, _ in model.named_modules()}
-    found, lost = [], []
-    for record in manifest.sites:
+    found: list[SiteRecord] = []
+    channels: list[ChannelRecord] = []
+    lost = []
+    records: list[SiteRecord | ChannelRecord] = [*manifest.sites, *manifest.channels]
+    for record in records:
         moved = (_moved(record, drop=drop, add=add) for drop, add in (("", ""), (prefix, ""), ("", prefix)))
-        match = next((r for r in moved if r is not None and r.site.down in names), None)
+        match = next((r for r in moved if r is not None and _place(r) in names), None)
         if match is None:
             lost.append(record.site.name)
-        else:
+        elif isinstance(match, SiteRecord):
             found.append(match)
+        else:
+            channels.append(match)
     wrote = getattr(getattr(model, "config", None), "architectures", None) or ()
-    if lost and (not found or type(model).__name__ in wrote):
+    if lost and (not (found or channels) or type(model).__name__ in wrote):
         raise CheckpointError(
-            f"config.json: quantization_config names the FFN '{lost[0]}', which this {type(model).__name__} has not; "
+            f"config.json: quantization_config names the layer '{lost[0]}', which this {type(model).__name__} has not; "
             "the manifest is of another model."
         )
     if lost:  # the decoder's, where only the encoder of an encoder-decoder is loaded
         warnings.warn(
-            f"{type(model).__name__} has no place for {len(lost)} converted FFNs of the checkpoint: {', '.join(lost)}.", stacklevel=2
+            f"{type(model).__name__} has no place for {len(lost)} converted layers of the checkpoint: {', '.join(lost)}.", stacklevel=2
         )
-    return replace(manifest, sites=tuple(found))
+    return replace(manifest, sites=tuple(found), channels=tuple(channels))
 
 
-def _moved(record: SiteRecord, *, drop: str, add: str) -> SiteRecord | None:
+def _place(record: SiteRecord | ChannelRecord) -> str:
+    """A module path that a model has if it has the record's site."""
+    return record.site.down if isinstance(record, SiteRecord) else record.site.name
+
+
+def _moved(record: SiteRecord | ChannelRecord, *, drop: str, add: str) -> SiteRecord | ChannelRecord | None:
     """The record with ``drop`` cut off in front of its paths and ``add`` put there; None where they do not start with ``drop``."""
 
     def move(path: str) -> str:
         return (add + f"{path}.".lstrip(".")[len(drop) :]).rstrip(".")
 
-    site = record.site
-    if not f"{site.name}.".startswith(drop):
+    if not f"{record.site.name}.".startswith(drop):
         return None
+    if isinstance(record, ChannelRecord):
+        linear = record.site
+        return replace(record, site=replace(linear, name=move(linear.name), reads=move(linear.reads), block=move(linear.block)))
+    site = record.site
     gate = None if site.gate is None else move(site.gate)
     return replace(record, site=replace(site, name=move(site.name), up=move(site.up), down=move(site.down), gate=gate))
 
 
 def _check_own_tensors(model: nn.Module, checkpoint_files: Iterable[str], *, is_whole: bool) -> None:
-    """Refuse a checkpoint whose router tensors or int8 scales are not the skeleton's; transformers would fill gaps with random numbers.
+    """Refuse a checkpoint whose routers, int8 scales or levels are not the skeleton's; transformers would fill gaps with random numbers.
 
     Reads the files' headers only.
 
@@ -223,11 +240,11 @@ def _signature(key: str, shape: tuple[int, ...]) -> _Signature:
 
 def _is_own(key: str) -> bool:
     """Whether no dense model has such a tensor. Integers without scales, and scales without integers, fail by their shapes."""
-    return _ROUTER in f".{key}" or key.endswith(_SCALE)
+    return _ROUTER in f".{key}" or key.endswith((_SCALE, _LEVEL))
 
 
 def _kind(key: str) -> str:
-    return "router" if _ROUTER in f".{key}" else "scale"
+    return "router" if _ROUTER in f".{key}" else "level" if key.endswith(_LEVEL) else "scale"
 
 
 if not is_loading(AUTO):  # this module was imported before transformers' model code, and the hook found it half made

@@ -8,6 +8,10 @@ from .formula import ACTIVATIONS as ACTIVATIONS
 from .formula import ShiftedReLU as ShiftedReLU
 from .formula import ffn_dense as ffn_dense
 from .formula import ffn_hidden as ffn_hidden
+from .linear import ROLES as ROLES
+from .linear import LinearSite as LinearSite
+from .linear import Role as Role
+from .linear import find_linear_sites as find_linear_sites
 from .policy import check_patterns as check_patterns
 from .policy import check_policy as check_policy
 from .policy import matching_key as matching_key
@@ -18,6 +22,7 @@ from .site import dequantize_site as dequantize_site
 from .site import expert_bounds as expert_bounds
 from .site import has_int8 as has_int8
 from .site import in_decoder as in_decoder
+from .site import linear_weight as linear_weight
 from .site import mask_name as mask_name
 from .site import not_plain_reason as not_plain_reason
 from .site import permute_neurons as permute_neurons

@@ -8,7 +8,7 @@ This file is the only place that knows how a module stores its weights (nn.Linea
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, Literal, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,14 @@ from .int8 import Int8DownLinear, Int8Linear, dequantize, to_float, to_int8
 # Classes whose forward is exactly x @ W^T + b although they are neither nn.Linear itself nor transposed like Conv1D. By name, so that
 # nothing has to be imported; discovery's probe still proves the algebra for each site.
 PLAIN_LINEAR_CLASSES = frozenset({"FalconLinear", "NonDynamicallyQuantizableLinear"})
+
+
+class Named(Protocol):
+    """Anything that has a module path."""
+
+    @property
+    def name(self) -> str:
+        """Path from the model's root."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,6 +136,12 @@ def site_weights(model: nn.Module, site: FFNSite) -> FFNWeights:
     return FFNWeights(up, down_DF.t(), gate, up_bias, gate_bias, down_bias, up_scale, gate_scale, down_scale)
 
 
+def linear_weight(linear: nn.Module) -> Tensor:
+    """The (out, in) view of a plain layer's floating weight; no copy."""
+    weight = cast(Tensor, linear.weight)
+    return weight.t() if is_transposed(linear) else weight
+
+
 def is_transposed(linear: nn.Module) -> bool:
     """Whether ``linear`` stores (in, out): transformers' Conv1D."""
     return type(linear).__name__ == "Conv1D" and hasattr(linear, "nf")
@@ -160,12 +174,12 @@ def not_plain_reason(module: nn.Module, *, allow_meta: bool = False) -> str | No
     return None
 
 
-def in_decoder(model: nn.Module, site: FFNSite) -> bool:
+def in_decoder(model: nn.Module, site: Named) -> bool:
     """Whether a site is in the decoder of an encoder-decoder, where padding is that of ``decoder_attention_mask``."""
     return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False)) and "decoder" in site.name.split(".")
 
 
-def mask_name(model: nn.Module, site: FFNSite) -> str:
+def mask_name(model: nn.Module, site: Named) -> str:
     """The argument of the model's forward that says which of a site's tokens are padding."""
     return "decoder_attention_mask" if in_decoder(model, site) else "attention_mask"
 

@@ -4,6 +4,7 @@ from .activation import ActivationConfig as ActivationConfig
 from .activation import restore_activations as restore_activations
 from .activation import set_activation as set_activation
 from .activation import set_mix as set_mix
+from .channel import SCORES as SCORES
 from .enforce import Enforcement as Enforcement
 from .enforce import EnforcementConfig as EnforcementConfig
 from .enforce import enforce_sparsity as enforce_sparsity

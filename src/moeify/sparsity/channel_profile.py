@@ -1,0 +1,188 @@
+"""What enters the linear layers of a model on calibration data, and how much its loss depends on what they give.
+
+Letters: B batch, S sequence, T tokens, R sampled tokens, K input channels, N outputs, V classes or vocabulary.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import replace
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from .._progress import NO_PROGRESS, Progress
+from ..errors import ConfigError, DataError, UnsupportedModelError
+from ..sites import LinearSite, linear_weight, mask_name, token_mask_of
+from .channel import ChannelStats
+
+
+def profile_channels(
+    model: nn.Module,
+    sites: Sequence[LinearSite],
+    batches: Sequence[Mapping[str, Tensor]],
+    *,
+    rows: int = 1024,
+    slopes: bool = False,
+    compute: torch.dtype | None = None,
+    seed: int = 0,
+    progress: Progress = NO_PROGRESS,
+) -> dict[str, ChannelStats]:
+    """Run the dense model over ``batches`` and keep a sample of every layer's input; with ``slopes`` also differentiate the loss.
+
+    The loss is that of labels drawn from the model's own logits, token by token: its squared slopes have the Fisher matrix as their mean,
+    which stands for the Hessian of any loss that the model was trained on, and no labels are needed.
+
+    Args:
+        model: put into eval mode for the time of the call; parameters, their gradients and flags are left as they were.
+        sites: from `find_linear_sites`.
+        batches: keyword arguments of the model; padding is left out where the attention mask fits a layer's tokens.
+        rows: tokens in the sample, drawn evenly from all; 2 K bytes each for a layer's input, layers that read the same share it.
+        slopes: take `ChannelStats.slope_K`, too.
+        compute: dtype of the model's matrix products (autocast); None leaves the model's own.
+        seed: of the sample and of the labels.
+        progress: told of every batch.
+
+    Returns:
+        The statistics of every site by name.
+
+    Raises:
+        ConfigError: no site, no batch, or rows below 1.
+        DataError: a layer saw no token, or NaN or infinity.
+        UnsupportedModelError: slopes of a model whose output has no logits.
+
+    Cost: a forward of each batch; with slopes a backward as well, one product of each layer's output gradient with its weight more.
+    """
+    if not sites or not batches:
+        raise ConfigError("no layer to calibrate; find_linear_sites lists them." if not sites else "no batch to calibrate on.")
+    if rows < 1:
+        raise ConfigError(f"rows must be at least 1, got {rows}.")
+    device = next(model.parameters()).device
+    watch = _Watch(model, sites, rows=rows, seed=seed)
+    labels_of = torch.Generator(device).manual_seed(seed)
+    with ExitStack() as stack:
+        stack.enter_context(_eval_mode(model))
+        stack.enter_context(watch.attached(slopes=slopes))
+        start = stack.enter_context(_only_first_parameter(model)) if slopes else None
+        task = stack.enter_context(progress.task("calibrate channels", total=len(batches)))
+        for batch in batches:
+            watch.batch = {key: value.to(device) for key, value in batch.items()}
+            inputs = {key: value for key, value in watch.batch.items() if key != "labels"}
+            with torch.set_grad_enabled(slopes):
+                with nullcontext() if compute is None else torch.autocast(device.type, dtype=compute):
+                    outputs = model(**inputs)
+                if start is not None:
+                    torch.autograd.grad(_sampled_loss(outputs, watch.batch, labels_of), start)
+            task.advance(1)
+    return watch.stats(slopes=slopes)
+
+
+class _Watch:
+    """Hooks that sample inputs and add up squared slopes."""
+
+    def __init__(self, model: nn.Module, sites: Sequence[LinearSite], *, rows: int, seed: int) -> None:
+        self.batch: dict[str, Tensor] = {}
+        self._model, self._sites, self._rows = model, sites, rows
+        self._draw = torch.Generator().manual_seed(seed)
+        self._samples: dict[str, tuple[Tensor, Tensor]] = {}
+        """By the layer that reads first: (random keys, rows); of all tokens those of the smallest keys stay."""
+        self._slopes = {site.name: torch.zeros(site.d_in, dtype=torch.float64) for site in sites}
+        self._tokens: dict[str, int] = {}
+
+    @contextmanager
+    def attached(self, *, slopes: bool) -> Iterator[None]:
+        with ExitStack() as stack:
+            for site in self._sites:
+                linear = self._model.get_submodule(site.name)
+                if site.reads == site.name:
+                    stack.callback(linear.register_forward_pre_hook(partial(self._sample, site)).remove)
+                if slopes:
+                    stack.callback(linear.register_forward_hook(partial(self._follow, site)).remove)
+            yield
+
+    def _kept(self, site: LinearSite, shape: torch.Size) -> Tensor | None:
+        return token_mask_of(self.batch.get(mask_name(self._model, site)), shape)
+
+    def _sample(self, site: LinearSite, _linear: nn.Module, args: tuple[Any, ...]) -> None:
+        x = args[0].detach()
+        keep_T = self._kept(site, x.shape[:-1])
+        x_TK = x.reshape(-1, x.shape[-1])
+        x_TK = x_TK if keep_T is None else x_TK[keep_T.to(x.device)]
+        if not bool(x_TK.isfinite().all()):
+            raise DataError(f"the input of '{site.name}' holds NaN or infinity; the weights or the data are damaged.")
+        keys_T = torch.rand(len(x_TK), generator=self._draw)
+        old_keys, old_rows = self._samples.get(site.name, (keys_T[:0], x_TK[:0].to(torch.bfloat16)))
+        new = keys_T.argsort()[: self._rows]
+        keys = torch.cat([old_keys, keys_T[new]])
+        rows = torch.cat([old_rows, x_TK[new.to(x_TK.device)].to(torch.bfloat16)])
+        best = keys.argsort()[: self._rows]
+        self._samples[site.name] = keys[best], rows[best.to(rows.device)]
+
+    def _follow(self, site: LinearSite, linear: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        keep_T = self._kept(site, args[0].shape[:-1])
+
+        def add(grad: Tensor) -> None:
+            weight_NK = linear_weight(linear)
+            slope_TK = grad.reshape(-1, grad.shape[-1]).to(weight_NK.dtype) @ weight_NK.detach()
+            slope_TK = slope_TK if keep_T is None else slope_TK[keep_T.to(slope_TK.device)]
+            self._slopes[site.name] += slope_TK.square().sum(0, dtype=torch.float64).cpu()
+            self._tokens[site.name] = self._tokens.get(site.name, 0) + len(slope_TK)
+
+        if output.requires_grad:
+            output.register_hook(add)
+
+    def stats(self, *, slopes: bool) -> dict[str, ChannelStats]:
+        found = {}
+        for site in self._sites:
+            keys, rows_RK = self._samples.get(site.reads, (None, None))
+            if keys is None or not len(keys):
+                raise DataError(f"no token reached '{site.reads}'; give more calibration data.")
+            stats = ChannelStats(rows_RK=cast(Tensor, rows_RK))
+            if slopes:
+                tokens = self._tokens.get(site.name, 0)
+                if not tokens:
+                    raise DataError(f"the loss does not depend on '{site.name}', so it has no slope; use another score, or leave it out.")
+                stats = replace(stats, slope_K=(self._slopes[site.name] / tokens).sqrt().float().to(stats.rows_RK.device))
+            found[site.name] = stats
+        return found
+
+
+def _sampled_loss(outputs: Any, batch: Mapping[str, Tensor], generator: torch.Generator) -> Tensor:
+    """Sum over tokens (or sequences) of the loss of labels drawn from the logits."""
+    logits = getattr(outputs, "logits", None)
+    if not isinstance(logits, Tensor):
+        raise UnsupportedModelError("the sensitivity score needs a model with a head (its output has no logits); use another score.")
+    logits_TV = logits.reshape(-1, logits.shape[-1]).float()
+    mask_BS = batch.get("decoder_attention_mask", batch.get("attention_mask"))
+    keep_T = token_mask_of(mask_BS, logits.shape[:-1])
+    if keep_T is not None:
+        logits_TV = logits_TV[keep_T.to(logits_TV.device)]
+    labels_T = torch.multinomial(logits_TV.detach().softmax(-1), 1, generator=generator)[:, 0]
+    return nn.functional.cross_entropy(logits_TV, labels_T, reduction="sum")
+
+
+@contextmanager
+def _eval_mode(model: nn.Module) -> Iterator[None]:
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+@contextmanager
+def _only_first_parameter(model: nn.Module) -> Iterator[Tensor]:
+    """One parameter that all layers come after, the only one that gradients go to: no others are computed."""
+    flags = {p: p.requires_grad for p in model.parameters()}
+    embedding = cast(Any, model).get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    first = next(iter(embedding.parameters()), None) if embedding is not None else None
+    first = next(model.parameters()) if first is None else first
+    try:
+        for parameter in flags:
+            parameter.requires_grad_(parameter is first)
+        yield first
+    finally:
+        for parameter, flag in flags.items():
+            parameter.requires_grad_(flag)
