@@ -155,7 +155,7 @@ def _resolve(model: nn.Module, manifest: Manifest) -> Manifest:
         moved = (_moved(record, drop=drop, add=add) for drop, add in (("", ""), (prefix, ""), ("", prefix)))
         match = next((r for r in moved if r is not None and _place(r) in names), None)
         if match is None:
-            lost.append(record.site.name)
+            lost.append(("FFN" if isinstance(record, SiteRecord) else "linear layer", record.site.name))
         elif isinstance(match, SiteRecord):
             found.append(match)
         else:
@@ -163,12 +163,13 @@ def _resolve(model: nn.Module, manifest: Manifest) -> Manifest:
     wrote = getattr(getattr(model, "config", None), "architectures", None) or ()
     if lost and (not (found or channels) or type(model).__name__ in wrote):
         raise CheckpointError(
-            f"config.json: quantization_config names the layer '{lost[0]}', which this {type(model).__name__} has not; "
+            f"config.json: quantization_config names the {lost[0][0]} '{lost[0][1]}', which this {type(model).__name__} has not; "
             "the manifest is of another model."
         )
     if lost:  # the decoder's, where only the encoder of an encoder-decoder is loaded
         warnings.warn(
-            f"{type(model).__name__} has no place for {len(lost)} converted layers of the checkpoint: {', '.join(lost)}.", stacklevel=2
+            f"{type(model).__name__} has no place for {len(lost)} layers of the checkpoint: {', '.join(name for _, name in lost)}.",
+            stacklevel=2,
         )
     return replace(manifest, sites=tuple(found), channels=tuple(channels))
 

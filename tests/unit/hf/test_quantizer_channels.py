@@ -120,9 +120,16 @@ def test_levels_that_are_not_those_of_the_manifest_are_refused(saved, change):
         LlamaForCausalLM.from_pretrained(saved)
 
 
-def test_a_manifest_of_another_model_is_refused(saved):
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"d_in": 31}, r"q_proj' has \(N, K\) = \(32, 31\), the model has \(32, 32\)"),
+        ({"name": "model.layers.9.q"}, r"names the linear layer 'model\.layers\.9\.q', which this LlamaForCausalLM has not"),
+    ],
+)
+def test_a_manifest_of_another_model_is_refused(saved, change, message):
     config = json.loads((saved / "config.json").read_text())
-    config["quantization_config"]["channels"][0]["site"]["d_in"] = 31
+    config["quantization_config"]["channels"][0]["site"] |= change
     (saved / "config.json").write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match=r"q_proj' has \(N, K\) = \(32, 31\), the model has \(32, 32\)"):
+    with pytest.raises(CheckpointError, match=message):
         LlamaForCausalLM.from_pretrained(saved)
