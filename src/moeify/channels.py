@@ -11,11 +11,11 @@ With the rule ``Threshold(theta=1)`` that is one comparison for each channel: |x
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from types import MethodType
-from typing import cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,8 @@ from .sites import LinearSite
 
 CHILD = "channels"
 """Name of the executor in its layer."""
+AT_LEVEL = Threshold(theta=1.0)
+"""The rule that keeps what reaches its level."""
 
 
 class SparseInput(nn.Module):
@@ -33,9 +35,14 @@ class SparseInput(nn.Module):
 
     Args:
         site: the layer.
-        rule: selection rule on ``|x| / level``; at least one channel of a token stays.
-        first_dense: positions at the start of a sequence that keep all channels, where a forward has more than one position: the first
-            tokens of a text have activations and consequences of their own. A forward of one token (decoding) is never the start.
+        rule: selection rule on ``|x| / level``. `AT_LEVEL`, the default, keeps exactly the channels that reach their level, which may be
+            none; any other keeps at least one.
+        first_dense: positions at the start of each sequence that keep all channels, where the layer reads (B, S, K) with S > 1: the first
+            tokens of a text have activations and consequences of their own. Padding on the left counts as positions; a forward of one
+            token (decoding) is never the start.
+
+    Raises:
+        ConfigError: ``first_dense`` below 0.
     """
 
     level_K: Tensor
@@ -45,20 +52,20 @@ class SparseInput(nn.Module):
         if first_dense < 0:
             raise ConfigError(f"first_dense must be at least 0, got {first_dense}.")
         self.site = site
-        self.rule: Rule = Threshold(theta=1.0) if rule is None else rule
+        self.rule: Rule = AT_LEVEL if rule is None else rule
         self.first_dense = first_dense
-        self.is_on = True
-        """Whether channels are skipped; `set_mode` sets it."""
+        self.mode: Literal["dense", "moe"] = "moe"
+        """In "dense" nothing is skipped; `moeify.set_mode` sets it, with that of the converted FFNs."""
         self.recorder: ChannelRecorder | None = None
         self.register_buffer("level_K", torch.zeros(site.d_in, dtype=torch.float32))
 
     def extra_repr(self) -> str:
-        return f"{self.site.name!r}, {self.site.role}, {self.rule}, on={self.is_on}"
+        return f"{self.site.name!r}, {self.site.role}, {self.rule}, mode={self.mode!r}"
 
     def select(self, x: Tensor) -> Tensor:
         """Which channels of ``x`` (..., K) are kept; recorded if a recorder listens."""
         size = x.detach().abs().float()
-        if self.rule == Threshold(theta=1.0):
+        if self.rule == AT_LEVEL:
             keep = size >= self.level_K
         else:
             ratio = torch.where(self.level_K > 0, size / self.level_K, math.inf)
@@ -70,7 +77,7 @@ class SparseInput(nn.Module):
         return keep
 
     def _forward(self, linear: nn.Module, x: Tensor) -> Tensor:
-        if self.is_on:
+        if self.mode == "moe":
             x = torch.where(self.select(x), x, 0)
         return cast(Tensor, type(linear).forward(linear, x))
 
@@ -88,11 +95,11 @@ class ChannelRecorder:
         self._all[site] = self._all.get(site, 0) + keep.numel()
 
     def per_layer(self) -> dict[str, float]:
-        """Share of skipped channels of each layer that ran, in [0, 1]."""
+        """Share of skipped channels of each layer that ran, in [0, 1]; by the layer's name."""
         return {site.name: 1 - int(kept) / self._all[site] for site, kept in self._kept.items()}
 
-    def sparsity(self) -> float:
-        """Mean over layers, weighted by their parameters.
+    def skipped_frac(self) -> float:
+        """Share of the parameters whose channel was skipped, over all layers and tokens, in [0, 1].
 
         Raises:
             ValueError: no sparse layer ran.
@@ -104,25 +111,36 @@ class ChannelRecorder:
         return sum(costs[name] * share for name, share in shares.items()) / sum(costs.values())
 
 
+def check_attachable(model: nn.Module, name: str) -> None:
+    """Refuse a layer that cannot get an executor.
+
+    Raises:
+        UnsupportedModelError: it has one already, or another forward of its own.
+    """
+    linear = model.get_submodule(name)
+    if hasattr(linear, CHILD):
+        raise UnsupportedModelError(f"'{name}' is sparse already; use to_dense(model) first.")
+    if "forward" in linear.__dict__:
+        raise UnsupportedModelError(f"'{name}' has a forward of its own already (a converted FFN, or an offload hook).")
+
+
 def attach_channels(model: nn.Module, executor: SparseInput) -> None:
     """Make ``executor`` skip the inputs of its layer in ``model``, in place.
 
     Raises:
-        UnsupportedModelError: the layer has an executor already, or another forward of its own.
+        UnsupportedModelError: as `check_attachable`.
     """
+    check_attachable(model, executor.site.name)
     linear = model.get_submodule(executor.site.name)
-    if hasattr(linear, CHILD):
-        raise UnsupportedModelError(f"'{executor.site.name}' is sparse already; use to_dense(model) first.")
-    if "forward" in linear.__dict__:
-        raise UnsupportedModelError(f"'{executor.site.name}' has a forward of its own already (a converted FFN, or an offload hook).")
     executor.to(next(linear.parameters()).device)
     linear.add_module(CHILD, executor)
     linear.forward = partial(executor._forward, linear)
 
 
-def detach_channels(model: nn.Module) -> None:
-    """Remove every executor; the layers are what they were."""
-    for linear in [m for m in model.modules() if isinstance(m._modules.get(CHILD), SparseInput)]:
+def detach_channels(model: nn.Module, names: Iterable[str] | None = None) -> None:
+    """Remove the executors of the named layers, of all by default; the layers are what they were."""
+    names = set(sparse_inputs(model) if names is None else names)
+    for linear in [m for m in model.modules() if isinstance(e := m._modules.get(CHILD), SparseInput) and e.site.name in names]:
         del linear._modules[CHILD]
         if "_old_forward" in linear.__dict__:  # accelerate has put its hook around ours, and keeps it
             linear.__dict__["_old_forward"] = MethodType(type(linear).forward, linear)
@@ -138,12 +156,29 @@ def sparse_inputs(model: nn.Module) -> dict[str, SparseInput]:
 @contextmanager
 def record_channels(model: nn.Module) -> Iterator[ChannelRecorder]:
     """Count what the sparse layers of ``model`` skip within the block."""
-    recorder, executors = ChannelRecorder(), sparse_inputs(model).values()
-    before = [executor.recorder for executor in executors]
-    for executor in executors:
-        executor.recorder = recorder
-    try:
+    recorder = ChannelRecorder()
+    with kept(sparse_inputs(model).values(), "recorder"):
+        for executor in sparse_inputs(model).values():
+            executor.recorder = recorder
         yield recorder
+
+
+@contextmanager
+def all_channels(model: nn.Module) -> Iterator[None]:
+    """Nothing is skipped within the block: what looks for layers must see what they compute with their own weights."""
+    executors = sparse_inputs(model).values()
+    with kept(executors, "mode"):
+        for executor in executors:
+            executor.mode = "dense"
+        yield
+
+
+@contextmanager
+def kept(layers: Iterable[nn.Module], *names: str) -> Iterator[None]:
+    """Give attributes of modules their old values back when the block ends."""
+    before: list[tuple[nn.Module, str, Any]] = [(layer, name, getattr(layer, name)) for layer in layers for name in names]
+    try:
+        yield
     finally:
-        for executor, old in zip(executors, before, strict=True):
-            executor.recorder = old
+        for layer, name, value in before:
+            setattr(layer, name, value)

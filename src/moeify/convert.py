@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from . import _config
 from ._random import seeded
-from .channels import SparseInput, attach_channels, detach_channels, sparse_inputs
+from .channels import CHILD, SparseInput, attach_channels, detach_channels, sparse_inputs
 from .errors import CheckpointError, ConfigError, UnsupportedModelError
 from .layers import MoEFFN, attach, detach, moe_layers
 from .routers import NormRouterConfig, RouterConfig, build_router
@@ -111,7 +111,7 @@ class ChannelRecord:
     first_dense: int = 0
     """Positions at the start of a sequence that keep all channels."""
     weight_norm: float
-    """Norm of the weight that the levels were calibrated for."""
+    """Norm of the weight that the levels were saved with."""
     weight_projection: float
     """Its entries summed up with fixed signs: with the norm, tells other weights from these, rounded."""
 
@@ -180,6 +180,8 @@ def plan_conversion(model: nn.Module, sites: Sequence[FFNSite], config: ConvertC
             )
         if hasattr(model.get_submodule(site.name), "moe"):
             raise UnsupportedModelError(f"'{site.name}' is converted already; call to_dense(model) first.")
+        if thin := next((path for path in (*site.first, site.down) if hasattr(model.get_submodule(path), CHILD)), None):
+            raise UnsupportedModelError(f"'{thin}' skips input channels; convert first, or thin the layers of attention alone.")
         weights = site_weights(model, site)
         for tensor in weights.per_neuron():
             if not tensor.is_meta and not torch.isfinite(tensor).all():
@@ -291,30 +293,32 @@ def rebuild(model: nn.Module, manifest: Manifest) -> None:
                 f"manifest says '{site.name}' has {record.num_experts} experts, of which {record.always_on} always run; "
                 f"that is no split of {site.d_ff} neurons."
             )
+    for layer in manifest.channels:
+        try:
+            shape = tuple(linear_weight(model.get_submodule(layer.site.name)).shape)
+        except AttributeError as error:
+            raise CheckpointError(f"manifest names '{layer.site.name}', which this {type(model).__name__} has not: {error}") from error
+        if shape != (layer.site.d_out, layer.site.d_in):
+            raise CheckpointError(
+                f"manifest says '{layer.site.name}' has (N, K) = {(layer.site.d_out, layer.site.d_in)}, the model has {shape}."
+            )
     for record in manifest.sites:
         if record.weights == "int8":
             quantize_site(model, record.site)
         apply_site(model, record, order_F=None)
-    for channels in manifest.channels:
-        _rebuild_channels(model, channels)
-
-
-def _rebuild_channels(model: nn.Module, record: ChannelRecord) -> None:
-    site = record.site
-    try:
-        found = tuple(linear_weight(model.get_submodule(site.name)).shape)
-    except AttributeError as error:
-        raise CheckpointError(f"manifest names '{site.name}', which this {type(model).__name__} has not: {error}") from error
-    if found != (site.d_out, site.d_in):
-        raise CheckpointError(f"manifest says '{site.name}' has (N, K) = {(site.d_out, site.d_in)}, the model has {found}.")
-    attach_channels(model, SparseInput(site, rule=record.rule, first_dense=record.first_dense))
+    for layer in manifest.channels:
+        attach_channels(model, SparseInput(layer.site, rule=layer.rule, first_dense=layer.first_dense))
 
 
 def check_levels(model: nn.Module, manifest: Manifest) -> None:
-    """Refuse levels that were calibrated for other weights than the model's; rounding to another dtype is none.
+    """Refuse levels that belong to other weights than the model's: norm or signed sum differ by more than 1 % of the norm.
+
+    Rounding to another dtype moves neither by as much.
 
     Raises:
         CheckpointError: names the first layer.
+
+    Cost: reads the weights of the manifest's layers once; two host syncs a layer.
     """
     for record in manifest.channels:
         weight_NK = linear_weight(model.get_submodule(record.site.name))
@@ -331,7 +335,7 @@ def check_levels(model: nn.Module, manifest: Manifest) -> None:
 
 @torch.no_grad()
 def _fingerprint(weight_NK: Tensor) -> tuple[float, float]:
-    """Norm, and sum with signs that alternate in rows and, from row to row, in runs of other lengths."""
+    """Norm, and the sum of s_n s_k W_nk with signs s that a multiplicative hash gives the indices."""
     weight_NK = weight_NK.detach().float()
     rows_N, columns_K = (torch.arange(size, device=weight_NK.device) for size in weight_NK.shape)
     signs_N, signs_K = (1 - 2 * ((index * 2654435761 >> 7) & 1) for index in (rows_N, columns_K))

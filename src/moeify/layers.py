@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from . import _config
-from .channels import sparse_inputs
+from .channels import SparseInput, kept, sparse_inputs
 from .errors import ConfigError, UnsupportedModelError
 from .kernels import build_plan, cpu_always, moe_ffn, reads_rows
 from .kernels.cpu import RULES as ROUTED_RULES
@@ -521,6 +521,11 @@ def moe_layers(model: nn.Module) -> dict[str, MoEFFN]:
     return {m.site.name: m for m in model.modules() if isinstance(m, MoEFFN)}
 
 
+def with_modes(model: nn.Module) -> list[MoEFFN | SparseInput]:
+    """All that `set_mode` sets: what whoever changes modes for a while must give back (`moeify.channels.kept`)."""
+    return [*moe_layers(model).values(), *sparse_inputs(model).values()]
+
+
 def set_mode(model: nn.Module, mode: Mode) -> None:
     """Run every converted FFN dense, or as a mixture of experts; linear layers with all input channels, or without those they skip.
 
@@ -531,10 +536,8 @@ def set_mode(model: nn.Module, mode: Mode) -> None:
     """
     if mode not in ("dense", "moe"):
         raise ConfigError(f"mode must be 'dense' or 'moe', got {mode!r}.")
-    for layer in moe_layers(model).values():
+    for layer in with_modes(model):
         layer.mode = mode
-    for executor in sparse_inputs(model).values():
-        executor.is_on = mode == "moe"
 
 
 def set_rule(model: nn.Module, rule: Rule | Mapping[str, Rule]) -> None:
@@ -566,14 +569,10 @@ def set_impl(model: nn.Module, impl: str) -> None:
 def record_active(model: nn.Module) -> Iterator[ActiveRecorder]:
     """Count the active fraction of every forward inside the ``with``."""
     recorder, layers = ActiveRecorder(), list(moe_layers(model).values())
-    before = [layer.recorder for layer in layers]
-    for layer in layers:
-        layer.recorder = recorder
-    try:
+    with kept(layers, "recorder"):
+        for layer in layers:
+            layer.recorder = recorder
         yield recorder
-    finally:
-        for layer, old in zip(layers, before, strict=True):
-            layer.recorder = old
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ._config import lookup
 from ._progress import NO_PROGRESS, Progress
-from .channels import SparseInput, attach_channels, sparse_inputs
+from .channels import SparseInput, all_channels, attach_channels, check_attachable, detach_channels
 from .convert import stamp
 from .errors import ConfigError
 from .sites import ROLES, FFNSite, LinearSite, Role, find_linear_sites, linear_weight
@@ -34,8 +34,9 @@ from .sparsity.channel_profile import profile_channels
 class ThinConfig:
     """How much of which layers' inputs is skipped."""
 
-    sparsity: float
-    """Wanted share of skipped channels, in [0, 1): mean over layers, weighted by their parameters."""
+    skip_frac: float
+    """Wanted share of skipped channels, in [0, 1): mean over layers, weighted by their parameters. With 'uniform' a layer that reads more
+    zeros than that skips them all."""
     score: str = "sensitivity"
     """What a channel is worth: 'magnitude' (TEAL), 'wina', or 'sensitivity', which differentiates the loss once."""
     allocate: Literal["shared", "uniform"] = "shared"
@@ -53,17 +54,17 @@ class ThinConfig:
 
     def __post_init__(self) -> None:
         lookup(SCORES, self.score, where="score")
-        if not 0 <= self.sparsity < 1:
-            raise ConfigError(f"sparsity must be in [0, 1), got {self.sparsity}.")
+        if not 0 <= self.skip_frac < 1:
+            raise ConfigError(f"skip_frac must be in [0, 1), got {self.skip_frac}.")
         if self.allocate == "shared" and self.score != "sensitivity":
             raise ConfigError(
                 f"allocate='shared' compares layers, and {self.score!r} is no measure for that; use 'sensitivity' or 'uniform'."
             )
         if not self.roles or (bad := next((role for role in self.roles if role not in ROLES), None)):
             raise ConfigError(f"roles must be some of {', '.join(ROLES)}, got {bad if self.roles else 'none'!r}.")
-        for name in ("first_dense", "refine"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"{name} must be at least 0, got {getattr(self, name)}.")
+        for name, least in (("first_dense", 0), ("refine", 0), ("rows", 1)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"{name} must be at least {least}, got {getattr(self, name)}.")
 
 
 def thin(
@@ -88,27 +89,37 @@ def thin(
         progress: told of every calibration batch.
 
     Returns:
-        Expected sparsity by layer, on the calibration sample.
+        What each layer skips of the calibration sample, in [0, 1], by its name.
 
     Raises:
-        ConfigError, DataError, UnsupportedModelError: as `find_linear_sites`, `profile_channels` and the scores; nothing is changed then.
+        ConfigError, DataError, UnsupportedModelError: no batch, or as `find_linear_sites`, `check_attachable`, `profile_channels` and the
+            scores; nothing is changed then.
+
+    Cost: a pass over ``batches`` (with 'sensitivity' a backward one, too), and ``refine`` forward passes.
     """
     if not batches:
         raise ConfigError("no batch to calibrate on.")
     first: dict[str, Any] = {key: value[:1] for key, value in batches[0].items() if key != "labels"}
-    sites = [site for site in find_linear_sites(model, first, ffn_sites=ffn_sites) if site.role in config.roles]
+    with all_channels(model):
+        sites = [site for site in find_linear_sites(model, first, ffn_sites=ffn_sites) if site.role in config.roles]
+    for site in sites:
+        check_attachable(model, site.name)
     profile = partial(profile_channels, model, sites, batches, rows=config.rows, compute=compute, seed=config.seed, progress=progress)
     stats = profile(slopes=config.score == "sensitivity")
     levels, expected = plan_levels(model, sites, stats, config)
-    for site in sites:
-        executor = SparseInput(site, first_dense=config.first_dense)
-        executor.level_K.copy_(levels[site.name])
+    executors = {site.name: SparseInput(site, first_dense=config.first_dense) for site in sites}
+    for name, executor in executors.items():
         attach_channels(model, executor)
-    for _ in range(config.refine if config.sparsity else 0):
-        stats = {name: replace(stats[name], rows_RK=found.rows_RK) for name, found in profile().items()}
-        levels, expected = plan_levels(model, sites, stats, config)
-        for name, executor in sparse_inputs(model).items():
-            executor.level_K.copy_(levels[name])
+        executor.level_K.copy_(levels[name])
+    try:
+        for _ in range(config.refine if config.skip_frac else 0):
+            stats = {name: replace(stats[name], rows_RK=found.rows_RK) for name, found in profile().items()}
+            levels, expected = plan_levels(model, sites, stats, config)
+            for name, executor in executors.items():
+                executor.level_K.copy_(levels[name])
+    except BaseException:  # Ctrl-C, too: half a calibration is none
+        detach_channels(model, executors)
+        raise
     stamp(model)
     return expected
 
@@ -116,15 +127,22 @@ def thin(
 def plan_levels(
     model: nn.Module, sites: Sequence[LinearSite], stats: Mapping[str, ChannelStats], config: ThinConfig
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """Levels of every layer's channels for a budget, and the sparsity that each layer gets of them on the sample.
+    """Levels of every layer's channels for a budget.
 
-    With 'shared' a score is the loss's root per root of a column's parameters, sqrt(x_k^2 slope_k^2 / N), and one level holds everywhere.
+    Scores are taken over the root of a column's parameters, |x_k| weight_k / sqrt(N). With 'sensitivity' its square is what skipping costs
+    of the loss for each parameter saved, so that one level for all layers is the best allocation; with 'uniform' the factor cancels.
 
     Args:
         model: whose layers they are.
         sites: layers to thin.
         stats: of each, from `profile_channels`.
         config: budget, score and allocation.
+
+    Returns:
+        level_K of each layer by name, in units of its input, and what the layer skips of its sample, in [0, 1].
+
+    Raises:
+        ConfigError, DataError: as `channel_weights` and `ScoreSample`.
     """
     weights, samples = {}, {}
     for site in sites:
@@ -133,9 +151,9 @@ def plan_levels(
         samples[site.name] = ScoreSample(channel_scores(stats[site.name].rows_RK, weights[site.name]))
     costs = {site.name: float(site.d_in * site.d_out) for site in sites}
     if config.allocate == "shared":
-        common = shared_level(samples, costs, sparsity=config.sparsity)
+        common = shared_level(samples, costs, skip_frac=config.skip_frac)
         chosen = dict.fromkeys(samples, common)
     else:
-        chosen = {name: sample.level(config.sparsity) for name, sample in samples.items()}
+        chosen = {name: sample.level(config.skip_frac) for name, sample in samples.items()}
     levels = {name: channel_levels(chosen[name], weight_K) for name, weight_K in weights.items()}
     return levels, {name: sample.below(chosen[name]) for name, sample in samples.items()}

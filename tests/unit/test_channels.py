@@ -25,7 +25,7 @@ def test_at_level_zero_the_model_is_bit_equal_and_nothing_is_skipped():
     model, inputs = thinned()
     with record_channels(model) as recorder:
         found = model(**inputs).logits
-    assert recorder.sparsity() == 0
+    assert recorder.skipped_frac() == 0
     assert torch.equal(found, tiny_llama().eval()(**inputs).logits)
 
 
@@ -84,7 +84,7 @@ def test_errors_say_what_is_wrong():
     with pytest.raises(ConfigError, match="first_dense must be at least 0"):
         SparseInput(site, first_dense=-1)
     with record_channels(model) as recorder, pytest.raises(ValueError, match="no sparse layer ran"):
-        recorder.sparsity()
+        recorder.skipped_frac()
     other = tiny_llama()
     other.get_submodule(site.name).forward = lambda x: x
     with pytest.raises(UnsupportedModelError, match="forward of its own"):

@@ -1,12 +1,19 @@
 """Training-free channel sparsity from calibration to a thinner model."""
 
+import sys
+
 import pytest
 import torch
 from tiny import tiny_llama
 
 from moeify.channels import record_channels, sparse_inputs
-from moeify.errors import ConfigError
+from moeify.convert import ConvertConfig, convert, to_dense
+from moeify.errors import ConfigError, UnsupportedModelError
+from moeify.evaluate import default_metric
+from moeify.layers import moe_layers, set_mode
+from moeify.sites import find_ffn_sites
 from moeify.sparsity.channel import SCORES
+from moeify.sparsity.channel_profile import profile_channels
 from moeify.thin import ThinConfig, thin
 
 
@@ -23,15 +30,15 @@ def skipped(model, data):
     return recorder
 
 
-@pytest.mark.parametrize("score", [name for name in SCORES if name != "chess"])
-@pytest.mark.parametrize("sparsity", [0.0, 0.25, 0.6])
-def test_the_wanted_share_is_skipped_on_other_data_of_the_same_kind(score, sparsity):
+@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize("skip_frac", [0.0, 0.25, 0.6])
+def test_the_wanted_share_is_skipped_on_other_data_of_the_same_kind(score, skip_frac):
     model = tiny_llama().eval()
-    config = ThinConfig(sparsity=sparsity, score=score, allocate="shared" if score == "sensitivity" else "uniform", first_dense=0)
+    config = ThinConfig(skip_frac=skip_frac, score=score, allocate="shared" if score == "sensitivity" else "uniform", first_dense=0)
     expected = thin(model, batches(8, seed=0), config)
     recorder = skipped(model, batches(8, seed=1))
     # With a share for each layer, one that reads many zeros skips them all.
-    assert sparsity - 0.02 <= recorder.sparsity() <= sparsity + (0.02 if score == "sensitivity" else 0.15 * (sparsity > 0))
+    assert skip_frac - 0.02 <= recorder.skipped_frac() <= skip_frac + (0.02 if score == "sensitivity" else 0.15 * (skip_frac > 0))
     assert recorder.per_layer().keys() == expected.keys() == sparse_inputs(model).keys()
     for name, share in recorder.per_layer().items():
         assert share == pytest.approx(expected[name], abs=0.03)
@@ -39,16 +46,16 @@ def test_the_wanted_share_is_skipped_on_other_data_of_the_same_kind(score, spars
 
 def test_roles_choose_the_layers():
     model = tiny_llama().eval()
-    thin(model, batches(2, seed=0), ThinConfig(sparsity=0.5, roles=("ffn_hidden",)))
+    thin(model, batches(2, seed=0), ThinConfig(skip_frac=0.5, roles=("ffn_hidden",)))
     assert {name.rpartition(".")[2] for name in sparse_inputs(model)} == {"down_proj"}
-    assert skipped(model, batches(2, seed=0)).sparsity() == pytest.approx(0.5, abs=0.1)
+    assert skipped(model, batches(2, seed=0)).skipped_frac() == pytest.approx(0.5, abs=0.1)
 
 
 def test_a_shared_level_gives_the_layers_that_matter_less_the_larger_share():
     model = tiny_llama().eval()
     with torch.no_grad():  # what this layer gives changes next to nothing
         model.model.layers[0].mlp.down_proj.weight.mul_(1e-3)
-    expected = thin(model, batches(8, seed=0), ThinConfig(sparsity=0.3))
+    expected = thin(model, batches(8, seed=0), ThinConfig(skip_frac=0.3))
     others = [share for name, share in expected.items() if name != "model.layers.0.mlp.down_proj"]
     assert expected["model.layers.0.mlp.down_proj"] > 0.85 > 0.8 > max(others)
 
@@ -56,7 +63,7 @@ def test_a_shared_level_gives_the_layers_that_matter_less_the_larger_share():
 def test_levels_set_again_in_the_sparse_model_keep_every_layer_at_its_share():
     def worst(refine):
         model = tiny_llama().eval()
-        config = ThinConfig(sparsity=0.6, score="wina", allocate="uniform", first_dense=0, refine=refine)
+        config = ThinConfig(skip_frac=0.6, score="wina", allocate="uniform", first_dense=0, refine=refine)
         expected = thin(model, batches(8, seed=0), config)
         return max(abs(share - expected[name]) for name, share in skipped(model, batches(8, seed=1)).per_layer().items())
 
@@ -64,15 +71,71 @@ def test_levels_set_again_in_the_sparse_model_keep_every_layer_at_its_share():
 
 
 def test_options_that_mean_nothing_are_refused_and_nothing_is_changed():
-    with pytest.raises(ConfigError, match=r"sparsity must be in \[0, 1\), got 1"):
-        ThinConfig(sparsity=1.0)
+    with pytest.raises(ConfigError, match=r"skip_frac must be in \[0, 1\), got 1"):
+        ThinConfig(skip_frac=1.0)
     with pytest.raises(ConfigError, match="'wina' is no measure for that"):
-        ThinConfig(sparsity=0.5, score="wina")
+        ThinConfig(skip_frac=0.5, score="wina")
     with pytest.raises(ConfigError, match="unknown name 'winna'"):
-        ThinConfig(sparsity=0.5, score="winna")
+        ThinConfig(skip_frac=0.5, score="winna")
     with pytest.raises(ConfigError, match="roles must be some of attn_in, attn_out, ffn_in, ffn_hidden, got 'ffn'"):
-        ThinConfig(sparsity=0.5, roles=("ffn",))
+        ThinConfig(skip_frac=0.5, roles=("ffn",))
     model = tiny_llama()
     with pytest.raises(ConfigError, match="no batch"):
-        thin(model, [], ThinConfig(sparsity=0.5))
+        thin(model, [], ThinConfig(skip_frac=0.5))
     assert not sparse_inputs(model)
+
+
+def test_other_roles_can_be_thinned_later_the_same_not_twice():
+    model = tiny_llama().eval()
+    thin(model, batches(2, seed=0), ThinConfig(skip_frac=0.3, roles=("ffn_in",)))
+    before = {name: executor.level_K.clone() for name, executor in sparse_inputs(model).items()}
+    thin(model, batches(2, seed=0), ThinConfig(skip_frac=0.3, roles=("ffn_hidden",)))
+    assert {name.rpartition(".")[2] for name in sparse_inputs(model)} == {"gate_proj", "up_proj", "down_proj"}
+    assert all(torch.equal(sparse_inputs(model)[name].level_K, level_K) for name, level_K in before.items())
+    with pytest.raises(UnsupportedModelError, match="sparse already"):
+        thin(model, batches(2, seed=0), ThinConfig(skip_frac=0.3, roles=("ffn_in", "attn_out")))
+    assert not any(name.endswith("o_proj") for name in sparse_inputs(model))
+
+
+def test_a_calibration_that_fails_half_way_takes_off_what_it_put_on(monkeypatch):
+    model = tiny_llama().eval()
+    thin(model, batches(2, seed=0), ThinConfig(skip_frac=0.3, roles=("attn_in",)))
+    before = sparse_inputs(model).keys()
+
+    def interrupted(model, *args, slopes=False, **options):
+        if not slopes:  # the second pass, which sets levels again
+            raise KeyboardInterrupt
+        return profile_channels(model, *args, slopes=slopes, **options)
+
+    monkeypatch.setattr(sys.modules["moeify.thin"], "profile_channels", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        thin(model, batches(2, seed=0), ThinConfig(skip_frac=0.3, roles=("ffn_hidden",)))
+    assert sparse_inputs(model).keys() == before
+
+
+def test_a_measurement_gives_the_modes_back():
+    model = tiny_llama().eval()
+    thin(model, batches(2, seed=0), ThinConfig(skip_frac=0.5))
+    batch = batches(1, seed=0)[0]
+    assert default_metric(model, batch) == "perplexity"
+    assert {executor.mode for executor in sparse_inputs(model).values()} == {"moe"}
+    with torch.no_grad():
+        sparse = model(**batch).logits
+        set_mode(model, "dense")
+        dense = model(**batch).logits
+    assert not torch.equal(sparse, dense)
+    default_metric(model, batch)
+    assert {executor.mode for executor in sparse_inputs(model).values()} == {"dense"}
+
+
+def test_an_ffn_that_skips_channels_is_not_converted_attention_may_be():
+    model = tiny_llama().eval()
+    config, first = ConvertConfig(expert_size=4), batches(1, seed=0)[0]
+    sites = find_ffn_sites(model, first)
+    thin(model, batches(2, seed=0), ThinConfig(skip_frac=0.3, roles=("ffn_in",)))
+    with pytest.raises(UnsupportedModelError, match=r"'model\.layers\.0\.mlp\.gate_proj' skips input channels; convert first"):
+        convert(model, config, sites=sites)
+    to_dense(model)
+    thin(model, batches(2, seed=0), ThinConfig(skip_frac=0.3, roles=("attn_in",)))
+    convert(model, config, sites=find_ffn_sites(model, first))
+    assert moe_layers(model) and sparse_inputs(model)

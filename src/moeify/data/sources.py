@@ -313,11 +313,11 @@ def _in_pieces(documents: Iterable[Document]) -> Iterator[Document]:
             yield name, values
             continue
         start = 0
-        while start < len(text) or start == 0:
-            line_end = text.find("\n", start + _SHUFFLE_PIECE_CHARS)
-            end = len(text) if line_end < 0 else line_end + 1
-            yield name, (text[start:end],)
-            start = end or 1
+        while (line_end := text.find("\n", start + _SHUFFLE_PIECE_CHARS)) >= 0:
+            yield name, (text[start : line_end + 1],)
+            start = line_end + 1
+        if start < len(text) or not text:
+            yield name, (text[start:],)
 
 
 def _shuffled(documents: Iterator[Document], seed: int) -> Iterator[Document]:

@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .._progress import NO_PROGRESS, Progress
+from ..channels import kept
 from ..errors import CheckpointError, ConfigError, DataError
-from ..layers import moe_layers, set_mode, token_mask
+from ..layers import set_mode, token_mask, with_modes
+from ..sites.probe import eval_mode
 
 Batch = Mapping[str, Tensor]
 """Keyword arguments of the model; ``labels`` are compared with, not passed on."""
@@ -399,16 +401,9 @@ def default_metric(model: nn.Module, batch: Batch) -> str:
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside; training flag and each layer's mode are restored, also after an error."""
-    modes = {layer: layer.mode for layer in moe_layers(model).values()}
-    was_training = model.training
-    model.eval()
-    try:
+    """Eval mode inside; training flags and each layer's mode are restored, also after an error."""
+    with eval_mode(model), kept(with_modes(model), "mode"):
         yield
-    finally:
-        model.train(was_training)
-        for layer, mode in modes.items():
-            layer.mode = mode
 
 
 def _forward(model: nn.Module, batch: Batch, *, hidden: bool = False) -> Output:

@@ -17,9 +17,10 @@ from torch import nn
 
 from .._config import from_dict, to_dict
 from .._progress import NO_PROGRESS, Progress
+from ..channels import kept
 from ..cost import CostBreakdown, MoECost, WeightCost, estimate_flops, estimate_weights
 from ..errors import ConfigError, DataError
-from ..layers import MoEFFN, moe_layers, record_active, set_mode, set_rule
+from ..layers import MoEFFN, moe_layers, record_active, set_mode, set_rule, with_modes
 from ..select import Rule
 from ..sites import FFNSite
 from .quality import Batch, DenseReference, measure_quality
@@ -329,12 +330,8 @@ def _router_flops(layer: MoEFFN) -> float:
 @contextmanager
 def _restored(model: nn.Module) -> Iterator[None]:
     """Put back each layer's rule and mode."""
-    before = {layer: (layer.mode, layer.rule) for layer in moe_layers(model).values()}
-    try:
+    with kept(with_modes(model), "mode"), kept(moe_layers(model).values(), "rule"):
         yield
-    finally:
-        for layer, (mode, rule) in before.items():
-            layer.mode, layer.rule = mode, rule
 
 
 class _Forward:

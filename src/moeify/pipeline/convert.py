@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .. import _config
 from .._progress import NO_PROGRESS, Progress
+from ..channels import all_channels
 from ..convert import ConvertConfig, SiteRecord, apply_site, plan_conversion
 from ..data import DataConfig, check_source
 from ..errors import ConfigError, UnsupportedModelError
@@ -150,7 +151,8 @@ def convert_model(
     """
     from ..hf.quantizer import adopt  # here, and not on top: it imports transformers' model code, which takes seconds
 
-    sites = find_ffn_sites(model, batches[0] if not hasattr(model, "config") else example_inputs(model))
+    with all_channels(model):
+        sites = find_ffn_sites(model, batches[0] if not hasattr(model, "config") else example_inputs(model))
     plan = plan_conversion(model, sites, config)
     if changed := next((record.site.name for record, _ in plan if record.rule != config.rule), None):
         raise ConfigError(f"policy of '{changed}': one rule is calibrated for all layers; set_rule changes a layer's afterwards.")

@@ -67,15 +67,15 @@ def find_linear_sites(
         calls = probe.run().calls
     roles: dict[str, tuple[Role, str]] = {}
     blocks = _blocks(ffn_sites)
+    block_of = {path: next((block for block in blocks if path.startswith(f"{block}.")), "") for path in calls}
     for site in ffn_sites:
         for path in site.first:
             roles[path] = ("ffn_in", site.first[0])
         roles[site.down] = ("ffn_hidden", site.down)
     others: dict[str, list[str]] = {}
     for path in calls:
-        block = next((block for block in blocks.values() if path.startswith(f"{block}.")), None)
-        if path not in roles and block is not None and probe.leaves[path].channel_dim == -1:  # no convolution over single positions
-            others.setdefault(block, []).append(path)
+        if path not in roles and block_of[path] and probe.leaves[path].channel_dim == -1:  # no convolution over single positions
+            others.setdefault(block_of[path], []).append(path)
     for paths in others.values():
         roles |= _attention_roles(paths, calls)
     found = []
@@ -86,19 +86,18 @@ def find_linear_sites(
         if leaf.problem:
             raise UnsupportedModelError(f"'{path}' {leaf.problem}; its input cannot be made sparse. Merge or remove it first.")
         role, reads = roles[path]
-        block = next(block for block in blocks.values() if path.startswith(f"{block}."))
-        found.append(LinearSite(name=path, role=role, reads=reads, block=block, d_in=leaf.d_in, d_out=leaf.d_out))
+        found.append(LinearSite(name=path, role=role, reads=reads, block=block_of[path], d_in=leaf.d_in, d_out=leaf.d_out))
     return found
 
 
-def _blocks(sites: Sequence[FFNSite]) -> dict[str, str]:
-    """FFN -> its block: the outermost element of a list in which no other FFN lies; of a list whose elements have several, the element."""
-    blocks = {}
+def _blocks(sites: Sequence[FFNSite]) -> list[str]:
+    """Every FFN's block: the outermost element of a list in which no other FFN lies; of a list whose elements have several, the element."""
+    blocks = []
     for site in sites:
         parts = site.down.split(".")
         prefixes = [".".join(parts[: i + 1]) for i, part in enumerate(parts) if re.fullmatch(r"\d+", part)]
         alone = (p for p in prefixes if sum(other.down.startswith(f"{p}.") for other in sites) == 1)
-        blocks[site.name] = next(alone, prefixes[-1] if prefixes else site.name)
+        blocks.append(next(alone, prefixes[-1] if prefixes else site.name))
     return blocks
 
 

@@ -7,8 +7,8 @@ For y = x W^T every score has one form,
     score_tk = |x_tk| * weight_k,      kept where score_tk >= level,
 
 so that a kernel compares |x_tk| with ``level / weight_k``, a stored number for each channel: no sort, and column k of W is not read where
-x_tk is skipped. Methods differ in ``weight_k``. In top-k form (`top_channels`) each token keeps as many channels as any other; the level
-form lets tokens differ, and is better for the same mean.
+x_tk is skipped. Methods differ in ``weight_k``. Tokens keep more or fewer channels; `moeify.select.TopK` on the scores gives each as many,
+and is worse for the same mean (docs/log).
 """
 
 import math
@@ -33,8 +33,6 @@ class ChannelStats:
     """A sample of its inputs, one row a token; any float dtype."""
     slope_K: Tensor | None = None
     """Root mean square over tokens of ``g W[:, k]``, g = d loss / d y: of the loss's derivative by x_k through this layer."""
-    partner_K: Tensor | None = None
-    """Mean absolute value of what channel k is multiplied by after the choice: |up_k| where the gates choose."""
 
 
 ChannelWeight = Callable[[Tensor, ChannelStats], Tensor]
@@ -53,19 +51,15 @@ def _column_norm(W_NK: Tensor, _stats: ChannelStats) -> Tensor:
 
 def _slope(W_NK: Tensor, stats: ChannelStats) -> Tensor:
     """slope_k: what dropping channel k costs the loss, to second order (x_k^2 slope_k^2 / 2, the Fisher matrix for the Hessian)."""
-    return _there(stats.slope_K, "sensitivity", "gradients of the loss").float()
-
-
-def _partner(W_NK: Tensor, stats: ChannelStats) -> Tensor:
-    """partner_k: the mean size of what the gate's value will be multiplied by."""
-    return _there(stats.partner_K, "chess", "the up projection's outputs").float()
+    if stats.slope_K is None:
+        raise ConfigError("score 'sensitivity' needs gradients of the loss, which this calibration did not take (slopes=True).")
+    return stats.slope_K.float()
 
 
 SCORES: dict[str, ChannelWeight] = {
-    "magnitude": _ones,  # TEAL: Liu et al. 2024, arXiv:2408.14690; on gates CATS: Lee et al. 2024, arXiv:2404.08763
+    "magnitude": _ones,  # TEAL: Liu et al. 2024, arXiv:2408.14690
     "wina": _column_norm,  # Chen et al. 2025, arXiv:2505.19427; no transform of the weights
     "sensitivity": _slope,
-    "chess": _partner,  # He et al. 2024, arXiv:2409.01366
 }
 """Weights of channels by the name that configs store; a new one joins by a function and a line here."""
 
@@ -95,18 +89,6 @@ def channel_scores(x_TK: Tensor, weight_K: Tensor) -> Tensor:
     return x_TK.abs().float() * weight_K
 
 
-def top_channels(scores_TK: Tensor, k: int) -> Tensor:
-    """mask_TK of the k channels of largest score; of equal ones the lowest channel wins.
-
-    Raises:
-        ConfigError: k below 1.
-    """
-    if k < 1:
-        raise ConfigError(f"k must be at least 1, got {k}.")
-    chosen = scores_TK.sort(dim=-1, descending=True, stable=True).indices[..., :k]
-    return torch.zeros_like(scores_TK, dtype=torch.bool).scatter_(-1, chosen, True)
-
-
 def channel_levels(level: float, weight_K: Tensor) -> Tensor:
     """level_K = level / weight_K: channel k is kept where |x_k| >= level_k. A channel of weight 0 is never kept, unless the level is 0."""
     if level <= 0:
@@ -124,18 +106,18 @@ class ScoreSample:
             raise DataError("calibration saw only zeros at this layer; give other data.")
 
     def below(self, level: float) -> float:
-        """Share of the scores below ``level``: the sparsity that it gives."""
+        """Share of the scores below ``level``, in [0, 1]: what it skips."""
         return int(torch.searchsorted(self._sorted, level)) / self._sorted.numel()
 
-    def level(self, sparsity: float) -> float:
-        """The lowest score that is kept where a share ``sparsity`` is skipped; 0 for 0, else above 0: zeros are skipped first, at no cost.
+    def level(self, skip_frac: float) -> float:
+        """The lowest score that is kept where a share ``skip_frac`` is skipped; 0 for 0, else above 0: zeros are skipped first, at no cost.
 
         Raises:
-            ConfigError: sparsity outside [0, 1).
+            ConfigError: ``skip_frac`` outside [0, 1).
         """
-        if not 0 <= sparsity < 1:
-            raise ConfigError(f"sparsity must be in [0, 1), got {sparsity}.")
-        index = round(sparsity * self._sorted.numel())
+        if not 0 <= skip_frac < 1:
+            raise ConfigError(f"skip_frac must be in [0, 1), got {skip_frac}.")
+        index = round(skip_frac * self._sorted.numel())
         return max(float(self._sorted[min(index, self._sorted.numel() - 1)]), _TINY) if index else 0.0
 
     @property
@@ -144,8 +126,8 @@ class ScoreSample:
         return float(self._sorted[-1])
 
 
-def shared_level(samples: Mapping[str, ScoreSample], costs: Mapping[str, float], *, sparsity: float) -> float:
-    """One level for all layers at which the cost-weighted mean sparsity is ``sparsity``.
+def shared_level(samples: Mapping[str, ScoreSample], costs: Mapping[str, float], *, skip_frac: float) -> float:
+    """One level for all layers at which the cost-weighted mean of what they skip is ``skip_frac``.
 
     With scores in units of the loss over cost (`SCORES`' sensitivity over the square root of a column's cost), one level is the best
     allocation: a channel is skipped wherever that costs less of the loss for each number saved than it would elsewhere.
@@ -153,18 +135,20 @@ def shared_level(samples: Mapping[str, ScoreSample], costs: Mapping[str, float],
     Args:
         samples: scores by layer.
         costs: what a layer counts, > 0: its parameters, bytes or measured time.
-        sparsity: wanted share, in [0, 1).
+        skip_frac: wanted share, in [0, 1).
 
     Raises:
-        ConfigError: no layer, a cost that is missing or not positive, or sparsity out of range.
+        ConfigError: no layer, a cost that is missing or not positive, or ``skip_frac`` out of range.
+
+    Cost: some 60 binary searches a layer.
     """
     if not samples:
         raise ConfigError("there is no layer to share a level.")
-    if not 0 <= sparsity < 1:
-        raise ConfigError(f"sparsity must be in [0, 1), got {sparsity}.")
+    if not 0 <= skip_frac < 1:
+        raise ConfigError(f"skip_frac must be in [0, 1), got {skip_frac}.")
     if bad := next((name for name in samples if not costs.get(name, 0) > 0), None):
         raise ConfigError(f"the cost of '{bad}' must be greater than 0, got {costs.get(bad)}.")
-    if sparsity == 0:
+    if skip_frac == 0:
         return 0.0
     total = sum(costs[name] for name in samples)
     low, high = 0.0, max(sample.largest for sample in samples.values())
@@ -172,14 +156,8 @@ def shared_level(samples: Mapping[str, ScoreSample], costs: Mapping[str, float],
         middle = (low + high) / 2
         if middle in (low, high):
             break
-        if sum(costs[name] * sample.below(middle) for name, sample in samples.items()) / total < sparsity:
+        if sum(costs[name] * sample.below(middle) for name, sample in samples.items()) / total < skip_frac:
             low = middle
         else:
             high = middle
     return high
-
-
-def _there(value: Tensor | None, score: str, what: str) -> Tensor:
-    if value is None:
-        raise ConfigError(f"score {score!r} needs {what}, which this calibration did not take.")
-    return value

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from .._progress import NO_PROGRESS, Progress
 from ..errors import ConfigError, DataError, UnsupportedModelError
 from ..sites import LinearSite, linear_weight, mask_name, token_mask_of
+from ..sites.probe import eval_mode
 from .channel import ChannelStats
 
 
@@ -62,7 +63,7 @@ def profile_channels(
     watch = _Watch(model, sites, rows=rows, seed=seed)
     labels_of = torch.Generator(device).manual_seed(seed)
     with ExitStack() as stack:
-        stack.enter_context(_eval_mode(model))
+        stack.enter_context(eval_mode(model))
         stack.enter_context(watch.attached(slopes=slopes))
         start = stack.enter_context(_only_first_parameter(model)) if slopes else None
         task = stack.enter_context(progress.task("calibrate channels", total=len(batches)))
@@ -160,16 +161,6 @@ def _sampled_loss(outputs: Any, batch: Mapping[str, Tensor], generator: torch.Ge
         logits_TV = logits_TV[keep_T.to(logits_TV.device)]
     labels_T = torch.multinomial(logits_TV.detach().softmax(-1), 1, generator=generator)[:, 0]
     return nn.functional.cross_entropy(logits_TV, labels_T, reduction="sum")
-
-
-@contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
 
 
 @contextmanager

@@ -27,7 +27,7 @@ def logits(model):
 
 def thinned(**options):
     model = tiny.tiny_llama()
-    thin(model, [INPUTS], ThinConfig(**{"sparsity": 0.4, **options}))
+    thin(model, [INPUTS], ThinConfig(**{"skip_frac": 0.4, **options}))
     return model
 
 
@@ -56,7 +56,7 @@ def test_half_precision_keeps_levels_in_fp32(saved):
         assert torch.equal(executor.level_K, sparse_inputs(thinned())[name].level_K)
     with record_channels(loaded) as recorder:
         logits(loaded)
-    assert recorder.sparsity() == pytest.approx(0.4, abs=0.1)
+    assert recorder.skipped_frac() == pytest.approx(0.4, abs=0.1)
 
 
 def test_a_process_without_moeify_reads_the_dense_model(saved, tmp_path):

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from moeify.errors import ConfigError, DataError
+from moeify.select import TopK
 from moeify.sparsity.channel import (
     SCORES,
     ChannelStats,
@@ -14,7 +15,6 @@ from moeify.sparsity.channel import (
     channel_scores,
     channel_weights,
     shared_level,
-    top_channels,
 )
 
 T, K, N = 200, 24, 16
@@ -24,7 +24,7 @@ T, K, N = 200, 24, 16
 def layer(rng):
     W_NK = torch.randn(N, K, generator=rng) * torch.logspace(-1, 1, K)
     x_TK = torch.randn(T, K, generator=rng)
-    stats = ChannelStats(rows_RK=x_TK, slope_K=torch.rand(K, generator=rng) + 0.1, partner_K=torch.rand(K, generator=rng) + 0.1)
+    stats = ChannelStats(rows_RK=x_TK, slope_K=torch.rand(K, generator=rng) + 0.1)
     return W_NK, x_TK, stats
 
 
@@ -45,7 +45,7 @@ def test_column_norms_lose_less_of_the_output_than_magnitudes_where_columns_are_
     W_NK, x_TK, stats = layer
 
     def error(score):
-        keep_TK = top_channels(channel_scores(x_TK, channel_weights(score, W_NK, stats)), K // 2)
+        keep_TK = TopK(k=K // 2)(channel_scores(x_TK, channel_weights(score, W_NK, stats)))
         return ((x_TK * ~keep_TK) @ W_NK.T).square().mean()
 
     assert error("wina") < 0.2 * error("magnitude")
@@ -57,18 +57,10 @@ def test_sensitivity_loses_less_of_the_loss_where_it_depends_on_few_outputs(laye
     stats = ChannelStats(rows_RK=x_TK, slope_K=(g_TN @ W_NK).square().mean(0).sqrt())
 
     def loss(score):
-        keep_TK = top_channels(channel_scores(x_TK, channel_weights(score, W_NK, stats)), K // 2)
+        keep_TK = TopK(k=K // 2)(channel_scores(x_TK, channel_weights(score, W_NK, stats)))
         return (((x_TK * ~keep_TK) @ W_NK.T) * g_TN).sum(1).square().mean()
 
     assert loss("sensitivity") < 0.9 * loss("wina")
-
-
-def test_top_channels_keeps_k_and_the_lowest_of_equal_ones():
-    scores_TK = torch.tensor([[1.0, 3, 3, 2], [0, 0, 0, 0]])
-    assert top_channels(scores_TK, 2).tolist() == [[False, True, True, False], [True, True, False, False]]
-    assert top_channels(scores_TK, 9).all()
-    with pytest.raises(ConfigError, match="k must be at least 1"):
-        top_channels(scores_TK, 0)
 
 
 def test_a_channel_without_weight_is_kept_only_at_level_zero():
@@ -81,11 +73,11 @@ def test_shared_level_reaches_the_weighted_share_and_takes_more_where_scores_are
     scores = {"quiet": torch.rand(100, 10, generator=rng), "loud": 10 * torch.rand(100, 10, generator=rng)}
     samples = {name: ScoreSample(value) for name, value in scores.items()}
     costs = {"quiet": 1.0, "loud": 3.0}
-    level = shared_level(samples, costs, sparsity=0.4)
+    level = shared_level(samples, costs, skip_frac=0.4)
     shares = {name: sample.below(level) for name, sample in samples.items()}
     assert (shares["quiet"] + 3 * shares["loud"]) / 4 == pytest.approx(0.4, abs=1e-3)
     assert shares["quiet"] > 2 * shares["loud"] > 0
-    assert shared_level(samples, costs, sparsity=0) == 0
+    assert shared_level(samples, costs, skip_frac=0) == 0
 
 
 def test_zeros_are_skipped_as_soon_as_anything_is():
@@ -111,6 +103,6 @@ def test_errors_say_what_is_wrong(layer):
     with pytest.raises(ConfigError, match=r"\[0, 1\), got 1"):
         ScoreSample(x_TK.abs()).level(1.0)
     with pytest.raises(ConfigError, match="no layer"):
-        shared_level({}, {}, sparsity=0.5)
+        shared_level({}, {}, skip_frac=0.5)
     with pytest.raises(ConfigError, match="cost of 'a' must be greater than 0, got None"):
-        shared_level({"a": ScoreSample(x_TK.abs())}, {}, sparsity=0.5)
+        shared_level({"a": ScoreSample(x_TK.abs())}, {}, skip_frac=0.5)
