@@ -52,6 +52,7 @@ from .pipeline import profile_checkpoint as profile_checkpoint
 from .pipeline import quantize_checkpoint as quantize_checkpoint
 from .pipeline import report_checkpoint as report_checkpoint
 from .pipeline import sweep_checkpoint as sweep_checkpoint
+from .pipeline import thin_checkpoint as thin_checkpoint
 from .quantize import quantize as quantize
 from .select import DynKMass as DynKMass
 from .select import DynKMax as DynKMax

@@ -27,8 +27,10 @@ from .errors import ConfigError, MoeifyError, is_out_of_memory
 from .pipeline import STAGES, TASKS, CalibrationConfig
 from .routers import ROUTERS, NormRouterConfig
 from .select import RULES, Rule
+from .sites import ROLES
 from .sparsity import EnforcementConfig
 from .split import SPLITS
+from .thin import ThinConfig
 from .train.distill import DistillConfig
 from .train.fit import RouterTrainConfig
 from .train.loop import TrainConfig
@@ -333,6 +335,36 @@ def convert(
         dtype=dtype,
         device=device,
         weights=weights,
+        overwrite=overwrite,
+        progress=make_progress(),
+    )
+
+
+@command()
+@takes("data", DataConfig, skip=("seed",), split="data_split")
+@takes("config", ThinConfig, skip=("roles", "seed"), skip_frac="target", score="method")
+def thin(
+    model: Model,
+    *,
+    data: DataConfig,
+    config: ThinConfig,
+    out: Annotated[Path, typer.Option(help="New folder: the dense checkpoint with a level for each channel.")],
+    roles: Annotated[str, typer.Option(metavar="A,B", help=_config.field_docs(ThinConfig)["roles"])] = ",".join(ROLES),
+    dtype: DType = "float32",
+    device: Device = "cpu",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result in the output folder.")] = False,
+    seed: Seed = None,
+) -> Any:
+    """Let the linear layers of a dense model skip the input channels that matter little to a token; nothing is trained."""
+    from .pipeline import thin_checkpoint
+
+    return thin_checkpoint(
+        model,
+        out,
+        data=dataclasses.replace(data, seed=seed),
+        config=_config.from_dict(ThinConfig, {**_config.to_dict(config), "roles": roles.split(","), "seed": seed or 0}, where="--roles"),
+        dtype=dtype,
+        device=device,
         overwrite=overwrite,
         progress=make_progress(),
     )

@@ -12,7 +12,7 @@ module that computes attention (it runs a softmax over scores, or a fused attent
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -20,10 +20,11 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .sites import FFNSite
+from .sites import FFNSite, linear_weight
 
 Active = float | Mapping[str, float]
-"""Active fraction in [0, 1]: one for all MoE layers, or by site name (a layer that is not named runs all experts)."""
+"""Active fraction in [0, 1]: one for all MoE layers and all linear layers that skip channels, or by name (a layer that is not named runs
+whole)."""
 
 _FUSED_ATTENTION = ("_scaled_dot_product", "_flash_attention", "_efficient_attention", "flex_attention")
 _SCORE_PRODUCTS = ("bmm", "baddbmm")
@@ -56,6 +57,16 @@ class FFNCost:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ChannelCost:
+    """FLOPs of one linear layer that skips input channels, in the watched forward."""
+
+    dense_flops: float
+    """All channels, all calls."""
+    part: str
+    """What it is a part of: "ffn", or a key of `CostBreakdown.lines`."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class CostBreakdown:
     """FLOPs of one forward by part; `lines`, `flops_per_token` and the fractions are what to read."""
 
@@ -73,6 +84,9 @@ class CostBreakdown:
     """Vocabulary projection or classifier."""
     other_flops: float
     """Everything else: patch embedding, poolers, rotary tables, FFNs that are no site."""
+    channels: Mapping[str, ChannelCost] = field(default_factory=dict)
+    """By the name of the linear layer; contained in the parts above. Comparing channels with their levels is no matrix product: not
+    counted."""
 
     @property
     def dense_ffn_flops(self) -> float:
@@ -82,7 +96,7 @@ class CostBreakdown:
     @property
     def dense_flops(self) -> float:
         """The whole forward, dense."""
-        return self.dense_ffn_flops + self._rest
+        return self.dense_ffn_flops + sum(self._rest(1.0).values())
 
     @property
     def dense_flops_per_token(self) -> float:
@@ -90,11 +104,11 @@ class CostBreakdown:
         return self.dense_flops / self.tokens
 
     def ffn_flops(self, active: Active) -> float:
-        """Routers and active experts of all FFN sites, of the whole forward; an FFN that was not converted counts dense."""
-        return sum(ffn.flops(_fraction_of(active, name)) for name, ffn in self.ffns.items())
+        """Routers, active experts and kept channels of all FFN sites, of the whole forward; an FFN that was not converted counts dense."""
+        return sum(ffn.flops(_fraction_of(active, name)) for name, ffn in self.ffns.items()) - self._skipped(active, "ffn")
 
     def ffn_flops_fraction(self, active: Active) -> float:
-        """(experts + routers) / dense FFNs; above 1 where the routers cost more than the idle experts save.
+        """(experts + routers + kept channels) / dense FFNs; above 1 where the routers cost more than the idle experts save.
 
         Raises:
             ValueError: no FFN site was given.
@@ -105,25 +119,22 @@ class CostBreakdown:
 
     def flops_fraction(self, active: Active) -> float:
         """FLOPs of the whole model / those of the dense model."""
-        return (self.ffn_flops(active) + self._rest) / self.dense_flops
+        return (self.ffn_flops(active) + sum(self._rest(active).values())) / self.dense_flops
 
     def flops_per_token(self, active: Active) -> float:
         """FLOPs of the whole model per token."""
-        return (self.ffn_flops(active) + self._rest) / self.tokens
+        return (self.ffn_flops(active) + sum(self._rest(active).values())) / self.tokens
 
     def lines(self, active: Active = 1.0) -> dict[str, float]:
         """FLOPs per token by part, in the order to print them; all but ``ffn_dense``, given for comparison, add up to `flops_per_token`."""
-        unconverted = sum(ffn.dense_flops for ffn in self.ffns.values() if not ffn.is_moe)
+        unconverted = sum(ffn.dense_flops for ffn in self.ffns.values() if not ffn.is_moe) - self._skipped(active, "ffn")
         router = sum(ffn.router_flops for ffn in self.ffns.values())
         parts = {
             "ffn_dense": self.dense_ffn_flops,
             "ffn_unconverted": unconverted,
             "experts": self.ffn_flops(active) - router - unconverted,
             "router": router,
-            "attention_proj": self.attention_proj_flops,
-            "attention_scores": self.attention_score_flops,
-            "head": self.head_flops,
-            "other": self.other_flops,
+            **self._rest(active),
         }
         return {name: flops / self.tokens for name, flops in parts.items()}
 
@@ -135,9 +146,19 @@ class CostBreakdown:
         """
         return replace(self, context=context, attention_score_flops=self.attention_score_flops * context / self.context)
 
-    @property
-    def _rest(self) -> float:
-        return self.attention_proj_flops + self.attention_score_flops + self.head_flops + self.other_flops
+    def _rest(self, active: Active) -> dict[str, float]:
+        """All but the FFNs, by part."""
+        dense = {
+            "attention_proj": self.attention_proj_flops,
+            "attention_scores": self.attention_score_flops,
+            "head": self.head_flops,
+            "other": self.other_flops,
+        }
+        return {part: flops - self._skipped(active, part) for part, flops in dense.items()}
+
+    def _skipped(self, active: Active, part: str) -> float:
+        """Of a part, what belongs to skipped channels."""
+        return sum(c.dense_flops * (1 - _fraction_of(active, name)) for name, c in self.channels.items() if c.part == part)
 
 
 @torch.no_grad()
@@ -147,6 +168,7 @@ def estimate_flops(
     *,
     sites: Iterable[FFNSite] = (),
     moe: Mapping[str, MoECost] | None = None,
+    channels: Iterable[str] = (),
 ) -> CostBreakdown:
     """FLOPs of ``model(**example_inputs)`` by part, watched in one dense forward.
 
@@ -155,6 +177,7 @@ def estimate_flops(
         example_inputs: keyword arguments; one short sequence is enough for text (`CostBreakdown.at_context`). ``labels`` are left out.
         sites: the FFNs, to tell them from attention projections.
         moe: what runs in place of the dense FFN, by site name.
+        channels: names of linear layers that skip input channels, none of them within a converted FFN.
 
     Returns:
         The breakdown; its dense total equals torch's FlopCounterMode with `register_formulas`.
@@ -177,9 +200,11 @@ def estimate_flops(
             model(**inputs)
     finally:
         model.train(was_training)
-    ffn, parts = _book(model, counter, by_name.values())
+    ffn, parts, linears = _book(model, counter, by_name.values(), channels)
     if silent := [name for name, flops in ffn.items() if flops == 0]:
         raise ValueError(f"FFN '{silent[0]}' did not run in the forward that was watched; is the model in dense mode?")
+    if silent := [name for name in channels if name not in linears]:
+        raise ValueError(f"'{silent[0]}' did not run in the forward that was watched.")
 
     rows = {name: ffn[name] / site_flops_per_token(site) for name, site in by_name.items()}
     router = {name: rows[name] * cost.router_flops for name, cost in moe.items()}
@@ -192,27 +217,36 @@ def estimate_flops(
         attention_score_flops=parts["attention_scores"],
         head_flops=parts["head"],
         other_flops=parts["other"],
+        channels=linears,
     )
 
 
-def _book(model: nn.Module, counter: "_Counter", sites: Iterable[FFNSite]) -> tuple[dict[str, int], dict[str, int]]:
-    """FLOPs of each FFN site by its name, and of everything else by part."""
+def _book(
+    model: nn.Module, counter: "_Counter", sites: Iterable[FFNSite], channels: Iterable[str]
+) -> tuple[dict[str, int], dict[str, int], dict[str, ChannelCost]]:
+    """FLOPs of each FFN site by its name, of everything else by part, and once more of the linear layers in ``channels``."""
     owner = {path: site.name for site in sites for path in (*site.first, site.down)}
     attention, heads = _attention_roots(counter.attention, owner), _head_paths(model)
     ffn = dict.fromkeys(owner.values(), 0)
     parts = dict.fromkeys(("attention_proj", "attention_scores", "head", "other"), 0)
+    names, linears = set(channels), dict[str, ChannelCost]()
     for (path, op), flops in counter.flops.items():
         if path in owner:
-            ffn[owner[path]] += flops
+            part = "ffn"
         elif path in counter.attention and (op.startswith(_FUSED_ATTENTION) or op in _SCORE_PRODUCTS):
-            parts["attention_scores"] += flops
+            part = "attention_scores"
         elif _inside(path, attention):
-            parts["attention_proj"] += flops
-        elif _inside(path, heads):
-            parts["head"] += flops
+            part = "attention_proj"
         else:
-            parts["other"] += flops
-    return ffn, parts
+            part = "head" if _inside(path, heads) else "other"
+        if part == "ffn":
+            ffn[owner[path]] += flops
+        else:
+            parts[part] += flops
+        if path in names:
+            before = linears[path].dense_flops if path in linears else 0.0
+            linears[path] = ChannelCost(dense_flops=before + flops, part=part)
+    return ffn, parts, linears
 
 
 def site_flops_per_token(site: FFNSite) -> int:
@@ -234,6 +268,8 @@ class WeightCost:
     """Bytes of one row of each table."""
     rest: tuple[int, int]
     """(parameters, bytes) of everything else: attention, head, norms."""
+    channels: Mapping[str, int] = field(default_factory=dict)
+    """Bytes of the weight of each linear layer that skips input channels; contained in the parts above."""
 
     @property
     def num_params(self) -> int:
@@ -246,22 +282,30 @@ class WeightCost:
         return self._sum(1)
 
     def read_bytes_per_token(self, active: Active = 1.0) -> float:
-        """Weight bytes that decoding one token reads: active experts, routers, one row of each table, and all the rest."""
+        """Weight bytes that decoding one token reads: active experts, kept channels, routers, one row of each table, and all the rest."""
         experts = sum(size * (_fraction_of(active, name) if name in self.router else 1.0) for name, (_, size) in self.ffn.items())
-        return experts + sum(size for _, size in self.router.values()) + self.embedding_row_bytes + self.rest[1]
+        skipped = sum(size * (1 - _fraction_of(active, name)) for name, size in self.channels.items())
+        return experts + sum(size for _, size in self.router.values()) + self.embedding_row_bytes + self.rest[1] - skipped
 
     def _sum(self, i: int) -> int:
         parts = [*self.ffn.values(), *self.router.values(), self.embedding, self.rest]
         return sum(part[i] for part in parts)
 
 
-def estimate_weights(model: nn.Module, *, sites: Iterable[FFNSite] = (), routers: Mapping[str, nn.Module] | None = None) -> WeightCost:
+def estimate_weights(
+    model: nn.Module,
+    *,
+    sites: Iterable[FFNSite] = (),
+    routers: Mapping[str, nn.Module] | None = None,
+    channels: Iterable[str] = (),
+) -> WeightCost:
     """Parameters and bytes of a model by part; works on meta tensors.
 
     Args:
         model: any module.
         sites: the FFNs.
         routers: router module of each converted FFN by site name.
+        channels: names of linear layers that skip input channels.
     """
     head = _output_embeddings(model)
     head_ids = {id(p) for p in head.parameters()} if head is not None else set()
@@ -283,7 +327,15 @@ def estimate_weights(model: nn.Module, *, sites: Iterable[FFNSite] = (), routers
             row_bytes += size // p.shape[0]
         else:
             rest = (rest[0] + count, rest[1] + size)
-    return WeightCost(ffn=ffn, router=router, embedding=embedding, embedding_row_bytes=row_bytes, rest=rest)
+    weights = {name: linear_weight(model.get_submodule(name)) for name in channels}
+    return WeightCost(
+        ffn=ffn,
+        router=router,
+        embedding=embedding,
+        embedding_row_bytes=row_bytes,
+        rest=rest,
+        channels={name: weight.numel() * weight.element_size() for name, weight in weights.items()},
+    )
 
 
 def roofline_s(*, flops: float, num_bytes: float, peak_flops_per_s: float, peak_bytes_per_s: float) -> float:

@@ -543,18 +543,21 @@ def set_mode(model: nn.Module, mode: Mode) -> None:
 def set_rule(model: nn.Module, rule: Rule | Mapping[str, Rule]) -> None:
     """Set the selection rule of every MoE layer, or of the named ones; ``save_pretrained`` writes it.
 
+    Linear layers that skip channels have rules, too, on ``|x| / level``: ``Threshold(theta)`` multiplies their levels by theta. A mapping
+    may name them; a rule for all goes to them where the model has no MoE layer.
+
     Raises:
-        ConfigError: a name is not a MoE layer of the model.
+        ConfigError: a name is neither a MoE layer of the model nor a layer that skips channels.
     """
-    layers = moe_layers(model)
-    rules = rule if isinstance(rule, Mapping) else dict.fromkeys(layers, rule)
+    layers: dict[str, MoEFFN | SparseInput] = {**sparse_inputs(model), **moe_layers(model)}
+    rules = rule if isinstance(rule, Mapping) else dict.fromkeys(moe_layers(model) or layers, rule)
     if unknown := set(rules) - set(layers):
         raise ConfigError(f"no MoE layer {min(unknown)!r} in this model; layers: {', '.join(layers)}.")
     for name, one in rules.items():
         layers[name].rule = one
     # What `convert` wrote into the config; of a model from from_pretrained it is an object, which asks the model when it is saved.
     stored = getattr(getattr(model, "config", None), "quantization_config", None)
-    for record in stored["sites"] if isinstance(stored, dict) else ():
+    for record in (*stored["sites"], *stored.get("channels", ())) if isinstance(stored, dict) else ():
         if record["site"]["name"] in rules:
             record["rule"] = _config.to_dict(rules[record["site"]["name"]])
 

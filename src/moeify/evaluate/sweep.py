@@ -17,12 +17,12 @@ from torch import nn
 
 from .._config import from_dict, to_dict
 from .._progress import NO_PROGRESS, Progress
-from ..channels import kept
+from ..channels import kept, record_channels, sparse_inputs
 from ..cost import CostBreakdown, MoECost, WeightCost, estimate_flops, estimate_weights
 from ..errors import ConfigError, DataError
 from ..layers import MoEFFN, moe_layers, record_active, set_mode, set_rule, with_modes
 from ..select import Rule
-from ..sites import FFNSite
+from ..sites import FFNSite, find_ffn_sites
 from .quality import Batch, DenseReference, measure_quality
 
 SCHEMA = 1
@@ -38,9 +38,10 @@ class CurvePoint:
     value: float
     """Its knob."""
     active_fraction: float
-    """Executed / all neurons of the MoE layers, padding left out."""
+    """Executed / all neurons of the MoE layers, padding left out; of a model without them, kept / all input channels of its linear layers
+    that skip some, weighted by parameters."""
     ffn_flops_fraction: float
-    """(experts + routers) / dense FFNs."""
+    """(experts + routers + kept channels) / dense FFNs."""
     flops_fraction: float
     """Whole model, at the context length of the batches."""
     quality: float
@@ -101,14 +102,22 @@ class Curve:
     def cost_by_part(self, point: CurvePoint | None = None) -> dict[str, float]:
         """FLOPs per token by part at a point, or of the dense model; empty for a curve without ``cost``.
 
-        Exact: routers and whatever is not an FFN cost the same at every point, so the experts are what is left of the point's FFN FLOPs.
+        Routers, scores and head cost the same at every point; so do FFNs that were not converted where others were. What a point saves of
+        the FFNs it saves of the experts, or of the FFNs as they are where there are none, and what else it saves is skipped channels of
+        attention.
         """
         if not (parts := dict(self.extra.get("cost") or {})):
             return {}
         dense = parts.pop("ffn_dense")
         if point is None:
             return parts | {"experts": dense - parts["ffn_unconverted"], "router": 0.0}
-        return parts | {"experts": point.ffn_flops_fraction * dense - parts["ffn_unconverted"] - parts["router"]}
+        ffn = point.ffn_flops_fraction * dense
+        elsewhere = (1 - point.flops_fraction) * self.dense.flops_per_token - (dense - ffn)
+        if elsewhere > 1e-9 * self.dense.flops_per_token:  # what is less is rounding
+            parts["attention_proj"] -= elsewhere
+        if not parts["experts"]:
+            return parts | {"ffn_unconverted": ffn - parts["router"]}
+        return parts | {"experts": ffn - parts["ffn_unconverted"] - parts["router"]}
 
     def write(self, path: str | Path) -> None:
         """Write ``curve.json`` in one step: a reader sees the old file or the whole new one.
@@ -195,10 +204,11 @@ def sweep(
     on_point: Callable[[CurvePoint], None] | None = None,
     progress: Progress = NO_PROGRESS,
 ) -> list[CurvePoint]:
-    """Measure a converted model at each value of a rule's knob, all on the same batches.
+    """Measure a converted or thinned model at each value of a rule's knob, all on the same batches.
 
     Args:
-        model: a converted model; its rules and modes are restored, also after an error.
+        model: a converted model; its rules and modes are restored, also after an error. Of a thinned one without MoE layers the rules of
+            its channels are set: with ``Threshold`` the knob multiplies their levels.
         batches: inputs, in memory; re-used for every value.
         rule_type: the rule, from `moeify.select.RULES`.
         values: knobs, or rules per layer.
@@ -214,12 +224,12 @@ def sweep(
         A point for each value, in the order of ``values``.
 
     Raises:
-        ConfigError: the model has no MoE layer, or a value is out of the knob's range (before anything is measured).
+        ConfigError: the model is dense, or a value is out of the knob's range (before anything is measured).
 
     Cost: one forward per batch and value, plus one dense pass if ``reference`` is None.
     """
-    if not moe_layers(model):
-        raise ConfigError("the model has no MoE layer to sweep; convert it first.")
+    if not with_modes(model):
+        raise ConfigError("the model has no MoE layer and skips no channel; convert or thin it first.")
     if not batches:
         raise DataError("there is no batch to evaluate on.")
     steps = [(value.value, value.rules) if isinstance(value, LayerRules) else (value, rule_type.at(value)) for value in values]
@@ -275,14 +285,16 @@ def _measure_point(
     progress: Progress,
 ) -> CurvePoint:
     """The model with the rules that it has now, under the name and the knob of ``labels``."""
-    with record_active(model) as stats:
+    with record_active(model) as stats, record_channels(model) as skipped:
         measured = measure_quality(model, batches, metric=quality, reference=reference, progress=progress)
     per_layer = {name: active for name, active in stats.per_layer().items() if not math.isnan(active)}
+    active = stats.active_fraction() if per_layer else 1 - skipped.skipped_frac()
+    per_layer |= {name: 1 - share for name, share in skipped.per_layer().items()}
     assert measured.agreement is not None
     return CurvePoint(
         rule=labels[0],
         value=labels[1],
-        active_fraction=stats.active_fraction(),
+        active_fraction=active,
         ffn_flops_fraction=cost.ffn_flops_fraction(per_layer),
         flops_fraction=cost.flops_fraction(per_layer),
         quality=measured.value,
@@ -298,7 +310,7 @@ def model_cost(model: nn.Module, batch: Batch, *, sites: Iterable[FFNSite] = ())
     Args:
         model: a converted model; its modes are restored.
         batch: inputs as they will be evaluated.
-        sites: FFNs that were not converted, to be counted as FFN, too.
+        sites: FFNs that were not converted, to be counted as FFN, too; of a model without MoE layers they are looked for if none is given.
     """
     layers = moe_layers(model)
     short = {name: value[:1] for name, value in batch.items() if name != "labels"}
@@ -309,9 +321,12 @@ def model_cost(model: nn.Module, batch: Batch, *, sites: Iterable[FFNSite] = ())
         short = {name: value[:, :64] for name, value in short.items()}
     with _restored(model):
         set_mode(model, "dense")
+        sites = list(sites)
+        if not layers and not sites:
+            sites = find_ffn_sites(model, short)
         all_sites = {site.name: site for site in (*sites, *(layer.site for layer in layers.values()))}
         moe = {name: MoECost(num_experts=layer.num_experts, router_flops=_router_flops(layer)) for name, layer in layers.items()}
-        cost = estimate_flops(model, short, sites=all_sites.values(), moe=moe)
+        cost = estimate_flops(model, short, sites=all_sites.values(), moe=moe, channels=sparse_inputs(model))
     return cost if context is None else cost.at_context(context)
 
 
@@ -319,7 +334,10 @@ def model_weights(model: nn.Module) -> WeightCost:
     """`estimate_weights` of a converted model: what decoding one token reads, as the active fraction goes."""
     layers = moe_layers(model)
     return estimate_weights(
-        model, sites=[layer.site for layer in layers.values()], routers={n: layer.router for n, layer in layers.items()}
+        model,
+        sites=[layer.site for layer in layers.values()],
+        routers={n: layer.router for n, layer in layers.items()},
+        channels=sparse_inputs(model),
     )
 
 
@@ -330,7 +348,7 @@ def _router_flops(layer: MoEFFN) -> float:
 @contextmanager
 def _restored(model: nn.Module) -> Iterator[None]:
     """Put back each layer's rule and mode."""
-    with kept(with_modes(model), "mode"), kept(moe_layers(model).values(), "rule"):
+    with kept(with_modes(model), "mode", "rule"):
         yield
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from ..channels import sparse_inputs
 from ..convert import manifest_of
 from ..layers import moe_layers
 
@@ -67,6 +68,56 @@ def model_card(
             "",
             *(_score_table(scores) if isinstance(scores, Mapping) and scores else []),
             "`moeify.json` holds the same numbers and the structure; `moeify sweep` measures quality against cost.",
+            "",
+        ]
+    )
+
+
+def thinned_card(model: nn.Module, *, name: str, record: Mapping[str, Any], results: Mapping[str, str]) -> str:
+    """Markdown with the Hub's metadata block, of a model whose linear layers skip input channels.
+
+    Args:
+        model: the thinned model.
+        name: title.
+        record: what ``moeify.json`` holds under "calibration".
+        results: further rows of the table of measurements, ready to print.
+
+    Returns:
+        Text of ``README.md``.
+    """
+    cls, config, skipped = type(model).__name__, record["config"], record["skipped"]
+    inputs = sorted({executor.site.role for executor in sparse_inputs(model).values()})
+    rows = {
+        "linear layers that skip input channels": f"{len(skipped)} ({', '.join(inputs)})",
+        "wanted share of channels skipped": _cell(config["skip_frac"]),
+        "a channel's worth": record["method"],
+        "budget over layers": config["allocate"],
+        "calibrated on": f"{record['tokens']} tokens of `{record['data']}`",
+        "channels skipped, least and most of a layer": f"{min(skipped.values()):.4g}, {max(skipped.values()):.4g}",
+        **results,
+    }
+    return "\n".join(
+        [
+            *_metadata(record["source"], _TRAINED_TAGS),
+            f"# {name}",
+            "",
+            f"`{record['source']}`, whose linear layers skip input channels that matter little to a token (`moeify thin`).",
+            "Nothing was trained.",
+            "",
+            "```python",
+            "import moeify  # registers the loader; without it the same files load as the equal dense model",
+            f"from transformers import {cls}",
+            "",
+            f'model = {cls}.from_pretrained("{name}")',
+            "```",
+            "",
+            "## Measured",
+            "",
+            "| | |",
+            "|---|---|",
+            *(f"| {key} | {value} |" for key, value in rows.items()),
+            "",
+            "`moeify.json` holds the same numbers by layer; `moeify sweep` measures quality against cost.",
             "",
         ]
     )

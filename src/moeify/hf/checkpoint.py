@@ -281,8 +281,8 @@ def read_manifest(directory: Path) -> Manifest:
     except (OSError, ValueError) as error:
         raise CheckpointError(f"'{path}' cannot be read: {_first_line(error)}") from error
     stored = config.get("quantization_config") if isinstance(config, dict) else None
-    # Without a site it only makes from_pretrained restore activations.
-    if not isinstance(stored, dict) or stored.get("quant_method") != QUANT_METHOD or not stored.get("sites"):
+    # Without a site and a channel it only makes from_pretrained restore activations.
+    if not isinstance(stored, dict) or stored.get("quant_method") != QUANT_METHOD or not (stored.get("sites") or stored.get("channels")):
         raise CheckpointError(f"'{path}' is of a dense model; convert it first.")
     return Manifest.from_dict({k: v for k, v in stored.items() if k != "quant_method"}, where=str(path))
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .._config import to_dict
 from .._progress import NO_PROGRESS, Progress
+from ..channels import sparse_inputs
 from ..errors import ConfigError, MoeifyError
 from ..evaluate import Curve, DenseQuality, DenseReference, LayerRules, agreement, default_metric, model_cost, sweep
 from ..layers import moe_layers
@@ -33,7 +34,7 @@ def measure_converted(
     """The model as it is now against its dense mode.
 
     Args:
-        model: converted model with its calibrated rules.
+        model: converted or thinned model with its calibrated rules.
         held_out: batches that it was not fitted to; text windows are cut to 256 tokens.
         progress: told every batch.
 
@@ -87,7 +88,7 @@ def _measure(
     metric = _metric(model, batches[0])
     reference = DenseReference(model, batches, metric=metric, cache_bytes=_CACHE_BYTES, progress=progress)
     cost = model_cost(model, context_of)
-    rules = {name: layer.rule for name, layer in moe_layers(model).items()}
+    rules = {name: layer.rule for name, layer in (moe_layers(model) or sparse_inputs(model)).items()}
     step = LayerRules(value=sum(rule.value for rule in rules.values()) / len(rules), rules=rules)
     (point,) = sweep(
         model, batches, type(next(iter(rules.values()))), [step], quality=metric, cost=cost, reference=reference, progress=progress

@@ -1,7 +1,7 @@
 """The verbs that read a checkpoint: sweep, profile, generate, report."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any, TypeVar
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .. import _config
 from .._progress import NO_PROGRESS, Progress
 from .._random import seeded
+from ..channels import sparse_inputs
 from ..convert import manifest_of
 from ..data import DataConfig, check_source
 from ..errors import CheckpointError, ConfigError
@@ -54,8 +55,10 @@ class KnobRecord:
 class ScoreRecord:
     """What a report reads of the calibration record."""
 
-    router_scores: dict[str, dict[str, float]]
+    router_scores: dict[str, dict[str, float]] = field(default_factory=dict)
     """Scores of each FFN's router, by name."""
+    skipped: dict[str, float] = field(default_factory=dict)
+    """Share of its input channels that each linear layer skips of calibration data."""
 
 
 def sweep_checkpoint(
@@ -71,10 +74,11 @@ def sweep_checkpoint(
     out: Path | None = None,
     progress: Progress = NO_PROGRESS,
 ) -> Curve:
-    """Quality against cost of a converted checkpoint, all points on the same tokens.
+    """Quality against cost of a converted or thinned checkpoint, all points on the same tokens.
 
     Args:
-        directory: converted checkpoint.
+        directory: converted or thinned checkpoint; of a thinned one the knob multiplies the levels of its channels, and the active
+            fraction is the share of channels kept.
         data: evaluation data; windows of text, or labelled examples for a model with a classification head.
         rule: selection rule; None takes the checkpoint's own, as its ``config.json`` has it.
         values: knobs, each for all layers; None takes the checkpoint's own calibrated point and the knobs that its calibration tokens gave
@@ -114,7 +118,7 @@ def sweep_checkpoint(
     model.to(place)
     batches = evaluation_batches(model, processor, data, batch_size=batch_size, progress=progress)
     runs = [(rule_type, steps)]
-    own = _layer_rules({name: layer.rule for name, layer in moe_layers(model).items()})
+    own = _layer_rules({name: layer.rule for name, layer in (moe_layers(model) or sparse_inputs(model)).items()})
     if values is None and (rule_type is not own_type or all(_rules_of(step, own_type, own.rules) != own.rules for step in steps)):
         runs.append((own_type, [own]))
     metric = default_metric(model, batches[0])
@@ -127,7 +131,7 @@ def sweep_checkpoint(
         "device": place.type,
         "versions": library_versions(),
         # Of what the points depend on beside the data; a mean knob does not tell the rules of all layers.
-        "checkpoint": run_id({"weights": weights_checksum(model), **manifest_of(model).to_dict(), **_config.to_dict(calibration)}),
+        "checkpoint": run_id(_identity(model, calibration)),
         "scope": calibration.scope if values is None else "global",
         "calibrated": {"rule": own_type.name, "value": own.value},
         "cost": cost.lines(),
@@ -258,10 +262,13 @@ def report_checkpoint(directory: str | Path, *, curve: Path | None = None, out: 
     files = {"page": out / "report.md", "png": out / "curve.png", "svg": out / "curve.svg"}
     plot_curve(measured, files["png"])
     plot_curve(measured, files["svg"])
-    rows = {name: {key: f"{value:.4f}" for key, value in scores.items()} for name, scores in calibration.router_scores.items()}
+    scores = {name: {key: f"{value:.4f}" for key, value in row.items()} for name, row in calibration.router_scores.items()}
+    skipped = {name: {"skipped": f"{share:.4f}"} for name, share in calibration.skipped.items()}
     cost = f"## Cost\n\n{parts}\n" if (parts := cost_markdown(measured)) else ""
     page = f"# {directory.name}\n\n![quality against cost](curve.png)\n\n{curve_markdown(measured)}\n"
-    page += f"{cost}## Routers\n\n{layers_markdown(rows)}"
+    page += cost
+    for title, rows in (("Routers", scores), ("Skipped channels", skipped)):
+        page += f"## {title}\n\n{layers_markdown(rows)}" if rows else ""
     temporary = files["page"].with_suffix(".new")
     temporary.write_text(page, encoding="utf-8")
     temporary.replace(files["page"])
@@ -271,16 +278,24 @@ def report_checkpoint(directory: str | Path, *, curve: Path | None = None, out: 
 def _calibration_of(directory: Path, record_type: type[_Record]) -> _Record:
     """What the caller needs of `read_calibration`, checked."""
     calibration = read_calibration(directory)
-    known = {field.name: calibration[field.name] for field in fields(record_type) if field.name in calibration}  # type: ignore[arg-type]
+    known = {f.name: calibration[f.name] for f in fields(record_type) if f.name in calibration}  # type: ignore[arg-type]
     try:
         return _config.from_dict(record_type, known, where=f"'{directory / MANIFEST_FILE}': calibration")
     except ConfigError as error:
         raise CheckpointError(f"{str(error).removesuffix('.')}; convert the model again.") from error
 
 
+def _identity(model: nn.Module, calibration: KnobRecord) -> dict[str, Any]:
+    """All of a model that decides what a point measures."""
+    levels = {name: executor.level_K for name, executor in sparse_inputs(model).items()}
+    weights = {"weights": weights_checksum(model), **({"levels": fingerprint([levels])} if levels else {})}
+    return {**weights, **manifest_of(model).to_dict(), **_config.to_dict(calibration)}
+
+
 def _own_rule(directory: Path) -> tuple[type[Rule], set[str]]:
-    """The kind of rule that all layers of the checkpoint have, and their names."""
-    rules = {record.site.name: type(record.rule) for record in read_manifest(directory).sites}
+    """The kind of rule that all layers of the checkpoint have, and their names: MoE layers, or without any those that skip channels."""
+    manifest = read_manifest(directory)
+    rules = {record.site.name: type(record.rule) for record in manifest.sites or manifest.channels}
     if len(set(rules.values())) != 1:
         found = ", ".join(sorted({f"'{rule.name}'" for rule in rules.values()})) or "none"
         raise CheckpointError(

@@ -113,7 +113,7 @@ def test_sweep_with_bad_value_fails_before_measuring(gpt, windows):
 
 
 def test_sweep_of_dense_model_or_without_batches_raises(gpt, windows):
-    with pytest.raises(ConfigError, match="convert it first"):
+    with pytest.raises(ConfigError, match="convert or thin it first"):
         sweep(torch.nn.Linear(2, 2), _batches(windows), TopK, [1])
     with pytest.raises(DataError, match="no batch"):
         sweep(gpt, [], TopK, [1])

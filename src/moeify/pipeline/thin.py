@@ -1,0 +1,158 @@
+"""From a dense checkpoint to one whose linear layers skip input channels, without any training."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import _config
+from .._progress import NO_PROGRESS, Progress
+from ..channels import sparse_inputs
+from ..data import DataConfig, check_source
+from ..errors import UnsupportedModelError
+from ..hf.card import thinned_card
+from ..hf.checkpoint import check_output, library_versions, load_model, recover, save_checkpoint
+from ..hf.inputs import example_inputs
+from ..layers import moe_layers, with_modes
+from ..sites import LinearSite, find_ffn_sites
+from ..sparsity.channel import ScoreSample, shared_level
+from ..sparsity.channel_profile import profile_channels
+from ..thin import ThinConfig, thin
+from ..train.calibration import TARGETS
+from ..train.capture import fast_dtype
+from .heldout import card_rows, measure_converted
+from .inputs import calibration_batches, hold_out
+from .names import torch_device, torch_dtype
+
+_KNOB_BATCHES = 8  # whose channels give the levels of other budgets
+
+
+def thin_checkpoint(
+    source: str,
+    out: Path,
+    *,
+    data: DataConfig,
+    config: ThinConfig,
+    dtype: str = "float32",
+    device: str = "cpu",
+    overwrite: bool = False,
+    progress: Progress = NO_PROGRESS,
+) -> dict[str, Any]:
+    """Make the linear layers of a checkpoint skip input channels: read, calibrate, measure, save. Its weights stay as they are.
+
+    Args:
+        source: Hub id, folder or ``.gguf`` file of a dense model; never written to.
+        out: new folder: a valid dense checkpoint, with the levels of the channels beside the weights.
+        data: calibration data; one sequence of 50 is kept to measure the result.
+        config: what to skip.
+        dtype: of the weights, "float32", "bfloat16" or "float16".
+        device: "cpu", "cuda" or "cuda:1".
+        overwrite: replace an earlier result at ``out``.
+        progress: told every stage.
+
+    Returns:
+        What ``moeify.json`` holds under "calibration": ``method``, ``config``, ``skipped`` (share of each layer's channels on calibration
+        data), ``knobs`` (factors of the levels for other budgets, which `sweep_checkpoint` reads), ``measured`` (`measure_converted`).
+
+    Raises:
+        MoeifyError: see `errors`; whatever goes wrong, ``source`` and an existing ``out`` are untouched.
+    """
+    recover(out)
+    check_output(out, overwrite=overwrite)
+    place = torch_device(device)
+    check_source(data)
+    model, processor = load_model(source, dtype=torch_dtype(dtype), progress=progress)
+    if with_modes(model):
+        what = "converted" if moe_layers(model) else "thinned"
+        raise UnsupportedModelError(f"'{source}' is {what} already; give the dense checkpoint that it was made from.")
+    model.to(place)
+    batches, held_out = hold_out(model, calibration_batches(model, processor, data, progress=progress))
+    record = thin_model(model, batches, config=config, progress=progress)
+    record |= {
+        "source": source,
+        "data": data.data,
+        "versions": library_versions(),
+        "measured": measure_converted(model, held_out, progress=progress),
+    }
+    card = thinned_card(model, name=out.name, record=record, results=card_rows(record["measured"]))
+    save_checkpoint(model, processor, out, calibration=record, card=card, overwrite=overwrite, progress=progress)
+    return record
+
+
+def thin_model(
+    model: nn.Module, batches: Sequence[Mapping[str, Tensor]], *, config: ThinConfig, progress: Progress = NO_PROGRESS
+) -> dict[str, Any]:
+    """Thin a model in memory, in place, and record how; what `thin_checkpoint` does between loading and measuring.
+
+    Args:
+        model: dense model.
+        batches: calibration inputs.
+        config: what to skip.
+        progress: told of every batch.
+
+    Returns:
+        JSON values: all of `thin_checkpoint`'s but those of data, source and measurement.
+
+    Raises:
+        ConfigError, DataError, UnsupportedModelError: as `moeify.thin`; the model is unchanged then.
+    """
+    from ..hf.quantizer import adopt  # here, and not on top: it imports transformers' model code, which takes seconds
+
+    compute = fast_dtype(next(model.parameters()).device)
+    ffn_sites = find_ffn_sites(model, batches[0] if not hasattr(model, "config") else example_inputs(model)) if batches else None
+    skipped = thin(model, batches, config, ffn_sites=ffn_sites, compute=compute, progress=progress)
+    few = batches[:: max(1, len(batches) // _KNOB_BATCHES)]
+    knobs = level_knobs(model, few, uniform=config.allocate == "uniform", compute=compute, seed=config.seed)
+    adopt(model)
+    return {
+        "method": config.score,
+        "config": _config.to_dict(config),
+        "tokens": sum(next(iter(batch.values())).shape[:2].numel() for batch in batches),
+        "skipped": skipped,
+        "scope": "layer" if config.allocate == "uniform" else "global",
+        "targets": list(TARGETS),
+        "knobs": {"threshold": knobs} if knobs else {},
+        "most_experts": 1,
+    }
+
+
+def level_knobs(
+    model: nn.Module,
+    batches: Sequence[Mapping[str, Tensor]],
+    *,
+    uniform: bool = False,
+    compute: torch.dtype | None = None,
+    seed: int = 0,
+) -> dict[str, list[float]]:
+    """Factors of a thinned model's levels at which its layers keep other shares of their channels.
+
+    Args:
+        model: thinned model; its layers read what they read at their present levels, so other budgets come out near, not exactly.
+        batches: inputs.
+        uniform: a factor for each layer, which keeps the same share as all; else one factor for all, which keeps it on average.
+        compute: dtype of matrix products; None leaves the model's own.
+        seed: of the sample of tokens.
+
+    Returns:
+        Of each layer the factors for the kept shares `TARGETS`; nothing where a level is 0, which no factor raises.
+    """
+    executors = sparse_inputs(model)
+    sites = {name: executor.site for name, executor in executors.items()}
+    if any(not bool(executor.level_K.any()) for executor in executors.values()):
+        return {}
+    stats = profile_channels(model, list(sites.values()), batches, compute=compute, seed=seed)
+    samples = {}
+    for name, executor in executors.items():
+        ratio_RK = stats[name].rows_RK.abs().float() / executor.level_K
+        samples[name] = ScoreSample(ratio_RK.nan_to_num(posinf=torch.finfo(torch.float32).max))  # 0 / 0 is never kept, x / 0 always
+    if uniform:
+        return {name: [sample.level(1 - target) for target in TARGETS] for name, sample in samples.items()}
+    costs = {name: _parameters(site) for name, site in sites.items()}
+    shared = [shared_level(samples, costs, skip_frac=1 - target) for target in TARGETS]
+    return dict.fromkeys(samples, shared)
+
+
+def _parameters(site: LinearSite) -> float:
+    return float(site.d_in * site.d_out)
