@@ -58,16 +58,18 @@ struct Kept {
   }
 };
 
-// Rows of W^T, from a column on, in the order of the kept channels; none beyond the last.
+// Rows of W^T, from a column on, in the order of the kept channels; beyond the last the first of all, which costs nothing to ask for again.
 template <class Wt>
 struct RowSet {
   const Wt *row[STREAMS];
-  int number;
-  RowSet(const Wt *weight, int64_t stride, const int32_t *index, int64_t left) : number((int)max64(0, min64(STREAMS, left))) {
-    for (int j = 0; j < number; j++) row[j] = weight + index[j] * stride;
+  RowSet(const Wt *weight, int64_t stride, const int32_t *index, int64_t left) {
+#pragma GCC unroll 8
+    for (int j = 0; j < STREAMS; j++) row[j] = weight + (j < left ? index[j] * stride : 0);
   }
   inline void prefetch(int64_t c) const {
-    for (int j = 0; j < number; j++) __builtin_prefetch(row[j] + c);
+#pragma GCC unroll 8
+    for (int j = 0; j < STREAMS; j++) __builtin_prefetch(row[j] + c);
+    asm volatile("");  // keeps GCC from making two loops of the one around: all that is asked for first, then the arithmetic
   }
 };
 
@@ -88,35 +90,42 @@ struct Lookahead {
 // sum[t * sum_stride + c] += sum over R rows of value[j * tokens + t] * row[j][c], for c < width; a last part of a vector is read alone.
 // The rows are summed before they are added: rounding errors of one addition a row would be several times those of a dot product's lanes.
 template <class Wt, int R>
-static void add_rows(float *sum, int64_t sum_stride, int64_t tokens, const float *value, const Wt *const *row, int64_t width,
+static void add_rows(float *sum, int64_t sum_stride, int64_t tokens, const float *value, const Wt *const *rows, int64_t width,
                      const Lookahead<Wt> *ahead) {
   constexpr int64_t LINE = 64 / (int64_t)sizeof(Wt);
   const int64_t vectors = width / W * W;
-  vf factor[R];
-  if (tokens == 1)
+  const Wt *row[R];
+#pragma GCC unroll 8
+  for (int j = 0; j < R; j++) row[j] = rows[j];
+  int64_t c = 0;
+  if (tokens == 1) {
+    vf factor[R];
+#pragma GCC unroll 8
     for (int j = 0; j < R; j++) factor[j] = splat(value[j]);
-  for (int64_t c = 0; c < vectors; c += LINE) {
-    if (ahead) ahead->at(c);
-    const int64_t end = min64(c + LINE, vectors);
-    if (tokens == 1) {
-      for (int64_t i = c; i < end; i += W) {
-        vf s = factor[0] * load(row[0] + i);
+    const auto add = [&](int64_t i) {
+      vf s = factor[0] * load(row[0] + i);
 #pragma GCC unroll 8
-        for (int j = 1; j < R; j++) s += factor[j] * load(row[j] + i);
-        store(sum + i, load(sum + i) + s);
-      }
-    } else {
-      for (int64_t i = c; i < end; i += W) {
-        vf r[R];
+      for (int j = 1; j < R; j++) s += factor[j] * load(row[j] + i);
+      store(sum + i, load(sum + i) + s);
+    };
+    for (; c + LINE <= vectors; c += LINE) {
+      if (ahead) ahead->at(c);
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < LINE; i += W) add(c + i);
+    }
+    for (; c < vectors; c += W) add(c);
+  } else {
+    for (; c < vectors; c += W) {
+      if (ahead && c % LINE == 0) ahead->at(c);
+      vf r[R];
 #pragma GCC unroll 8
-        for (int j = 0; j < R; j++) r[j] = load(row[j] + i);
-        for (int64_t t = 0; t < tokens; t++) {
-          float *total = sum + t * sum_stride + i;
-          vf s = splat(value[t]) * r[0];
+      for (int j = 0; j < R; j++) r[j] = load(row[j] + c);
+      for (int64_t t = 0; t < tokens; t++) {
+        float *total = sum + t * sum_stride + c;
+        vf s = splat(value[t]) * r[0];
 #pragma GCC unroll 8
-          for (int j = 1; j < R; j++) s += splat(value[j * tokens + t]) * r[j];
-          store(total, load(total) + s);
-        }
+        for (int j = 1; j < R; j++) s += splat(value[j * tokens + t]) * r[j];
+        store(total, load(total) + s);
       }
     }
   }
