@@ -91,7 +91,7 @@ class SparseLinear:
 
     def __init__(self, layer: LinearWeights, *, dtype: torch.dtype | None = None) -> None:
         self.dtype = dtype or layer.weight_KN.dtype
-        self._keep = layer
+        self._keep: object = layer
         self._prepare(_describe(layer, self.dtype), "moeify_linear_run")
         self.d_in, self.d_out = layer.weight_KN.shape
 
@@ -112,9 +112,7 @@ class SparseLinear:
         x = x.contiguous()
         y = x.new_empty((*shape[:-1], d_out))
         num_tokens = x.numel() // d_in
-        status = self._call(
-            self._pointer, x.data_ptr(), d_in, num_tokens, y.data_ptr(), d_out, self._isa, torch.get_num_threads()
-        )
+        status = self._call(self._pointer, x.data_ptr(), d_in, num_tokens, y.data_ptr(), d_out, self._isa, torch.get_num_threads())
         if status:
             cpu._check_status(status)
         return y
@@ -171,9 +169,7 @@ def sparse_linear(x: Tensor, layer: LinearWeights) -> Tensor:
 
 
 @torch.library.custom_op("moeify::sparse_linear_cpu", mutates_args=(), device_types="cpu")
-def _sparse_linear_cpu(
-    x: Tensor, weight_KN: Tensor, level_K: Tensor | None, bias_N: Tensor | None, scale_N: Tensor | None
-) -> Tensor:
+def _sparse_linear_cpu(x: Tensor, weight_KN: Tensor, level_K: Tensor | None, bias_N: Tensor | None, scale_N: Tensor | None) -> Tensor:
     return SparseLinear(LinearWeights(weight_KN, level_K, bias_N, scale_N), dtype=x.dtype)(x)
 
 
