@@ -46,11 +46,9 @@ AT_LEVEL = Threshold(theta=1.0)
 class _Native(NamedTuple):
     """The native calls of one layer, and everything that they were made for."""
 
-    why_not: str | None
-    """Why there are none."""
-    at_level: SparseLinear | None
+    at_level: SparseLinear
     """Of x as it comes."""
-    of_masked: SparseLinear | None
+    of_masked: SparseLinear
     """Of x whose skipped channels are zero already: zeros are not read."""
     dtype: torch.dtype
     kind: type[nn.Module]
@@ -126,13 +124,20 @@ class SparseInput(nn.Module):
             return cast(Tensor, type(linear).forward(linear, x))
         if self.impl != "masked":
             why_not = self._call_objection(linear, x)
-            if why_not is None:
-                native = self._native_for(linear, x)
-                if (why_not := native.why_not) is None:
-                    return self._by_kernel(native, linear, x)
+            if why_not is None and not (recorded := is_recorded(x)):
+                native = self._native
+                if native is not None and native.holds(linear, self._buffers["level_K"], x.dtype):
+                    return self._by_kernel(x, native.at_level, native.of_masked)
+            if why_not is None and (why_not := self._layer_objection(linear, x.dtype)) is None:
+                layer = self._layer(linear)
+                layers = (layer, layer._replace(level_K=None))
+                if recorded:  # an operator takes the tensors themselves
+                    return self._by_kernel(x, *(partial(cpu_linear.sparse_linear, layer=one) for one in layers))
+                native = self._native = self._make_native(linear, *(SparseLinear(one, dtype=x.dtype) for one in layers))
+                return self._by_kernel(x, native.at_level, native.of_masked)
             if self.impl == "cpu":
                 raise KernelError(f"'{self.site.name}': impl 'cpu': {why_not}.")
-            if x.numel() > MOST_TOKENS * self.site.d_in:
+            if x.numel() > MOST_TOKENS * self.site.d_in and not torch.compiler.is_compiling():
                 _tell_of_prefill(why_not)
         return cast(Tensor, type(linear).forward(linear, torch.where(self.select(x), x, 0)))
 
@@ -167,33 +172,15 @@ class SparseInput(nn.Module):
         bias = linear._parameters.get("bias")
         return LinearWeights(linear_weight(linear).detach().t(), self.level_K, None if bias is None else bias.detach())
 
-    def _native_for(self, linear: nn.Module, x: Tensor) -> _Native:
-        if is_recorded(x):  # an operator takes the tensors themselves
-            return _Native(self._layer_objection(linear, x.dtype), None, None, x.dtype, type(linear), ())
-        native = self._native
-        if native is None or not native.holds(linear, self._buffers["level_K"], x.dtype):
-            native = self._native = self._make_native(linear, x.dtype)
-        return native
-
-    def _make_native(self, linear: nn.Module, dtype: torch.dtype) -> _Native:
-        why_not = self._layer_objection(linear, dtype)
-        at_level = of_masked = None
-        if why_not is None:
-            layer = self._layer(linear)
-            at_level, of_masked = (SparseLinear(one, dtype=dtype) for one in (layer, layer._replace(level_K=None)))
+    def _make_native(self, linear: nn.Module, at_level: SparseLinear, of_masked: SparseLinear) -> _Native:
         tensors = (linear._parameters.get("weight"), linear._parameters.get("bias"), self.level_K)
         places = tuple((t, *((0, ()) if t is None else (t.data_ptr(), t.stride()))) for t in tensors)
-        return _Native(why_not, at_level, of_masked, dtype, type(linear), places)
+        return _Native(at_level, of_masked, at_level.dtype, type(linear), places)
 
-    def _by_kernel(self, native: _Native, linear: nn.Module, x: Tensor) -> Tensor:
+    def _by_kernel(self, x: Tensor, at_level: Callable[[Tensor], Tensor], of_masked: Callable[[Tensor], Tensor]) -> Tensor:
         if self.recorder is None and self.rule == AT_LEVEL and not self._has_start(x):
-            if native.at_level is not None:
-                return native.at_level(x)
-            return cpu_linear.sparse_linear(x, self._layer(linear))
-        x = torch.where(self.select(x), x, 0)
-        if native.of_masked is not None:
-            return native.of_masked(x)
-        return cpu_linear.sparse_linear(x, self._layer(linear)._replace(level_K=None))
+            return at_level(x)
+        return of_masked(torch.where(self.select(x), x, 0))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SparseInput":
         # Seen as integers, levels are moved with the model and never rounded: a change of dtype is for floating tensors only.
