@@ -137,7 +137,7 @@ class SparseInput(nn.Module):
                 return self._by_kernel(x, native.at_level, native.of_masked)
             if self.impl == "cpu":
                 raise KernelError(f"'{self.site.name}': impl 'cpu': {why_not}.")
-            if x.numel() > MOST_TOKENS * self.site.d_in and not torch.compiler.is_compiling():
+            if x.numel() > MOST_TOKENS.get(x.dtype, math.inf) * self.site.d_in and not torch.compiler.is_compiling():
                 _tell_of_prefill(why_not)
         return cast(Tensor, type(linear).forward(linear, torch.where(self.select(x), x, 0)))
 
@@ -161,7 +161,7 @@ class SparseInput(nn.Module):
     def _call_objection(self, linear: nn.Module, x: Tensor) -> str | None:
         parameters, named = linear._parameters, self.impl == "cpu"  # asked for by name: any number of tokens, and while training
         tensors = (parameters.get("weight"), parameters.get("bias"))
-        return call_objection(x, tensors, training=linear.training and not named, most_tokens=math.inf if named else MOST_TOKENS)
+        return call_objection(x, tensors, training=linear.training and not named, any_number=named)
 
     def _layer_objection(self, linear: nn.Module, dtype: torch.dtype) -> str | None:
         if why_not := not_plain_reason(linear):

@@ -74,17 +74,18 @@ def _objection(x: Tensor, layer: LinearWeights, *, training: bool) -> str | None
     return call_objection(x, layer, training=training) or cpu_linear.refusal(layer, dtype=x.dtype)
 
 
-def call_objection(x: Tensor, layer: tuple[Tensor | None, ...], *, training: bool, most_tokens: float = MOST_TOKENS) -> str | None:
+def call_objection(x: Tensor, layer: tuple[Tensor | None, ...], *, training: bool, any_number: bool = False) -> str | None:
     """Why "auto" should not call the compiled kernels for such an input, whatever they can read; None if it should. No host sync.
 
     Args:
         x: (..., K).
         layer: the tensors whose gradient may be wanted.
         training: whether the module trains.
-        most_tokens: up to which "auto" calls them.
+        any_number: whether more tokens than they are made for are no objection.
     """
-    if x.numel() > most_tokens * x.shape[-1]:
-        return f"it is made for decoding, up to {most_tokens} tokens at once, and these are {x.numel() // x.shape[-1]}"
+    most = MOST_TOKENS.get(x.dtype)
+    if most is not None and x.numel() > most * x.shape[-1] and not any_number:
+        return f"it is made for decoding, up to {most} tokens of {x.dtype} at once, and these are {x.numel() // x.shape[-1]}"
     if not x.is_cpu:
         return f"it runs on the CPU, x is on {x.device}"
     if training:

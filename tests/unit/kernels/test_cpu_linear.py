@@ -183,7 +183,7 @@ def test_impl_auto_is_explained_and_a_named_one_never_falls_back():
     chosen = {c.name: c for c in explain_linear(x, layer)}
     assert chosen["cpu"].chosen and not chosen["masked"].chosen
     many = {c.name: c for c in explain_linear(torch.randn(65, 8), layer)}
-    assert many["masked"].chosen and "made for decoding, up to 64 tokens at once, and these are 65" in many["cpu"].reason
+    assert many["masked"].chosen and "made for decoding, up to 64 tokens of torch.float32 at once, and these are 65" in many["cpu"].reason
     assert explain_linear(x, layer, impl="masked")[1].reason == "asked for by name"
     torch.testing.assert_close(sparse_linear(x, layer), sparse_linear(x, layer, impl="masked"))
     strided = layer._replace(weight_KN=torch.randn(6, 8).t())
