@@ -19,6 +19,7 @@ namespace MOEIFY_NAMESPACE {
 #include "vec.h"
 #include "ffn.h"
 #include "router.h"
+#include "linear.h"
 
 int run_ffn(const moeify_ffn &f, const void *x, int64_t x_stride, const uint8_t *mask, int64_t num_tokens, void *y, int64_t y_stride,
             int num_threads) {

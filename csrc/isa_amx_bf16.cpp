@@ -21,6 +21,8 @@
 namespace moeify_avx512_bf16 {
 int run_ffn(const moeify_ffn &, const void *, int64_t, const uint8_t *, int64_t, void *, int64_t, int);
 int route_tokens(const moeify_ffn &, const moeify_router &, const void *, int64_t, int64_t, uint8_t *, int);
+int run_linear(const moeify_linear &, const void *, int64_t, int64_t, void *, int64_t, int);
+int run_gated(const moeify_gated &, const void *, int64_t, int64_t, void *, int64_t, int);
 }  // namespace moeify_avx512_bf16
 
 namespace MOEIFY_NAMESPACE {
@@ -47,5 +49,13 @@ int run_ffn(const moeify_ffn &f, const void *x, int64_t x_stride, const uint8_t 
 int route_tokens(const moeify_ffn &f, const moeify_router &r, const void *x, int64_t x_stride, int64_t num_tokens, uint8_t *mask,
                  int num_threads) {
   return moeify_avx512_bf16::route_tokens(f, r, x, x_stride, num_tokens, mask, num_threads);
+}
+
+int run_linear(const moeify_linear &f, const void *x, int64_t x_stride, int64_t num_tokens, void *y, int64_t y_stride, int num_threads) {
+  return moeify_avx512_bf16::run_linear(f, x, x_stride, num_tokens, y, y_stride, num_threads);
+}
+
+int run_gated(const moeify_gated &g, const void *x, int64_t x_stride, int64_t num_tokens, void *y, int64_t y_stride, int num_threads) {
+  return moeify_avx512_bf16::run_gated(g, x, x_stride, num_tokens, y, y_stride, num_threads);
 }
 }  // namespace MOEIFY_NAMESPACE

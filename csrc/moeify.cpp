@@ -29,6 +29,8 @@
   namespace name {                                                                                                         \
   int run_ffn(const moeify_ffn &, const void *, int64_t, const uint8_t *, int64_t, void *, int64_t, int);                 \
   int route_tokens(const moeify_ffn &, const moeify_router &, const void *, int64_t, int64_t, uint8_t *, int);            \
+  int run_linear(const moeify_linear &, const void *, int64_t, int64_t, void *, int64_t, int);                            \
+  int run_gated(const moeify_gated &, const void *, int64_t, int64_t, void *, int64_t, int);                              \
   }
 DECLARE(moeify_portable)
 #if defined(__x86_64__)
@@ -181,6 +183,16 @@ int check(const moeify_ffn *ffn, int64_t num_tokens, int32_t isa, int32_t num_th
   return moeify_has_isa(isa) ? MOEIFY_OK : MOEIFY_NO_ISA;
 }
 
+int check(const moeify_linear &f) {
+  if (!f.weight || f.d_in < 1 || f.d_in > INT32_MAX || f.d_out < 1 || f.weight_stride < f.d_out ||
+      (f.dtype != MOEIFY_FP32 && f.dtype != MOEIFY_BF16) || (f.weight_dtype != f.dtype && f.weight_dtype != MOEIFY_INT8) ||
+      (f.weight_dtype == MOEIFY_INT8) != (f.scale != nullptr))
+    return MOEIFY_BAD_ARGUMENT;
+  return MOEIFY_OK;
+}
+
+bool same_types(const moeify_linear &a, const moeify_linear &b) { return a.dtype == b.dtype && a.weight_dtype == b.weight_dtype; }
+
 }  // namespace
 
 #if defined(__x86_64__)
@@ -208,7 +220,42 @@ static int route_tokens(const moeify_ffn &f, const moeify_router &r, const void 
   FOR_ISA(route_tokens(f, r, x, x_stride, num_tokens, mask, num_threads))
 }
 
+static int run_linear(const moeify_linear &f, const void *x, int64_t x_stride, int64_t num_tokens, void *y, int64_t y_stride, int32_t isa,
+                      int num_threads) {
+  (void)isa;
+  FOR_ISA(run_linear(f, x, x_stride, num_tokens, y, y_stride, num_threads))
+}
+
+static int run_gated(const moeify_gated &g, const void *x, int64_t x_stride, int64_t num_tokens, void *y, int64_t y_stride, int32_t isa,
+                     int num_threads) {
+  (void)isa;
+  FOR_ISA(run_gated(g, x, x_stride, num_tokens, y, y_stride, num_threads))
+}
+
 extern "C" {
+
+int moeify_linear_run(const moeify_linear *linear, const void *x, int64_t x_stride, int64_t num_tokens, void *y, int64_t y_stride,
+                      int32_t isa, int32_t num_threads) {
+  if (!linear || num_tokens < 0 || num_threads < 1 || check(*linear)) return MOEIFY_BAD_ARGUMENT;
+  if (!moeify_has_isa(isa)) return MOEIFY_NO_ISA;
+  if (!num_tokens) return MOEIFY_OK;
+  if (!x || !y) return MOEIFY_BAD_ARGUMENT;
+  return run_linear(*linear, x, x_stride, num_tokens, y, y_stride, isa, num_threads);
+}
+
+int moeify_gated_run(const moeify_gated *gated, const void *x, int64_t x_stride, int64_t num_tokens, void *y, int64_t y_stride,
+                     int32_t isa, int32_t num_threads) {
+  if (!gated || num_tokens < 0 || num_threads < 1) return MOEIFY_BAD_ARGUMENT;
+  const moeify_gated &g = *gated;
+  if (check(g.gate) || check(g.up) || check(g.down) || g.gate.d_in != g.up.d_in || g.gate.d_out != g.up.d_out ||
+      g.down.d_in != g.up.d_out || !same_types(g.gate, g.up) || !same_types(g.down, g.up) || g.activation < 0 ||
+      g.activation > MOEIFY_RELU2)
+    return MOEIFY_BAD_ARGUMENT;
+  if (!moeify_has_isa(isa)) return MOEIFY_NO_ISA;
+  if (!num_tokens) return MOEIFY_OK;
+  if (!x || !y) return MOEIFY_BAD_ARGUMENT;
+  return run_gated(g, x, x_stride, num_tokens, y, y_stride, isa, num_threads);
+}
 
 int moeify_ffn_run(const moeify_ffn *ffn, const void *x, int64_t x_stride, const uint8_t *mask, int64_t num_tokens, void *y,
                    int64_t y_stride, int32_t isa, int32_t num_threads) {

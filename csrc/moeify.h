@@ -1,9 +1,11 @@
-/* Plain C interface of the CPU kernels: one feed-forward network of experts, for any number of tokens.
+/* Plain C interface of the CPU kernels: one feed-forward network of experts, for any number of tokens; and linear layers whose tokens skip
+ * input channels, for few.
  *
  * Letters: T tokens, D input width, O output width, F neurons, E experts, R router width.
  *
  * Nothing here knows Python or torch. Pointers are borrowed for the call. Expert e owns a contiguous range of neurons: the first F % E
- * experts have F / E + 1, the others F / E. All matrices have one row per neuron, contiguous in memory; strides count elements. */
+ * experts have F / E + 1, the others F / E. All matrices have one row per neuron (of linear layers per input channel), contiguous in
+ * memory; strides count elements. */
 #ifndef MOEIFY_H
 #define MOEIFY_H
 
@@ -14,7 +16,7 @@ extern "C" {
 #endif
 #pragma GCC visibility push(default)
 
-#define MOEIFY_ABI 4
+#define MOEIFY_ABI 5
 
 enum moeify_isa { MOEIFY_PORTABLE = 0, MOEIFY_AVX2 = 1, MOEIFY_AVX512 = 2, MOEIFY_AVX512_BF16 = 3, MOEIFY_AMX_BF16 = 4 };
 enum moeify_dtype { MOEIFY_FP32 = 0, MOEIFY_BF16 = 1, MOEIFY_INT8 = 2 };
@@ -54,6 +56,31 @@ typedef struct {
 /* Router, rule and network in one call; the selection is written to mask (T, E). y null: the selection alone. */
 int moeify_routed_run(const moeify_ffn *ffn, const moeify_router *router, const void *x, int64_t x_stride, int64_t num_tokens,
                       uint8_t *mask, void *y, int64_t y_stride, int32_t isa, int32_t num_threads);
+
+/* y = (x * keep) weight + bias, keep_tk = |x_tk| >= level_k. Letters: K input channels, N outputs. */
+typedef struct {
+  const void *weight;    /* (K, N): a row per input channel, contiguous */
+  int64_t weight_stride; /* elements from one channel's row to the next */
+  const float *level;    /* (K); null keeps all but zeros */
+  const void *bias;      /* (N), of x's dtype; or null */
+  const float *scale;    /* with int8 weights, (N): what the sum over each output is multiplied by; else null */
+  int64_t d_in, d_out;
+  int32_t dtype;         /* of x and y: fp32 or bf16 */
+  int32_t weight_dtype;  /* x's, or int8 */
+} moeify_linear;
+
+/* Reads the rows of the channels that some of the tokens keep; x (T, x_stride) and y (T, y_stride) are contiguous along the last axis. */
+int moeify_linear_run(const moeify_linear *linear, const void *x, int64_t x_stride, int64_t num_tokens, void *y, int64_t y_stride,
+                      int32_t isa, int32_t num_threads);
+
+/* y = down((act(gate(x)) * up(x)) * keep), each layer with levels of its own; what is between them is rounded to x's dtype once. */
+typedef struct {
+  moeify_linear gate, up, down; /* gate and up (K, F), down (F, N); of the same types */
+  int32_t activation;
+} moeify_gated;
+
+int moeify_gated_run(const moeify_gated *gated, const void *x, int64_t x_stride, int64_t num_tokens, void *y, int64_t y_stride,
+                     int32_t isa, int32_t num_threads);
 
 /* Whether this processor and operating system run an instruction set; in moeify_isa's order, so the last 1 is the best. */
 int moeify_has_isa(int32_t isa);

@@ -8,26 +8,63 @@ that a checkpoint is a dense one with a few more numbers. What changes is the ``
     y = (x * keep) W^T + b,    keep_tk = rule(|x_tk| / level_k)
 
 With the rule ``Threshold(theta=1)`` that is one comparison for each channel: |x_tk| >= level_k.
+
+A few tokens on the CPU (decoding) run by a compiled kernel that reads the kept channels' weights alone; for that the weight's memory is
+ordered by input channel (`SparseInput.lay_out`), while its name, shape and values stay. Anything else runs as the layer's own forward on a
+masked input, at dense cost: many tokens, gradients, autocast, training, and weights that must not be read directly (decision D7).
+`SparseInput.masked_reason` says which of these.
 """
 
+import functools
+import logging
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from types import MethodType
-from typing import Any, Literal, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
-from .errors import ConfigError, UnsupportedModelError
+from .errors import ConfigError, KernelError, UnsupportedModelError
+from .kernels import cpu_linear, reads_rows
+from .kernels.cpu import is_recorded
+from .kernels.cpu_linear import MOST_TOKENS, LinearWeights, SparseLinear
+from .kernels.linear import call_objection, keeps
 from .select import Rule, Threshold
-from .sites import LinearSite
+from .sites import LinearSite, linear_weight, not_plain_reason, store_by_input
+
+_log = logging.getLogger(__name__)
 
 CHILD = "channels"
 """Name of the executor in its layer."""
 AT_LEVEL = Threshold(theta=1.0)
 """The rule that keeps what reaches its level."""
+
+
+class _Native(NamedTuple):
+    """The native calls of one layer, and everything that they were made for."""
+
+    at_level: SparseLinear
+    """Of x as it comes."""
+    of_masked: SparseLinear
+    """Of x whose skipped channels are zero already: zeros are not read."""
+    dtype: torch.dtype
+    kind: type[nn.Module]
+    tensors: tuple[tuple[Tensor | None, int, tuple[int, ...]], ...]
+    """Weight, bias and levels that were there, where their values lay, and their strides."""
+
+    def holds(self, linear: nn.Module, level_K: Tensor | None, dtype: torch.dtype) -> bool:
+        """Whether nothing of it has changed. Every layer asks for every token."""
+        if self.dtype is not dtype or type(linear) is not self.kind:
+            return False
+        parameters = linear._parameters
+        now = (parameters.get("weight"), parameters.get("bias"), level_K)
+        for tensor, (was, pointer, strides) in zip(now, self.tensors, strict=True):
+            if tensor is not was or (tensor is not None and (tensor.data_ptr() != pointer or tensor.stride() != strides)):
+                return False
+        return True
 
 
 class SparseInput(nn.Module):
@@ -56,30 +93,113 @@ class SparseInput(nn.Module):
         self.first_dense = first_dense
         self.mode: Literal["dense", "moe"] = "moe"
         """In "dense" nothing is skipped; `moeify.set_mode` sets it, with that of the converted FFNs."""
+        self.impl = "auto"
+        """What computes it: a key of `moeify.kernels.linear.IMPLS`, or "auto"; `moeify.set_impl` sets it."""
         self.recorder: ChannelRecorder | None = None
+        self._native: _Native | None = None
         self.register_buffer("level_K", torch.zeros(site.d_in, dtype=torch.float32))
 
     def extra_repr(self) -> str:
-        return f"{self.site.name!r}, {self.site.role}, {self.rule}, mode={self.mode!r}"
+        return f"{self.site.name!r}, {self.site.role}, {self.rule}, mode={self.mode!r}, impl={self.impl!r}"
 
     def select(self, x: Tensor) -> Tensor:
         """Which channels of ``x`` (..., K) are kept; recorded if a recorder listens."""
-        size = x.detach().abs().float()
         if self.rule == AT_LEVEL:
-            keep = size >= self.level_K
+            keep = keeps(x, self.level_K)
         else:
+            size = x.detach().abs().float()
             ratio = torch.where(self.level_K > 0, size / self.level_K, math.inf)
             keep = self.rule(ratio.reshape(-1, x.shape[-1])).view(x.shape)
-        if self.first_dense and x.dim() == 3 and x.shape[1] > 1:
+        if self._has_start(x):
             keep[:, : self.first_dense] = True
         if self.recorder is not None:
             self.recorder.add(self.site, keep)
         return keep
 
+    def _has_start(self, x: Tensor) -> bool:
+        return self.first_dense > 0 and x.dim() == 3 and x.shape[1] > 1
+
     def _forward(self, linear: nn.Module, x: Tensor) -> Tensor:
-        if self.mode == "moe":
-            x = torch.where(self.select(x), x, 0)
-        return cast(Tensor, type(linear).forward(linear, x))
+        if self.mode == "dense":
+            return cast(Tensor, type(linear).forward(linear, x))
+        if self.impl != "masked":
+            why_not = self._call_objection(linear, x)
+            if why_not is None and not (recorded := is_recorded(x)):
+                native = self._native
+                if native is not None and native.holds(linear, self._buffers["level_K"], x.dtype):
+                    return self._by_kernel(x, native.at_level, native.of_masked)
+            if why_not is None and (why_not := self._layer_objection(linear, x.dtype)) is None:
+                layer = self._layer(linear)
+                layers = (layer, layer._replace(level_K=None))
+                if recorded:  # an operator takes the tensors themselves
+                    return self._by_kernel(x, *(partial(cpu_linear.sparse_linear, layer=one) for one in layers))
+                native = self._native = self._make_native(linear, *(SparseLinear(one, dtype=x.dtype) for one in layers))
+                return self._by_kernel(x, native.at_level, native.of_masked)
+            if self.impl == "cpu":
+                raise KernelError(f"'{self.site.name}': impl 'cpu': {why_not}.")
+            if x.numel() > MOST_TOKENS.get(x.dtype, math.inf) * self.site.d_in and not torch.compiler.is_compiling():
+                _tell_of_prefill(why_not)
+        return cast(Tensor, type(linear).forward(linear, torch.where(self.select(x), x, 0)))
+
+    # -- the compiled kernel ------------------------------------------------------------------------------------------------------------
+
+    def masked_reason(self, linear: nn.Module, x: Tensor) -> str | None:
+        """Why an input like ``x`` would run masked, at dense cost; None if the compiled kernel computes it. Runs nothing."""
+        if self.impl == "masked":
+            return "asked for by name"
+        return self._call_objection(linear, x) or self._layer_objection(linear, x.dtype)
+
+    def lay_out(self, linear: nn.Module) -> None:
+        """Order the layer's weight in memory by input channel, as the compiled kernel reads it; nothing where that need not, or cannot, be.
+
+        `attach_channels` does this; after loading into a skeleton, moving to another device or changing the dtype, it is done again.
+        """
+        self._native = None
+        if not_plain_reason(linear) is None and reads_rows(linear_weight(linear)):
+            store_by_input(linear)
+
+    def _call_objection(self, linear: nn.Module, x: Tensor) -> str | None:
+        parameters, named = linear._parameters, self.impl == "cpu"  # asked for by name: any number of tokens, and while training
+        tensors = (parameters.get("weight"), parameters.get("bias"))
+        return call_objection(x, tensors, training=linear.training and not named, any_number=named)
+
+    def _layer_objection(self, linear: nn.Module, dtype: torch.dtype) -> str | None:
+        if why_not := not_plain_reason(linear):
+            return f"it {why_not}"
+        return cpu_linear.refusal(self._layer(linear), dtype=dtype)
+
+    def _layer(self, linear: nn.Module) -> LinearWeights:
+        bias = linear._parameters.get("bias")
+        return LinearWeights(linear_weight(linear).detach().t(), self.level_K, None if bias is None else bias.detach())
+
+    def _make_native(self, linear: nn.Module, at_level: SparseLinear, of_masked: SparseLinear) -> _Native:
+        tensors = (linear._parameters.get("weight"), linear._parameters.get("bias"), self.level_K)
+        places = tuple((t, *((0, ()) if t is None else (t.data_ptr(), t.stride()))) for t in tensors)
+        return _Native(at_level, of_masked, at_level.dtype, type(linear), places)
+
+    def _by_kernel(self, x: Tensor, at_level: Callable[[Tensor], Tensor], of_masked: Callable[[Tensor], Tensor]) -> Tensor:
+        if self.recorder is None and self.rule == AT_LEVEL and not self._has_start(x):
+            return at_level(x)
+        return of_masked(torch.where(self.select(x), x, 0))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SparseInput":
+        # Seen as integers, levels are moved with the model and never rounded: a change of dtype is for floating tensors only.
+        self._native = None
+        self.level_K = self.level_K.view(torch.int32)
+        try:
+            super()._apply(fn, recurse)
+        finally:
+            self.level_K = self.level_K.view(torch.float32)
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_native": None}  # pointers are of this process and these tensors
+
+
+@functools.lru_cache(maxsize=1)
+def _tell_of_prefill(why_not: str) -> None:
+    """Once: every prompt would say it."""
+    _log.info("sparse linear layers run masked, at dense cost, where the compiled kernel does not: %s", why_not)
 
 
 class ChannelRecorder:
@@ -135,6 +255,14 @@ def attach_channels(model: nn.Module, executor: SparseInput) -> None:
     executor.to(next(linear.parameters()).device)
     linear.add_module(CHILD, executor)
     linear.forward = partial(executor._forward, linear)
+    executor.lay_out(linear)
+
+
+def lay_out_channels(model: nn.Module) -> None:
+    """`SparseInput.lay_out` of every layer of a model that has an executor."""
+    for linear in model.modules():
+        if isinstance(executor := linear._modules.get(CHILD), SparseInput):
+            executor.lay_out(linear)
 
 
 def detach_channels(model: nn.Module, names: Iterable[str] | None = None) -> None:
@@ -146,6 +274,8 @@ def detach_channels(model: nn.Module, names: Iterable[str] | None = None) -> Non
             linear.__dict__["_old_forward"] = MethodType(type(linear).forward, linear)
         else:
             linear.__dict__.pop("forward", None)
+        if (weight := linear._parameters.get("weight")) is not None:
+            weight.data = weight.data.contiguous()  # the order of its shape, which it was made in
 
 
 def sparse_inputs(model: nn.Module) -> dict[str, SparseInput]:

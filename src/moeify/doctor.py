@@ -12,6 +12,8 @@ import torch
 from . import kernels
 from .evaluate import measure_ms
 from .hf.checkpoint import library_versions
+from .kernels.cpu_linear import LinearWeights
+from .kernels.linear import explain_linear
 from .sites import FFNWeights
 
 EXTRAS = {"data": ("pyarrow", "datasets"), "gguf": ("gguf", "accelerate"), "report": ("matplotlib",)}
@@ -30,6 +32,7 @@ def doctor() -> dict[str, Any]:
         "speed": _speed(),
         "compiled_kernels": kernels.cpu.describe(),
         "kernels": _kernels(),
+        "linear_kernels": _linear_kernels(),
         "extras": {extra: _missing(packages) or "installed" for extra, packages in EXTRAS.items()},
         "caches": {"hub": _cache("HF_HUB_CACHE", "hub"), "datasets": _cache("HF_DATASETS_CACHE", "datasets")},
         "offline": os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"),
@@ -83,6 +86,16 @@ def _kernels() -> list[dict[str, Any]]:
         candidates = kernels.explain(torch.zeros(num_tokens, width), weights, kernels.build_plan(mask_TE), activation="relu")
         rows += [{"tokens": num_tokens, "active": active, **dataclasses.asdict(candidate)} for candidate in candidates]
     return rows
+
+
+def _linear_kernels() -> list[dict[str, Any]]:
+    """What ``impl="auto"`` runs here for linear layers that skip input channels: one token, and a prompt."""
+    layer = LinearWeights(torch.zeros(64, 64), torch.zeros(64))
+    return [
+        {"tokens": num_tokens, **dataclasses.asdict(candidate)}
+        for num_tokens in (1, 512)
+        for candidate in explain_linear(torch.zeros(num_tokens, 64), layer)
+    ]
 
 
 def _missing(packages: tuple[str, ...]) -> str | None:

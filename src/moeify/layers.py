@@ -37,6 +37,7 @@ from .errors import ConfigError, UnsupportedModelError
 from .kernels import build_plan, cpu_always, moe_ffn, reads_rows
 from .kernels.cpu import RULES as ROUTED_RULES
 from .kernels.cpu import Routed, RouterWeights, is_recorded, routed_refusal, wants_tangents
+from .kernels.linear import IMPLS as LINEAR_IMPLS
 from .kernels.plan import neuron_mask
 from .kernels.routed_op import routed_ffn
 from .routers import NormRouter, Router
@@ -563,9 +564,22 @@ def set_rule(model: nn.Module, rule: Rule | Mapping[str, Rule]) -> None:
 
 
 def set_impl(model: nn.Module, impl: str) -> None:
-    """Choose the kernel of every MoE layer: "auto" or a key of `moeify.kernels.IMPLS`; an explicit one never falls back."""
-    for layer in moe_layers(model).values():
+    """Choose the kernel of every MoE layer: "auto" or a key of `moeify.kernels.IMPLS`; an explicit one never falls back.
+
+    Layers that skip input channels take it, too, where it is "auto" or a key of `moeify.kernels.linear.IMPLS`; of a model that has no
+    others it must be.
+
+    Raises:
+        ConfigError: no layer of the model knows such a kernel.
+    """
+    layers, inputs = moe_layers(model), sparse_inputs(model)
+    for layer in layers.values():
         layer.impl = impl
+    if inputs and not layers:
+        _config.lookup(dict.fromkeys(("auto", *LINEAR_IMPLS)), impl, where="impl")
+    if impl in ("auto", *LINEAR_IMPLS):
+        for executor in inputs.values():
+            executor.impl = impl
 
 
 @contextmanager

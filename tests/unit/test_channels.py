@@ -1,12 +1,20 @@
 """The executor of channel sparsity in real models."""
 
+import copy
+import math
+import pickle
+
 import pytest
 import torch
+from ffn_cases import needs_library
 from tiny import tiny_inputs, tiny_llama
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from moeify import channels
 from moeify.channels import SparseInput, attach_channels, detach_channels, record_channels, sparse_inputs
-from moeify.errors import ConfigError, UnsupportedModelError
-from moeify.layers import set_mode
+from moeify.errors import ConfigError, KernelError, UnsupportedModelError
+from moeify.kernels.cpu_linear import SparseLinear
+from moeify.layers import set_impl, set_mode
 from moeify.select import TopK
 from moeify.sites import find_linear_sites
 
@@ -21,12 +29,14 @@ def thinned(*, level=0.0, rule=None, first_dense=0):
 
 
 @torch.no_grad()
-def test_at_level_zero_the_model_is_bit_equal_and_nothing_is_skipped():
+def test_at_level_zero_the_model_is_the_dense_one_and_nothing_is_skipped():
     model, inputs = thinned()
     with record_channels(model) as recorder:
         found = model(**inputs).logits
     assert recorder.skipped_frac() == 0
-    assert torch.equal(found, tiny_llama().eval()(**inputs).logits)
+    torch.testing.assert_close(found, tiny_llama().eval()(**inputs).logits)
+    set_impl(model, "masked")
+    torch.testing.assert_close(model(**inputs).logits, tiny_llama().eval()(**inputs).logits)
 
 
 @torch.no_grad()
@@ -74,6 +84,214 @@ def test_the_buffer_is_all_that_a_checkpoint_gets_and_detach_takes_it_away():
     detach_channels(model)
     assert set(model.state_dict()) == set(dense.state_dict()) and not sparse_inputs(model)
     assert torch.equal(model(**inputs).logits, dense(**inputs).logits)
+
+
+def a_layer(model):
+    executor = next(iter(sparse_inputs(model).values()))
+    return executor, model.get_submodule(executor.site.name)
+
+
+class CountCalls:
+    """Calls of the compiled kernel."""
+
+    def __init__(self, monkeypatch):
+        self.number = 0
+        call = SparseLinear.__call__
+
+        def counted(linear, x):
+            self.number += 1
+            return call(linear, x)
+
+        monkeypatch.setattr(SparseLinear, "__call__", counted)
+
+    def during(self, function, *args):
+        before = self.number
+        out = function(*args)
+        return out, self.number - before
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    return CountCalls(monkeypatch)
+
+
+@needs_library
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 1), (16,), ()], ids=str)
+def test_decoding_calls_the_kernel_and_gives_what_masking_gives(calls, dtype, shape):
+    model = thinned(level=0.5, first_dense=1)[0].to(dtype)
+    executor, linear = a_layer(model)
+    x = torch.randn(*shape, executor.site.d_in).to(dtype)
+    found, number = calls.during(linear, x)
+    assert number == 1 and executor.masked_reason(linear, x) is None
+    expected = torch.nn.functional.linear(torch.where(x.abs() >= 0.5, x, 0), linear.weight, linear.bias)
+    torch.testing.assert_close(found, expected)
+    with record_channels(model) as recorder:
+        recorded, number = calls.during(linear, x)
+    assert number == 1
+    torch.testing.assert_close(recorded, expected)
+    assert recorder.per_layer()[executor.site.name] == pytest.approx((x.abs() < 0.5).float().mean().item())
+    set_impl(model, "masked")
+    masked, number = calls.during(linear, x)
+    assert number == 0 and executor.masked_reason(linear, x) == "asked for by name"
+    torch.testing.assert_close(masked, expected)
+
+
+@needs_library
+@torch.no_grad()
+def test_other_rules_and_starts_of_sequences_call_the_kernel_on_what_they_leave(calls):
+    for options, x in (({"rule": TopK(k=5)}, torch.randn(2, 1, 32)), ({"level": 1.0, "first_dense": 2}, torch.randn(2, 5, 32))):
+        model, _ = thinned(**options)
+        executor, linear = a_layer(model)
+        found, number = calls.during(linear, x)
+        assert number == 1
+        torch.testing.assert_close(found, torch.nn.functional.linear(torch.where(executor.select(x), x, 0), linear.weight))
+
+
+@needs_library
+@pytest.mark.parametrize("why", ["made for decoding", "no gradient", "while training", "autocast", "adapter", "float16", "parametrised"])
+def test_what_the_kernel_is_not_for_runs_masked_and_says_why(calls, why):
+    model, _ = thinned(level=0.5)
+    executor, linear = a_layer(model)
+    x = torch.randn(65 if why == "made for decoding" else 2, executor.site.d_in)
+    if why == "while training":
+        model.train()
+    if why == "adapter":
+        linear.__class__ = type("LoraLinear", (torch.nn.Linear,), {})
+    if why == "float16":
+        model, x = model.half(), x.half()
+    if why == "parametrised":
+        torch.nn.utils.parametrizations.weight_norm(linear)
+    with torch.set_grad_enabled(why == "no gradient"), torch.autocast("cpu", torch.bfloat16, enabled=why == "autocast"):
+        reason = executor.masked_reason(linear, x)
+        found, number = calls.during(linear, x)
+        assert number == 0
+        assert {"adapter": "is a LoraLinear", "parametrised": "is a ParametrizedLinear"}.get(why, why) in reason
+        torch.testing.assert_close(found, torch.nn.functional.linear(torch.where(x.abs() >= 0.5, x, 0), linear.weight))
+        set_impl(model, "cpu")
+        if why in ("made for decoding", "while training"):  # asked for by name
+            torch.testing.assert_close(calls.during(linear, x), (found, 1))
+        else:
+            with pytest.raises(KernelError, match="impl 'cpu'"):
+                linear(x)
+
+
+@needs_library
+@torch.no_grad()
+def test_a_prompt_that_runs_masked_is_told_of_once(caplog):
+    channels._tell_of_prefill.cache_clear()
+    model, _ = thinned(level=0.5)
+    with caplog.at_level("INFO", logger="moeify.channels"):
+        for _ in range(2):
+            model(input_ids=torch.zeros(1, 65, dtype=torch.long))
+    assert [record.getMessage().count("made for decoding") for record in caplog.records] == [1]
+
+
+@needs_library
+@torch.no_grad()
+def test_weights_keep_their_name_shape_values_and_identity_when_their_memory_is_ordered():
+    dense = tiny_llama().eval()
+    model, _ = thinned()
+    for name, executor in sparse_inputs(model).items():
+        weight = model.get_submodule(name).weight
+        assert weight.stride() == (1, executor.site.d_out)
+        assert torch.equal(weight, dense.get_submodule(name).weight)
+    executor, linear = a_layer(model)
+    weight = linear.weight
+    copied = copy.deepcopy(model)
+    assert copied.get_submodule(executor.site.name).weight.stride() == weight.stride()
+    assert copied.get_submodule(executor.site.name).channels.masked_reason(linear, torch.zeros(1, 32)) is None
+    pickled = pickle.loads(pickle.dumps(linear))
+    assert torch.equal(pickled(torch.ones(1, 32)), linear(torch.ones(1, 32)))
+    detach_channels(model)
+    assert linear.weight is weight and weight.is_contiguous()
+
+
+@needs_library
+@torch.no_grad()
+@pytest.mark.parametrize("change", ["values", "weight", "data", "level", "dtype", "layout", "hook"])
+def test_nothing_stale_is_read_after_a_change(calls, change):
+    model, _ = thinned(level=0.5)
+    executor, linear = a_layer(model)
+    x = torch.randn(1, executor.site.d_in)
+    if change == "hook":
+        hook = linear.register_forward_hook(lambda *_: None)
+        assert calls.during(linear, x)[1] == 0
+        hook.remove()
+    else:
+        assert calls.during(linear, x)[1] == 1
+    if change == "values":
+        linear.weight.mul_(2)
+    elif change == "weight":
+        linear.weight = torch.nn.Parameter(torch.randn_like(linear.weight))
+    elif change == "data":
+        linear.weight.data = torch.randn_like(linear.weight)
+    elif change == "level":
+        executor.level_K = torch.full_like(executor.level_K, 1.0)
+    elif change == "dtype":
+        model, x = model.bfloat16(), x.bfloat16()
+    elif change == "layout":
+        linear.weight.data = linear.weight.data.contiguous()
+        assert "store_by_input" in executor.masked_reason(linear, x)
+    expected = torch.nn.functional.linear(torch.where(x.abs() >= executor.level_K, x, 0), linear.weight)
+    found, number = calls.during(linear, x)
+    assert number == (change != "layout")
+    torch.testing.assert_close(found, expected.to(x.dtype))
+
+
+def test_levels_are_never_rounded():
+    model, _ = thinned(level=0.1)
+    model.bfloat16()
+    executor, linear = a_layer(model)
+    assert executor.level_K.dtype is torch.float32 and torch.equal(executor.level_K, torch.full((32,), 0.1))
+    assert linear.weight.dtype is torch.bfloat16
+    model.to("meta")
+    assert executor.level_K.is_meta and executor.level_K.dtype is torch.float32
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("impl", ["auto", "masked"])
+def test_a_number_that_is_none_stays_so(impl):
+    model, _ = thinned(level=0.5)
+    set_impl(model, impl)
+    executor, linear = a_layer(model)
+    x = torch.zeros(2, executor.site.d_in)
+    x[1, 3] = math.nan
+    found = linear(x)
+    assert found[0].eq(0).all() and found[1].isnan().all()
+
+
+@needs_library
+@torch.no_grad()
+@pytest.mark.parametrize("recorded", [False, True])
+def test_a_compiled_layer_gives_the_same(recorded):
+    model, _ = thinned(level=0.5, first_dense=1)
+    executor, linear = a_layer(model)
+    compiled = torch.compile(linear, backend="aot_eager", fullgraph=not recorded)
+    for shape in ((1, 1), (2, 1), (1, 70), (1, 6)):
+        x = torch.randn(*shape, executor.site.d_in)
+        torch.testing.assert_close(compiled(x), linear(x))
+
+
+@needs_library
+@torch.no_grad()
+def test_tracers_and_transformations_see_operators():
+    model, _ = thinned(level=0.5)
+    executor, linear = a_layer(model)
+    x = torch.randn(3, executor.site.d_in)
+    torch.testing.assert_close(torch.func.vmap(linear)(x), linear(x))
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert linear(mode.from_tensor(x)).shape == (3, executor.site.d_out)
+
+
+@torch.no_grad()
+def test_set_impl_refuses_what_no_layer_knows():
+    model, _ = thinned()
+    with pytest.raises(ConfigError, match="did you mean 'masked'"):
+        set_impl(model, "maskd")
+    with pytest.raises(ConfigError, match="unknown name 'gather'"):
+        set_impl(model, "gather")
 
 
 def test_errors_say_what_is_wrong():

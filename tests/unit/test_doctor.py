@@ -23,3 +23,11 @@ def test_kernels_have_one_choice_for_each_shape(monkeypatch):
     rows = doctor.doctor()["kernels"]
     shapes = {(row["tokens"], row["active"]) for row in rows}
     assert [sum(row["chosen"] for row in rows if (row["tokens"], row["active"]) == shape) for shape in shapes] == [1, 1, 1]
+
+
+def test_linear_kernels_say_that_the_compiled_one_is_for_decoding(monkeypatch):
+    monkeypatch.setattr(doctor, "_speed", dict)
+    rows = doctor.doctor()["linear_kernels"]
+    assert [sum(row["chosen"] for row in rows if row["tokens"] == tokens) for tokens in (1, 512)] == [1, 1]
+    prompt = next(row for row in rows if (row["tokens"], row["name"]) == (512, "cpu"))
+    assert not prompt["chosen"] and "made for decoding" in prompt["reason"]

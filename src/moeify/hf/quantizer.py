@@ -17,7 +17,7 @@ from torch import nn
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..channels import CHILD, sparse_inputs
+from ..channels import CHILD, lay_out_channels, sparse_inputs
 from ..convert import ChannelRecord, Manifest, SiteRecord, check_levels, manifest_of, rebuild, to_dense
 from ..errors import CheckpointError
 from ..layers import moe_layers
@@ -90,6 +90,7 @@ class MoeifyQuantizer(HfQuantizer):
                     )
         for moe in moe_layers(model).values():
             moe.lay_out()
+        lay_out_channels(model)
         check_levels(model, self.quantization_config.manifest)
         return model
 

@@ -28,5 +28,6 @@ from .site import not_plain_reason as not_plain_reason
 from .site import permute_neurons as permute_neurons
 from .site import quantize_site as quantize_site
 from .site import site_weights as site_weights
+from .site import store_by_input as store_by_input
 from .site import store_by_neuron as store_by_neuron
 from .site import token_mask_of as token_mask_of

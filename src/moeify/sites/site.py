@@ -233,6 +233,18 @@ def store_by_neuron(model: nn.Module, site: FFNSite) -> None:
             parameter.data = parameter.data.t().contiguous().t()
 
 
+def store_by_input(linear: nn.Module) -> None:
+    """Change the strides of a plain layer's weight so that the row of each input channel is contiguous in memory, in place.
+
+    As `store_by_neuron`: names, shape, values and identity stay, and what is on the meta device or shares its memory is left alone.
+    """
+    rows_KN = linear_weight(linear).t()
+    parameter = cast(nn.Parameter, linear.weight)
+    if rows_KN.is_meta or rows_KN.is_contiguous() or parameter.untyped_storage().nbytes() != parameter.nbytes:
+        return
+    parameter.data = parameter.data.t().contiguous().t()
+
+
 def has_int8(model: nn.Module, site: FFNSite) -> bool:
     """Whether a site's projections hold int8 weights."""
     return isinstance(model.get_submodule(site.down), Int8Linear)

@@ -26,7 +26,7 @@ def logits(model):
 
 
 def thinned(**options):
-    model = tiny.tiny_llama()
+    model = tiny.tiny_llama().eval()
     thin(model, [INPUTS], ThinConfig(**{"skip_frac": 0.4, **options}))
     return model
 

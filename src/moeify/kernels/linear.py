@@ -1,0 +1,99 @@
+"""One linear layer whose tokens skip input channels: what computes it, and why not the others.
+
+Letters: T tokens, K input channels, N outputs.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .._config import lookup
+from . import Candidate, cpu, cpu_linear
+from .cpu_linear import MOST_TOKENS, LinearWeights
+
+
+def masked(x: Tensor, layer: LinearWeights) -> Tensor:
+    """The definition: ``y = (x * keep) W^T + b``, ``keep_tk = not |x_tk| < level_k``; dense cost, any device, differentiable.
+
+    Set to zero by selection, not by product; int8 weights are dequantised at every call.
+    """
+    weight_KN, level_K, bias_N, scale_N = layer
+    if level_K is not None:
+        x = torch.where(keeps(x, level_K), x, 0)
+    if scale_N is not None:
+        weight_KN = (weight_KN.float() * scale_N).to(x.dtype)
+    return F.linear(x, weight_KN.t(), bias_N)
+
+
+def keeps(x: Tensor, level_K: Tensor) -> Tensor:
+    """Which channels of ``x`` (..., K) reach their level; what is no number does."""
+    return ~(x.detach().abs().float() < level_K)
+
+
+IMPLS = {"cpu": cpu_linear.sparse_linear, "masked": masked}
+"""Implementations by name, in the order in which "auto" asks; the first without an objection runs, and the last never objects."""
+
+
+def sparse_linear(x: Tensor, layer: LinearWeights, *, impl: str = "auto", training: bool = False) -> Tensor:
+    """``y = (x * keep) W^T + b``, ``keep_tk = not |x_tk| < level_k``.
+
+    Args:
+        x: (..., K), floating.
+        layer: weights and levels, on x's device.
+        impl: key of `IMPLS`, or "auto": the first without an objection. A named one never falls back to another.
+        training: whether the module trains: "auto" then leaves the compiled kernels out, so that a forward without gradients gives the
+            bits of its recomputation.
+
+    Returns:
+        y (..., N), x's dtype.
+
+    Raises:
+        ConfigError: unknown ``impl``; names the nearest.
+        KernelError: a named implementation cannot compute this; says why.
+
+    Cost: `explain_linear` tells which one runs. "cpu" reads the rows of the channels that some token keeps; "masked" is dense.
+    """
+    if impl == "auto":
+        impl = "masked" if _objection(x, layer, training=training) else "cpu"
+    return lookup(IMPLS, impl, where="impl")(x, layer)
+
+
+def explain_linear(x: Tensor, layer: LinearWeights, *, impl: str = "auto", training: bool = False) -> list[Candidate]:
+    """What `sparse_linear` would run for these tensors, and why not the other; runs nothing. Arguments and errors as there."""
+    objection = _objection(x, layer, training=training)
+    if impl != "auto":
+        lookup(IMPLS, impl, where="impl")
+        return [Candidate(name, name == impl, "asked for by name" if name == impl else f"{impl!r} was asked for by name") for name in IMPLS]
+    return [
+        Candidate("cpu", objection is None, objection or "first without an objection"),
+        Candidate("masked", objection is not None, "a later candidate" if objection is None else "first without an objection"),
+    ]
+
+
+def _objection(x: Tensor, layer: LinearWeights, *, training: bool) -> str | None:
+    return call_objection(x, layer, training=training) or cpu_linear.refusal(layer, dtype=x.dtype)
+
+
+def call_objection(x: Tensor, layer: tuple[Tensor | None, ...], *, training: bool, any_number: bool = False) -> str | None:
+    """Why "auto" should not call the compiled kernels for such an input, whatever they can read; None if it should. No host sync.
+
+    Args:
+        x: (..., K).
+        layer: the tensors whose gradient may be wanted.
+        training: whether the module trains.
+        any_number: whether more tokens than they are made for are no objection.
+    """
+    most = MOST_TOKENS.get(x.dtype)
+    if most is not None and x.numel() > most * x.shape[-1] and not any_number:
+        return f"it is made for decoding, up to {most} tokens of {x.dtype} at once, and these are {x.numel() // x.shape[-1]}"
+    if not x.is_cpu:
+        return f"it runs on the CPU, x is on {x.device}"
+    if training:
+        return "while training, a forward without gradients (reentrant checkpointing) must give the bits of its recomputation"
+    if torch.is_grad_enabled() and (x.requires_grad or any(t is not None and t.requires_grad for t in layer)):
+        return "it has no gradient"
+    if cpu.wants_tangents() or (not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None):
+        return "it has no forward-mode gradients, and no transformations of torch.func"
+    if torch.is_autocast_enabled("cpu"):
+        return "under autocast the dense layer casts"
+    return None
