@@ -55,6 +55,7 @@ from .pipeline import sweep_checkpoint as sweep_checkpoint
 from .quantize import quantize as quantize
 from .select import DynKMass as DynKMass
 from .select import DynKMax as DynKMax
+from .select import NormBudget as NormBudget
 from .select import Threshold as Threshold
 from .select import TopK as TopK
 from .sites import FFNSite as FFNSite

@@ -12,7 +12,7 @@ module that computes attention (it runs a softmax over scores, or a fused attent
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -36,7 +36,8 @@ class MoECost:
     num_experts: int
     """E."""
     router_flops: float
-    """FLOPs of the router for one token."""
+    """FLOPs of the router for one token. One that computes a projection of the FFN (the gate) counts all of it, and the experts that run
+    count theirs in full: they compute their rows again."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -234,6 +235,8 @@ class WeightCost:
     """Bytes of one row of each table."""
     rest: tuple[int, int]
     """(parameters, bytes) of everything else: attention, head, norms."""
+    router_shares: Mapping[str, float] = field(default_factory=dict)
+    """Share of an FFN's weights that its router reads for every token (the gate of CATS and CHESS); 0 where it is not named."""
 
     @property
     def num_params(self) -> int:
@@ -246,8 +249,12 @@ class WeightCost:
         return self._sum(1)
 
     def read_bytes_per_token(self, active: Active = 1.0) -> float:
-        """Weight bytes that decoding one token reads: active experts, routers, one row of each table, and all the rest."""
-        experts = sum(size * (_fraction_of(active, name) if name in self.router else 1.0) for name, (_, size) in self.ffn.items())
+        """Weight bytes that decoding one token reads, each once: active experts, routers and what of the FFN they read, one row of each
+        table, and all the rest."""
+        experts = 0.0
+        for name, (_, size) in self.ffn.items():
+            share = self.router_shares.get(name, 0.0) if name in self.router else 1.0
+            experts += size * (share + (1 - share) * _fraction_of(active, name))
         return experts + sum(size for _, size in self.router.values()) + self.embedding_row_bytes + self.rest[1]
 
     def _sum(self, i: int) -> int:
@@ -255,13 +262,20 @@ class WeightCost:
         return sum(part[i] for part in parts)
 
 
-def estimate_weights(model: nn.Module, *, sites: Iterable[FFNSite] = (), routers: Mapping[str, nn.Module] | None = None) -> WeightCost:
+def estimate_weights(
+    model: nn.Module,
+    *,
+    sites: Iterable[FFNSite] = (),
+    routers: Mapping[str, nn.Module] | None = None,
+    router_shares: Mapping[str, float] | None = None,
+) -> WeightCost:
     """Parameters and bytes of a model by part; works on meta tensors.
 
     Args:
         model: any module.
         sites: the FFNs.
         routers: router module of each converted FFN by site name.
+        router_shares: share of the FFN's weights that each router reads for every token, in [0, 1]; 0 where it is not named.
     """
     head = _output_embeddings(model)
     head_ids = {id(p) for p in head.parameters()} if head is not None else set()
@@ -283,7 +297,9 @@ def estimate_weights(model: nn.Module, *, sites: Iterable[FFNSite] = (), routers
             row_bytes += size // p.shape[0]
         else:
             rest = (rest[0] + count, rest[1] + size)
-    return WeightCost(ffn=ffn, router=router, embedding=embedding, embedding_row_bytes=row_bytes, rest=rest)
+    return WeightCost(
+        ffn=ffn, router=router, embedding=embedding, embedding_row_bytes=row_bytes, rest=rest, router_shares=dict(router_shares or {})
+    )
 
 
 def roofline_s(*, flops: float, num_bytes: float, peak_flops_per_s: float, peak_bytes_per_s: float) -> float:

@@ -319,7 +319,10 @@ def model_weights(model: nn.Module) -> WeightCost:
     """`estimate_weights` of a converted model: what decoding one token reads, as the active fraction goes."""
     layers = moe_layers(model)
     return estimate_weights(
-        model, sites=[layer.site for layer in layers.values()], routers={n: layer.router for n, layer in layers.items()}
+        model,
+        sites=[layer.site for layer in layers.values()],
+        routers={n: layer.router for n, layer in layers.items()},
+        router_shares={n: layer.router.ffn_share for n, layer in layers.items()},
     )
 
 
