@@ -284,16 +284,21 @@ def test_low_rank_router_is_exact_where_the_inputs_have_its_rank():
     torch.testing.assert_close(router(x_TD), expected, rtol=2e-2, atol=1e-2)
 
 
-def test_low_rank_routers_energy_is_the_mean_over_what_it_does_not_see():
+@pytest.mark.parametrize("gated", [False, True])
+def test_low_rank_routers_energy_is_the_mean_over_what_it_does_not_see(gated):
     # relu2's expectation is a polynomial where no input is negative, which three nodes integrate exactly: E[(m + s n)^4]
-    router = build_router(LowRankRouterConfig(rank=2), site=site_of(2, gated=False, activation="relu2"), num_experts=2)
+    router = build_router(LowRankRouterConfig(rank=2), site=site_of(2, gated=gated, activation="relu2"), num_experts=2)
+    inner, std_F = (router.gate, router.gate_std_F) if gated else (router.up, router.up_std_F)
     with torch.no_grad():
         router.project.weight.zero_()
-        router.up.bias.copy_(torch.tensor([5.0, 3.0]))
-        router.up_std_F.copy_(torch.tensor([2.0, 0.0]))
+        if gated:
+            router.up.bias.copy_(torch.tensor([1.0, -2.0]))
+            router.up_std_F.copy_(torch.tensor([3.0, 0.0]))
+        inner.bias.copy_(torch.tensor([5.0, 3.0]))
+        std_F.copy_(torch.tensor([2.0, 0.0]))
         router.scale_F.copy_(torch.tensor([1.0, 10.0]))
-    energy = 5**4 + 6 * 5**2 * 2**2 + 3 * 2**4
-    torch.testing.assert_close(router(torch.zeros(1, D)), torch.tensor([[energy**0.5, 90.0]]))
+    energy = (5**4 + 6 * 5**2 * 2**2 + 3 * 2**4) * (1 + 3**2 if gated else 1)
+    torch.testing.assert_close(router(torch.zeros(1, D)), torch.tensor([[energy**0.5, 90.0 * (2 if gated else 1)]]))
 
 
 def test_low_rank_router_captures_more_with_more_rank_and_more_than_chance():

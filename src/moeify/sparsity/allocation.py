@@ -81,11 +81,7 @@ def greedy_shares(curves: Mapping[str, Sequence[float]], costs: Mapping[str, flo
         rises = {name: min(step, left) / costs[name] for name in curves}
         # a layer that would pass the most rises up to it
         able = {name: min(shares[name] + rise, MOST) for name, rise in rises.items() if shares[name] < MOST - 1e-12}
-        prices = {
-            name: (_at(curves[name], high) - _at(curves[name], shares[name])) / ((high - shares[name]) * costs[name])
-            for name, high in able.items()
-        }
-        best = min(prices, key=lambda name: prices[name])
+        best = min(able, key=lambda name: _at(curves[name], able[name]) - _at(curves[name], shares[name]))
         left -= (able[best] - shares[best]) * costs[best]
         shares[best] = able[best]
     return shares

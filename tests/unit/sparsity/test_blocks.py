@@ -30,8 +30,10 @@ MODELS = {"llama": lambda: (tiny_llama(), ["model.layers.0", "model.layers.1"]),
 def test_a_block_that_did_not_change_has_no_error_and_one_that_did_has_its_squared_distance(family, compute):
     model, names = MODELS[family]()
     model.train()
-    calls = BlockCalls(model, names, tiny_inputs(), compute=compute)
-    for _ in range(2):  # a cache that grew would show the second time
+    padded = torch.ones(2, 9, dtype=torch.long)
+    padded[0, :2] = 0
+    calls = BlockCalls(model, names, {**tiny_inputs(), "attention_mask": padded}, compute=compute)
+    for _ in range(2):  # a cache that grew would not fit the mask
         assert [calls.error(name) for name in names] == [0.0, 0.0]
     block = model.get_submodule(names[1])
     hook = block.register_forward_hook(lambda _m, _a, out: out + 0.5 if isinstance(out, torch.Tensor) else (out[0] + 0.5, *out[1:]))
