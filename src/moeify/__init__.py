@@ -56,6 +56,7 @@ from .pipeline import thin_checkpoint as thin_checkpoint
 from .quantize import quantize as quantize
 from .select import DynKMass as DynKMass
 from .select import DynKMax as DynKMax
+from .select import NormBudget as NormBudget
 from .select import Threshold as Threshold
 from .select import TopK as TopK
 from .sites import FFNSite as FFNSite

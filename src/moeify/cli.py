@@ -25,7 +25,7 @@ from .convert import ConvertConfig
 from .data import AugmentConfig, DataConfig
 from .errors import ConfigError, MoeifyError, is_out_of_memory
 from .pipeline import STAGES, TASKS, CalibrationConfig
-from .routers import ROUTERS, NormRouterConfig
+from .routers import ROUTERS, GateRouterConfig, LowRankRouterConfig, NormRouterConfig
 from .select import RULES, Rule
 from .sites import ROLES
 from .sparsity import EnforcementConfig
@@ -298,6 +298,12 @@ def convert(
     router_output: Annotated[
         str | None, typer.Option(metavar="exp|abs", help="Of the norm router. " + _config.field_docs(NormRouterConfig)["output"])
     ] = None,
+    router_scale: Annotated[
+        str | None, typer.Option(metavar="none|up|output", help="Of the gate router. " + _config.field_docs(GateRouterConfig)["scale"])
+    ] = None,
+    router_rank: Annotated[
+        int | None, typer.Option(help="Of the lowrank router. " + _config.field_docs(LowRankRouterConfig)["rank"])
+    ] = None,
     split: Annotated[str, typer.Option(help=f"How neurons are grouped into experts: {', '.join(SPLITS)}.")] = "coactivation",
     rule: Annotated[str, typer.Option(help=f"Selection rule to calibrate: {', '.join(RULES)}.")] = "threshold",
     always_on: Annotated[int, typer.Option(help=_config.field_docs(ConvertConfig)["always_on"])] = ConvertConfig.always_on,
@@ -313,7 +319,7 @@ def convert(
     """Turn a dense model into a dynamic-k mixture of experts."""
     from .pipeline import convert_checkpoint
 
-    options = {"width": router_width, "output": router_output}
+    options = {"width": router_width, "output": router_output, "scale": router_scale, "rank": router_rank}
     given = {name: value for name, value in options.items() if value is not None}
     config = ConvertConfig(
         expert_size=expert_size,

@@ -19,7 +19,7 @@ from ._random import seeded
 from .channels import CHILD, SparseInput, attach_channels, detach_channels, sparse_inputs
 from .errors import CheckpointError, ConfigError, UnsupportedModelError
 from .layers import MoEFFN, attach, detach, moe_layers
-from .routers import NormRouterConfig, RouterConfig, build_router
+from .routers import NormRouterConfig, RouterConfig, build_router, check_router
 from .select import RuleConfig, Threshold
 from .sites import (
     FFNSite,
@@ -164,7 +164,8 @@ def plan_conversion(model: nn.Module, sites: Sequence[FFNSite], config: ConvertC
         The record and the effective options of each site that will be converted. Which experts are always on is not known yet.
 
     Raises:
-        ConfigError: a policy entry matches no site, an option is unknown, an expert is larger than the FFN, more are always on than exist.
+        ConfigError: a policy entry matches no site, an option is unknown, an expert is larger than the FFN, more are always on than exist,
+            or the router is not for such an FFN.
         UnsupportedModelError: nothing is left to convert, a site is converted already or its weights cannot be permuted, or they hold NaN
             or infinity.
     """
@@ -178,6 +179,7 @@ def plan_conversion(model: nn.Module, sites: Sequence[FFNSite], config: ConvertC
             raise ConfigError(
                 f"expert_size {options.expert_size} is larger than the {site.d_ff} neurons of '{site.name}'; choose at most {site.d_ff}."
             )
+        check_router(options.router, site)
         if hasattr(model.get_submodule(site.name), "moe"):
             raise UnsupportedModelError(f"'{site.name}' is converted already; call to_dense(model) first.")
         if thin := next((path for path in (*site.first, site.down) if hasattr(model.get_submodule(path), CHILD)), None):
@@ -259,7 +261,8 @@ def convert(
                     f"'{record.site.name}': a co-activation split needs activations; give it in splits, or use convert_model."
                 )
             features_FK = parameter_features(site_weights(model, record.site))
-            split = split_neurons(features_FK, num_experts=record.num_experts, method=options.split_method(default=BalancedKMeans()))
+            default = BalancedKMeans() if record.num_experts < record.site.d_ff else ContiguousSplit()  # of one neuron each: as they are
+            split = split_neurons(features_FK, num_experts=record.num_experts, method=options.split_method(default=default))
         if (split.num_neurons, split.num_experts) != (record.site.d_ff, record.num_experts):
             raise ConfigError(
                 f"the split of '{record.site.name}' has {split.num_neurons} neurons in {split.num_experts} experts, "

@@ -37,7 +37,8 @@ class MoECost:
     num_experts: int
     """E."""
     router_flops: float
-    """FLOPs of the router for one token."""
+    """FLOPs of the router for one token. One that computes a projection of the FFN (the gate) counts all of it, and the experts that run
+    count theirs in full: they compute their rows again."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -270,6 +271,8 @@ class WeightCost:
     """(parameters, bytes) of everything else: attention, head, norms."""
     channels: Mapping[str, int] = field(default_factory=dict)
     """Bytes of the weight of each linear layer that skips input channels; contained in the parts above."""
+    router_shares: Mapping[str, float] = field(default_factory=dict)
+    """Share of an FFN's weights that its router reads for every token (the gate of CATS and CHESS); 0 where it is not named."""
 
     @property
     def num_params(self) -> int:
@@ -282,8 +285,12 @@ class WeightCost:
         return self._sum(1)
 
     def read_bytes_per_token(self, active: Active = 1.0) -> float:
-        """Weight bytes that decoding one token reads: active experts, kept channels, routers, one row of each table, and all the rest."""
-        experts = sum(size * (_fraction_of(active, name) if name in self.router else 1.0) for name, (_, size) in self.ffn.items())
+        """Weight bytes that decoding one token reads, each once: active experts, kept channels, routers and what of the FFN they
+        read, one row of each table, and all the rest."""
+        experts = 0.0
+        for name, (_, size) in self.ffn.items():
+            share = self.router_shares.get(name, 0.0) if name in self.router else 1.0
+            experts += size * (share + (1 - share) * _fraction_of(active, name))
         skipped = sum(size * (1 - _fraction_of(active, name)) for name, size in self.channels.items())
         return experts + sum(size for _, size in self.router.values()) + self.embedding_row_bytes + self.rest[1] - skipped
 
@@ -298,6 +305,7 @@ def estimate_weights(
     sites: Iterable[FFNSite] = (),
     routers: Mapping[str, nn.Module] | None = None,
     channels: Iterable[str] = (),
+    router_shares: Mapping[str, float] | None = None,
 ) -> WeightCost:
     """Parameters and bytes of a model by part; works on meta tensors.
 
@@ -306,6 +314,7 @@ def estimate_weights(
         sites: the FFNs.
         routers: router module of each converted FFN by site name.
         channels: names of linear layers that skip input channels.
+        router_shares: share of the FFN's weights that each router reads for every token, in [0, 1]; 0 where it is not named.
     """
     head = _output_embeddings(model)
     head_ids = {id(p) for p in head.parameters()} if head is not None else set()
@@ -335,6 +344,7 @@ def estimate_weights(
         embedding_row_bytes=row_bytes,
         rest=rest,
         channels={name: weight.numel() * weight.element_size() for name, weight in weights.items()},
+        router_shares=dict(router_shares or {}),
     )
 
 

@@ -1,11 +1,13 @@
 """Routers: what decides, from the FFN's input alone, how much each expert would contribute.
 
-Letters: T tokens, D model width, F FFN width, E experts, W router width.
+Letters: T tokens, D model width, F FFN width, E experts, W router width, R rank.
 
-A router is a module ``(x_TD, weights) -> scores_TE`` in fp32; only the oracle looks at ``weights``. Each has a frozen config that stands in
-the table `ROUTERS` under the name that manifests store. A new router is a config, a module and one line of the table.
+A router is a module ``(x_TD, weights) -> scores_TE`` in fp32; only those that compute with the FFN's own projections look at ``weights``
+(the gate, the oracle). Each has a frozen config that stands in the table `ROUTERS` under the name that manifests store. A new router is a
+config, a module and one line of the table.
 """
 
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -17,7 +19,7 @@ from torch.nn import functional as F
 
 from .errors import ConfigError
 from .sites import FFNSite, FFNWeights, expert_bounds
-from .sites.formula import ffn_hidden
+from .sites.formula import ACTIVATIONS, ffn_hidden
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,8 +66,45 @@ class OracleRouterConfig:
 
     name: ClassVar[str] = "oracle"
 
+    of: Literal["output", "activation"] = "output"
+    """Whose norm: "output", what an expert adds to the residual stream; or "activation", its neurons' activations. With experts of one
+    neuron and the rule "topk" the latter is top-k activation (Lazy Neuron)."""
 
-RouterConfig: TypeAlias = NormRouterConfig | MLPRouterConfig | CentreRouterConfig | RandomRouterConfig | OracleRouterConfig
+
+@dataclass(frozen=True, kw_only=True)
+class GateRouterConfig:
+    """The gate of a gated FFN decides which neurons' up and down projections run (CATS, CHESS). Nothing to train."""
+
+    name: ClassVar[str] = "gate"
+
+    scale: Literal["none", "up", "output"] = "up"
+    """What a neuron's abs(act(gate)) is multiplied by: "none", nothing (CATS); "up", the mean of abs(up) on calibration tokens (CHESS); or
+    "output", that times the norm of its row of the down projection: comparable between layers, for one knob for all."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LowRankRouterConfig:
+    """The FFN's own neurons, computed from a truncated SVD of gate and up. Nothing to train."""
+
+    name: ClassVar[str] = "lowrank"
+
+    rank: int = 64
+    """Rank R of the SVD, at most D; the router costs R * (D + 2 F) multiply-adds a token, R * (D + F) where there is no gate."""
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ConfigError(f"router rank must be at least 1, got {self.rank}.")
+
+
+RouterConfig: TypeAlias = (
+    NormRouterConfig
+    | MLPRouterConfig
+    | CentreRouterConfig
+    | RandomRouterConfig
+    | OracleRouterConfig
+    | GateRouterConfig
+    | LowRankRouterConfig
+)
 
 
 def _without_autocast(x_TD: Tensor) -> AbstractContextManager[Any]:
@@ -85,6 +124,11 @@ class Router(nn.Module):
     def flops_per_token(self) -> int:
         """FLOPs of one token (multiply and add = 2); the matrices, elementwise work left out."""
         return 2 * sum(p.numel() for p in self.parameters() if p.dim() == 2)
+
+    @property
+    def ffn_share(self) -> float:
+        """Share of the FFN's weights that the router reads for every token, whatever runs; in [0, 1]."""
+        return 0.0
 
     def forward(self, x_TD: Tensor, weights: FFNWeights | None = None) -> Tensor:
         """scores_TE, fp32."""
@@ -188,9 +232,16 @@ class RandomRouter(Router):
 
 
 class OracleRouter(Router):
-    """scores_e = |y_e|_2, the true output norm of each expert."""
+    """scores_e = |y_e|_2, the true output norm of each expert, or |h_e|_2, the norm of its neurons' activations.
+
+    Experts of one neuron, ``of="activation"`` and the rule ``TopK(k)`` are y = down(top_k(h)): of each token the k largest |h_j| are kept,
+    gradients go through the kept.
+
+    Source: of "activation" Li et al. 2023, arXiv:2210.06313, section 4 (there of ReLU, where |h| = h).
+    """
 
     needs_weights = True
+    config: OracleRouterConfig
 
     def __init__(self, config: OracleRouterConfig, *, site: FFNSite, num_experts: int) -> None:
         super().__init__(config)
@@ -199,14 +250,164 @@ class OracleRouter(Router):
 
     @property
     def flops_per_token(self) -> int:
-        """All hidden activations, and the Gram form of each expert: dearer than the dense FFN's first half."""
+        """All hidden activations, and of outputs the Gram form of each expert: at least the dense FFN's first half."""
         first = self._site.d_model * self._site.d_ff * (2 if self._site.is_gated else 1)
-        return 2 * (first + self._site.d_ff * -(-self._site.d_ff // self._num_experts))
+        return 2 * (first + (self._site.d_ff * -(-self._site.d_ff // self._num_experts) if self.config.of == "output" else 0))
+
+    @property
+    def ffn_share(self) -> float:
+        """All of it, or all but the down projection."""
+        first = self._site.d_model * (2 if self._site.is_gated else 1)
+        return 1.0 if self.config.of == "output" else first / (first + self._site.d_out)
 
     def forward(self, x_TD: Tensor, weights: FFNWeights | None = None) -> Tensor:
         assert weights is not None
         bounds = expert_bounds(weights.num_neurons, self._num_experts)
-        return expert_norms(ffn_hidden(x_TD, weights, activation=self._site.activation), expert_grams(weights.down_FD, bounds), bounds)
+        h_TF = ffn_hidden(x_TD, weights, activation=self._site.activation)
+        if self.config.of == "activation":
+            return norms_over_experts(h_TF if h_TF.dtype is torch.float64 else h_TF.float(), bounds)
+        return expert_norms(h_TF, expert_grams(weights.down_FD, bounds), bounds)
+
+
+class GateRouter(Router):
+    """scores_e = norm over the expert's neurons j of act(gate_j) * scale_j.
+
+    With experts of one neuron and the rule `Threshold(theta)`: CATS with scale 1; CHESS with the mean of |up_j|, where the threshold
+    theta / scale_j of each neuron is one of the channel's own.
+
+    Source: Lee et al. 2024, arXiv:2404.08763 (CATS); He et al. 2024, arXiv:2409.01366 (CHESS). The norm of down's row is ours.
+    """
+
+    needs_weights = True
+    config: GateRouterConfig
+    scale_F: Tensor
+
+    def __init__(self, config: GateRouterConfig, *, site: FFNSite, num_experts: int) -> None:
+        super().__init__(config)
+        check_router(config, site)
+        self._site, self._bounds = site, expert_bounds(site.d_ff, num_experts)
+        self.register_buffer("scale_F", torch.ones(site.d_ff, dtype=torch.float32))
+
+    @property
+    def flops_per_token(self) -> int:
+        """The whole gate projection. The experts that run compute their rows of it again, and are counted in full: it is what happens."""
+        return 2 * self._site.d_model * self._site.d_ff
+
+    @property
+    def ffn_share(self) -> float:
+        """The gate projection."""
+        return self._site.d_model / (2 * self._site.d_model + self._site.d_out)
+
+    def forward(self, x_TD: Tensor, weights: FFNWeights | None = None) -> Tensor:
+        assert weights is not None
+        assert weights.gate_FD is not None
+        gate_TF = ACTIVATIONS[self._site.activation](F.linear(x_TD, weights.gate_FD, weights.gate_bias_F))
+        return norms_over_experts(gate_TF.float() * self.scale_F, self._bounds)
+
+    @torch.no_grad()
+    def set_scales(self, weights: FFNWeights, mean_up_F: Tensor) -> None:
+        """Take the scales that the config names.
+
+        A neuron whose up projection was silent in calibration need not stay so: none counts less than a hundredth of the mean.
+
+        Args:
+            weights: of the FFN, neurons in expert order.
+            mean_up_F: mean of |up| on calibration tokens.
+        """
+        scale_F = torch.ones_like(self.scale_F) if self.config.scale == "none" else _floored(mean_up_F)
+        if self.config.scale == "output":
+            scale_F = scale_F * _row_norms(weights.down_FD)
+        self.scale_F.copy_(scale_F)
+
+
+class LowRankRouter(Router):
+    """scores_e = root of the expert's expected energy, summed over its neurons j, given a rank-R image a = A x of the input:
+
+    E[act(gate_j)^2 | a] * E[up_j^2 | a] * |down_j|^2,    gate_j ~ N(B_gate a + b_gate, s_gate^2),  up_j likewise;   without a gate the
+    first factor alone, of up.
+
+    The deviations are what A leaves out of gate and up, on calibration tokens; without them a neuron whose known part is small would count
+    as silent. A neuron that is predicted and turns out zero costs time, never quality.
+
+    Source: A and B are the SVD of W C^(1/2), C the inputs' second moments: the best approximation of W x on them (Yuan et al. 2023,
+    arXiv:2312.05821); as predictor Shin et al. 2024, arXiv:2407.11660. The expectation is ours.
+    """
+
+    config: LowRankRouterConfig
+    scale_F: Tensor
+    up_std_F: Tensor
+    gate_std_F: Tensor | None
+
+    def __init__(self, config: LowRankRouterConfig, *, site: FFNSite, num_experts: int) -> None:
+        super().__init__(config)
+        rank = min(config.rank, site.d_model)
+        self._activation, self._bounds = site.activation, expert_bounds(site.d_ff, num_experts)
+        self.project = nn.Linear(site.d_model, rank, bias=False, dtype=torch.float32)
+        self.up = nn.Linear(rank, site.d_ff, dtype=torch.float32)
+        self.gate = nn.Linear(rank, site.d_ff, dtype=torch.float32) if site.is_gated else None
+        self.register_buffer("scale_F", torch.ones(site.d_ff, dtype=torch.float32))
+        self.register_buffer("up_std_F", torch.zeros(site.d_ff, dtype=torch.float32))
+        self.register_buffer("gate_std_F", torch.zeros(site.d_ff, dtype=torch.float32) if site.is_gated else None)
+
+    def forward(self, x_TD: Tensor, weights: FFNWeights | None = None) -> Tensor:
+        with _without_autocast(x_TD):
+            a_TR = self.project(x_TD.float())
+            up_TF = self.up(a_TR)
+            if self.gate is None or self.gate_std_F is None:
+                energy_TF = self._expected_square(up_TF, self.up_std_F)
+            else:
+                energy_TF = self._expected_square(self.gate(a_TR), self.gate_std_F) * (up_TF.square() + self.up_std_F.square())
+        return norms_over_experts(energy_TF.sqrt() * self.scale_F, self._bounds)
+
+    def _expected_square(self, mean_TF: Tensor, std_F: Tensor) -> Tensor:
+        """E[act(z)^2], z ~ N(mean, std^2), by Gauss and Hermite's quadrature with three nodes."""
+        act, step_F = ACTIVATIONS[self._activation], math.sqrt(3) * std_F
+        outer_TF = act(mean_TF - step_F).square() + act(mean_TF + step_F).square()
+        return outer_TF.div_(6).add_(act(mean_TF).square(), alpha=2 / 3)
+
+    @torch.no_grad()
+    def set_factors(self, weights: FFNWeights, moments_DD: Tensor, *, mean_gate_F: Tensor | None, mean_up_F: Tensor) -> None:
+        """Take factors and deviations from the FFN's weights.
+
+        Rows of gate and up are weighted by what an error in them does to the output: by down's row, and by the mean of what they are
+        multiplied with.
+
+        Args:
+            weights: of the FFN, neurons in expert order.
+            moments_DD: E[x x^T] on calibration tokens.
+            mean_gate_F: mean of |act(gate)|; None without a gate.
+            mean_up_F: mean of |up|.
+        """
+        down_F = _row_norms(weights.down_FD)
+        self.scale_F.copy_(down_F)
+        parts = [(self.up, self.up_std_F, weights.up_FD, weights.up_bias_F, mean_gate_F)]
+        if self.gate is not None and self.gate_std_F is not None and weights.gate_FD is not None:
+            parts.append((self.gate, self.gate_std_F, weights.gate_FD, weights.gate_bias_F, mean_up_F))
+        # fp64: the inputs' energies differ by 1e6 between directions, and are squared here
+        energy_D, basis_DD = torch.linalg.eigh(moments_DD.double())
+        # directions that calibration hardly saw must not be blown up by dividing through their energy
+        root_D = energy_D.clamp_min(1e-6 * energy_D[-1].clamp_min(1e-30)).sqrt()
+        whole = [W_FD.double() @ basis_DD * root_D for _, _, W_FD, _, _ in parts]
+        weighted = [W_FD * _floored(down_F * (1 if by_F is None else by_F))[:, None] for W_FD, (*_, by_F) in zip(whole, parts, strict=True)]
+        right_RD = torch.linalg.svd(torch.cat(weighted), full_matrices=False).Vh[: self.project.out_features]
+        self.project.weight.zero_()[: len(right_RD)].copy_(right_RD / root_D @ basis_DD.t())
+        for W_FD, (linear, std_F, _, bias_F, _) in zip(whole, parts, strict=True):
+            left_FR = W_FD @ right_RD.t()
+            linear.weight.zero_()[:, : left_FR.shape[1]].copy_(left_FR)
+            linear.bias.zero_() if bias_F is None else linear.bias.copy_(bias_F)
+            std_F.copy_((W_FD - left_FR @ right_RD).norm(dim=1))
+
+
+def check_router(config: RouterConfig, site: FFNSite) -> None:
+    """Refuse a router that an FFN cannot have.
+
+    Raises:
+        ConfigError: the gate router of an FFN without a gate.
+    """
+    if isinstance(config, GateRouterConfig) and not site.is_gated:
+        raise ConfigError(
+            f"'{site.name}' has no gate, which the router 'gate' reads; use 'lowrank' or 'norm', or leave it dense by the policy."
+        )
 
 
 def build_router(config: RouterConfig, *, site: FFNSite, num_experts: int) -> Router:
@@ -221,6 +422,8 @@ ROUTERS: dict[str, tuple[type, _Builder]] = {
     "centre": (CentreRouterConfig, lambda c, s, e: CentreRouter(c, d_model=s.d_model, num_experts=e)),
     "random": (RandomRouterConfig, lambda c, s, e: RandomRouter(c, d_model=s.d_model, num_experts=e)),
     "oracle": (OracleRouterConfig, lambda c, s, e: OracleRouter(c, site=s, num_experts=e)),
+    "gate": (GateRouterConfig, lambda c, s, e: GateRouter(c, site=s, num_experts=e)),
+    "lowrank": (LowRankRouterConfig, lambda c, s, e: LowRankRouter(c, site=s, num_experts=e)),
 }
 """Name -> (config class, builder)."""
 
@@ -254,6 +457,13 @@ def expert_norms(h_TF: Tensor, grams_EGG: Tensor, bounds: tuple[int, ...]) -> Te
     return (h_ETG @ grams_EGG).mul_(h_ETG).sum(2).clamp_min_(0).sqrt_().t()
 
 
+def norms_over_experts(rows_TF: Tensor, bounds: tuple[int, ...]) -> Tensor:
+    """Root of the sum of squares over each expert's neurons: norms_TE; of experts of one neuron the absolute values."""
+    if len(bounds) - 1 == rows_TF.shape[1]:
+        return rows_TF.abs()
+    return _pad_experts(rows_TF.t(), bounds).square().sum(1).sqrt().t()
+
+
 def expert_sums(h_TF: Tensor, bounds: tuple[int, ...]) -> Tensor:
     """Sum of |h| over each expert's neurons: sums_TE. The label of MoEfication's classifier, where h >= 0; |.| serves GLU and GELU."""
     return _pad_experts(h_TF.abs().t(), bounds).sum(1).t()
@@ -268,6 +478,16 @@ def expert_means(rows_FD: Tensor, bounds: tuple[int, ...]) -> Tensor:
 def _input_rows(weights: FFNWeights) -> Tensor:
     """The rows that decide whether a neuron fires: the gate's where there is one."""
     return weights.up_FD if weights.gate_FD is None else weights.gate_FD
+
+
+def _row_norms(down_FD: Tensor) -> Tensor:
+    return cast(Tensor, torch.linalg.vector_norm(down_FD, dim=1, dtype=torch.float32))
+
+
+def _floored(mean_F: Tensor) -> Tensor:
+    """At least a hundredth of the mean; ones where all are 0."""
+    mean = mean_F.mean()
+    return mean_F.clamp_min(0.01 * mean) if bool(mean > 0) else torch.ones_like(mean_F)
 
 
 def _pad_experts(rows_FK: Tensor, bounds: tuple[int, ...]) -> Tensor:

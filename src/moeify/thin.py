@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,8 @@ from .channels import SparseInput, all_channels, attach_channels, check_attachab
 from .convert import stamp
 from .errors import ConfigError
 from .sites import ROLES, FFNSite, LinearSite, Role, find_linear_sites, linear_weight
+from .sparsity.allocation import ALLOCATIONS, Budget
+from .sparsity.blocks import BlockCalls
 from .sparsity.channel import (
     SCORES,
     ChannelStats,
@@ -39,8 +41,9 @@ class ThinConfig:
     zeros than that skips them all."""
     score: str = "sensitivity"
     """What a channel is worth: 'magnitude' (TEAL), 'wina', or 'sensitivity', which differentiates the loss once."""
-    allocate: Literal["shared", "uniform"] = "shared"
-    """How layers share the budget: 'shared', one level for all, with 'sensitivity' only; 'uniform', the same share in each."""
+    allocate: str = "shared"
+    """How layers share the budget: 'shared', one level for all, with 'sensitivity' only; 'uniform', the same share in each; 'greedy', in
+    each block by the error of the block's output; 'block_influence', more is kept in blocks that change their input more."""
     roles: tuple[Role, ...] = ROLES
     """Which inputs: 'attn_in' (q, k, v), 'attn_out' (o), 'ffn_in' (gate, up), 'ffn_hidden' (down)."""
     first_dense: int = 1
@@ -54,6 +57,7 @@ class ThinConfig:
 
     def __post_init__(self) -> None:
         lookup(SCORES, self.score, where="score")
+        lookup(ALLOCATIONS, self.allocate, where="allocate")
         if not 0 <= self.skip_frac < 1:
             raise ConfigError(f"skip_frac must be in [0, 1), got {self.skip_frac}.")
         if self.allocate == "shared" and self.score != "sensitivity":
@@ -73,6 +77,7 @@ def thin(
     config: ThinConfig,
     *,
     ffn_sites: Sequence[FFNSite] | None = None,
+    costs: Mapping[str, float] | None = None,
     compute: torch.dtype | None = None,
     progress: Progress = NO_PROGRESS,
 ) -> dict[str, float]:
@@ -85,6 +90,7 @@ def thin(
         batches: calibration data, keyword arguments of the model.
         config: what to skip.
         ffn_sites: what `find_ffn_sites` found; None looks.
+        costs: what a layer counts in the mean by its name, > 0: bytes or measured time; None: its parameters.
         compute: dtype of the model's matrix products during calibration (autocast); None leaves the model's own.
         progress: told of every calibration batch.
 
@@ -95,7 +101,8 @@ def thin(
         ConfigError, DataError, UnsupportedModelError: no batch, or as `find_linear_sites`, `check_attachable`, `profile_channels` and the
             scores; nothing is changed then.
 
-    Cost: a pass over ``batches`` (with 'sensitivity' a backward one, too), and ``refine`` forward passes.
+    Cost: a pass over ``batches`` (with 'sensitivity' a backward one, too), and ``refine`` forward passes; with 'greedy' ten forwards of its
+    block for each layer, over 256 tokens.
     """
     if not batches:
         raise ConfigError("no batch to calibrate on.")
@@ -105,18 +112,36 @@ def thin(
     for site in sites:
         check_attachable(model, site.name)
     profile = partial(profile_channels, model, sites, batches, rows=config.rows, compute=compute, seed=config.seed, progress=progress)
+    costs = check_costs(sites, costs)
     stats = profile(slopes=config.score == "sensitivity")
-    levels, expected = plan_levels(model, sites, stats, config)
     executors = {site.name: SparseInput(site, first_dense=config.first_dense) for site in sites}
-    for name, executor in executors.items():
+
+    def set_levels(levels: Mapping[str, Tensor]) -> None:
+        for name, level_K in levels.items():
+            executors[name].level_K.copy_(level_K)
+
+    for executor in executors.values():
         attach_channels(model, executor)
-        executor.level_K.copy_(levels[name])
     try:
+        weights, samples = score_samples(model, sites, stats, config)
+        block_of = {site.name: site.block for site in sites}
+        calls = BlockCalls(model, list(block_of.values()), batches[0], compute=compute)
+
+        def error(name: str, share: float) -> float:
+            level_K = executors[name].level_K
+            level_K.copy_(channel_levels(samples[name].level(share), weights[name]))
+            found = calls.error(block_of[name])
+            level_K.zero_()
+            return found
+
+        budget = Budget(skip_frac=config.skip_frac, costs=costs, blocks=block_of, error=error, influence=calls.influence)
+        shares = ALLOCATIONS[config.allocate](budget)
+        levels, expected = plan_levels(weights, samples, costs, config, shares=shares)
+        set_levels(levels)
         for _ in range(config.refine if config.skip_frac else 0):
             stats = {name: replace(stats[name], rows_RK=found.rows_RK) for name, found in profile().items()}
-            levels, expected = plan_levels(model, sites, stats, config)
-            for name, executor in executors.items():
-                executor.level_K.copy_(levels[name])
+            levels, expected = plan_levels(*score_samples(model, sites, stats, config), costs, config, shares=shares)
+            set_levels(levels)
     except BaseException:  # Ctrl-C, too: half a calibration is none
         detach_channels(model, executors)
         raise
@@ -124,22 +149,26 @@ def thin(
     return expected
 
 
-def plan_levels(
+def check_costs(sites: Sequence[LinearSite], costs: Mapping[str, float] | None) -> dict[str, float]:
+    """The cost of every layer; parameters where none are given.
+
+    Raises:
+        ConfigError: one is missing or not above 0.
+    """
+    if costs is None:
+        return {site.name: float(site.d_in * site.d_out) for site in sites}
+    if bad := next((site.name for site in sites if not 0 < costs.get(site.name, 0) < math.inf), None):
+        raise ConfigError(f"the cost of '{bad}' must be finite and greater than 0, got {costs.get(bad)}.")
+    return {site.name: costs[site.name] for site in sites}
+
+
+def score_samples(
     model: nn.Module, sites: Sequence[LinearSite], stats: Mapping[str, ChannelStats], config: ThinConfig
-) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """Levels of every layer's channels for a budget.
+) -> tuple[dict[str, Tensor], dict[str, ScoreSample]]:
+    """weight_K of every layer's channels, and its scores on the sample, by name.
 
     Scores are taken over the root of a column's parameters, |x_k| weight_k / sqrt(N). With 'sensitivity' its square is what skipping costs
-    of the loss for each parameter saved, so that one level for all layers is the best allocation; with 'uniform' the factor cancels.
-
-    Args:
-        model: whose layers they are.
-        sites: layers to thin.
-        stats: of each, from `profile_channels`.
-        config: budget, score and allocation.
-
-    Returns:
-        level_K of each layer by name, in units of its input, and what the layer skips of its sample, in [0, 1].
+    of the loss for each parameter saved, so that one level for all layers is the best allocation; elsewhere the factor cancels.
 
     Raises:
         ConfigError, DataError: as `channel_weights` and `ScoreSample`.
@@ -149,11 +178,31 @@ def plan_levels(
         weight_K = channel_weights(config.score, linear_weight(model.get_submodule(site.name)).detach(), stats[site.name])
         weights[site.name] = weight_K / math.sqrt(site.d_out)
         samples[site.name] = ScoreSample(channel_scores(stats[site.name].rows_RK, weights[site.name]))
-    costs = {site.name: float(site.d_in * site.d_out) for site in sites}
-    if config.allocate == "shared":
-        common = shared_level(samples, costs, skip_frac=config.skip_frac)
-        chosen = dict.fromkeys(samples, common)
+    return weights, samples
+
+
+def plan_levels(
+    weights: Mapping[str, Tensor],
+    samples: Mapping[str, ScoreSample],
+    costs: Mapping[str, float],
+    config: ThinConfig,
+    *,
+    shares: Mapping[str, float] | None,
+) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Levels of every layer's channels for a budget.
+
+    Args:
+        weights, samples: from `score_samples`.
+        costs: of each layer.
+        config: budget.
+        shares: what each layer is to skip; None: one level for all.
+
+    Returns:
+        level_K of each layer by name, in units of its input, and what the layer skips of its sample, in [0, 1].
+    """
+    if shares is None:
+        chosen = dict.fromkeys(samples, shared_level(samples, costs, skip_frac=config.skip_frac))
     else:
-        chosen = {name: sample.level(config.skip_frac) for name, sample in samples.items()}
+        chosen = {name: sample.level(shares[name]) for name, sample in samples.items()}
     levels = {name: channel_levels(chosen[name], weight_K) for name, weight_K in weights.items()}
     return levels, {name: sample.below(chosen[name]) for name, sample in samples.items()}

@@ -27,8 +27,8 @@ from moeify.hf.checkpoint import load_model
 from moeify.layers import moe_layers, record_active, set_mode, set_rule
 from moeify.pipeline import TARGETS, CalibrationConfig, convert_checkpoint, measure, profile_checkpoint, sweep_checkpoint
 from moeify.pipeline import convert as conversion
-from moeify.routers import NormRouterConfig
-from moeify.select import DynKMax, TopK
+from moeify.routers import GateRouterConfig, LowRankRouterConfig, NormRouterConfig
+from moeify.select import DynKMax, Threshold, TopK
 from moeify.train.fit import RouterTrainConfig
 
 WINDOW, TOKENS = 64, 9_000  # three batches of calibration data
@@ -176,6 +176,20 @@ def test_convert_by_policy_leaves_the_named_ffn_dense(folder, tmp_path):
     assert list(moe_layers(model)) == ["model.layers.1.mlp"]
 
 
+@pytest.mark.parametrize("router", [GateRouterConfig(), GateRouterConfig(scale="none"), LowRankRouterConfig(rank=24)], ids=repr)
+def test_experts_of_one_neuron_with_routers_that_are_not_trained_meet_the_target_on_held_out_text(folder, router):
+    config = ConvertConfig(expert_size=1, router=router, rule=Threshold(theta=0.0))
+    name = f"of_one_{router.name}_{router!r}"
+    record, out = convert(folder, name, config=config), folder / name
+    assert record["measured"]["active_fraction"] == pytest.approx(0.4, abs=0.03)
+    for scores in record["router_scores"].values():
+        assert 0.6 < scores["captured@0.5"] <= scores["oracle@0.5"] + 1e-6
+    dense, thin = load_file(folder / "dense" / "model.safetensors"), load_file(out / "model.safetensors")
+    assert all(torch.equal(thin[name], tensor) for name, tensor in dense.items())  # experts of one neuron keep the neurons' own order
+    curve = sweep(folder, name=name, rule="threshold", values=[0.0])
+    assert curve.points[0].quality_ratio == pytest.approx(1, abs=1e-4)
+
+
 def test_convert_and_sweep_of_an_encoder_decoder_measure_how_it_continues_text(folder, tmp_path):
     sizes = {"vocab_size": 257, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 1, "num_heads": 4}
     torch.manual_seed(0)
@@ -237,7 +251,10 @@ def test_sweep_adds_the_calibrated_point_where_no_step_meets_it(folder, tmp_path
     assert curve.calibrated_point() is not None
 
 
-@pytest.mark.parametrize(("rule", "values"), [("topk", [1, 7]), ("dynk_mass", [0.0, 1.0]), ("threshold", [0.0]), ("dynk_max", [1.0, 0.0])])
+@pytest.mark.parametrize(
+    ("rule", "values"),
+    [("topk", [1, 7]), ("dynk_mass", [0.0, 1.0]), ("norm_budget", [0.0, 1.0]), ("threshold", [0.0]), ("dynk_max", [1.0, 0.0])],
+)
 def test_sweep_of_given_values_measures_those_and_no_other(folder, rule, values):
     curve = sweep(folder, rule=rule, values=values)
     assert [(point.rule, point.value) for point in curve.points] == [(rule, value) for value in values]

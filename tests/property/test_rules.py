@@ -7,7 +7,13 @@ from hypothesis import strategies as st
 
 from moeify.select import RULES
 
-KNOBS = {"topk": st.integers(1, 8), "dynk_max": st.floats(0, 1), "dynk_mass": st.floats(0, 1), "threshold": st.floats(0, 8)}
+KNOBS = {
+    "topk": st.integers(1, 8),
+    "dynk_max": st.floats(0, 1),
+    "dynk_mass": st.floats(0, 1),
+    "norm_budget": st.floats(0, 1),
+    "threshold": st.floats(0, 8),
+}
 
 
 @st.composite

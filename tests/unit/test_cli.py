@@ -155,6 +155,21 @@ def test_convert_prints_nothing_on_stderr_and_writes_the_checkpoint(converted):
     assert sorted(p.name for p in converted.parent.iterdir()) == ["dense", "moe"], "no state of the conversion stays"
 
 
+@pytest.mark.parametrize(
+    ("options", "router"),
+    [
+        (["--router", "gate", "--router-scale", "output"], {"name": "gate", "scale": "output"}),
+        (["--router", "lowrank", "--router-rank", "8"], {"name": "lowrank", "rank": 8}),
+    ],
+    ids=["gate", "lowrank"],
+)
+def test_convert_with_a_router_that_is_not_trained_writes_its_options_to_the_manifest(dense, tmp_path, capsys, options, router):
+    code, _, err = run(capsys, "convert", dense, "--out", tmp_path / "moe", "--expert-size", "1", *options, *SMALL)
+    assert (code, err) == (0, "")
+    sites = json.loads((tmp_path / "moe" / "moeify.json").read_text())["sites"]
+    assert [(site["num_experts"], site["router"]) for site in sites] == [(48, router)] * 2
+
+
 def test_convert_with_options_of_router_and_experts_writes_them_to_the_manifest(dense, tmp_path, capsys):
     options = ["--router-width", "4", "--router-output", "abs", "--router-epochs", "1", "--always-on", "2", "--dtype", "bfloat16"]
     code, _, err = run(capsys, "convert", dense, "--out", tmp_path / "moe", *options, *SMALL)

@@ -8,12 +8,13 @@ import pytest
 import torch
 from tiny import tiny_inputs, tiny_llama
 from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from moeify.convert import SCHEMA, ConvertConfig, Manifest, apply_site, convert, manifest_of, plan_conversion, rebuild, to_dense, with_rules
 from moeify.errors import CheckpointError, ConfigError, UnsupportedModelError
 from moeify.kernels import cpu
 from moeify.layers import moe_layers, set_rule
-from moeify.routers import CentreRouterConfig, MLPRouterConfig, NormRouterConfig
+from moeify.routers import CentreRouterConfig, GateRouterConfig, MLPRouterConfig, NormRouterConfig
 from moeify.select import DynKMass, DynKMax, TopK
 from moeify.sites import find_ffn_sites, site_weights
 from moeify.split import BalancedKMeans, Coactivation, ContiguousSplit, ExpertSplit, RandomSplit
@@ -165,6 +166,20 @@ def test_convert_with_always_on_and_no_activations_touches_nothing(model, sites,
     with pytest.raises(ConfigError, match=f"'{FIRST if where == 'config' else SECOND}': which experts are always on .* use convert_model"):
         convert(model, config(**options), sites=sites)
     assert_untouched(model, before)
+
+
+def test_gate_router_for_ffns_without_a_gate_is_refused_and_nothing_is_touched():
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=257, n_embd=16, n_head=2, n_layer=1, n_positions=32)).eval()
+    before, sites = snapshot(model), find_ffn_sites(model, tiny_inputs())
+    with pytest.raises(ConfigError, match=r"'transformer\.h\.0\.mlp' has no gate, which the router 'gate' reads"):
+        convert(model, config(expert_size=1, router=GateRouterConfig()), sites=sites)
+    assert_untouched(model, before)
+
+
+def test_experts_of_one_neuron_keep_the_neurons_order(model, sites):
+    before = snapshot(model)
+    convert(model, config(expert_size=1, split=None), sites=sites)
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items())
 
 
 def test_plan_with_more_experts_always_on_than_there_are_is_refused(model, sites):

@@ -247,6 +247,18 @@ def test_estimate_weights_with_tied_head_reads_table_once_and_experts_by_fractio
     assert cost.read_bytes_per_token(0.5) == dense - 0.5 * 4 * ffn  # only the first layer has a router
 
 
+def test_read_bytes_of_a_router_that_reads_part_of_the_ffn_count_that_part_once():
+    model, inputs = _gpt2()
+    sites = find_ffn_sites(model, inputs)
+    names = [site.name for site in sites]
+    cost = estimate_weights(model, sites=sites, routers={names[0]: nn.Module()}, router_shares={names[0]: 0.25, names[1]: 0.25})
+    ffn, dense = cost.ffn[names[0]][1], cost.read_bytes_per_token(1.0)
+    assert cost.num_params == model.num_parameters()
+    assert dense == 4 * (model.num_parameters() - 64 * D + D)
+    assert cost.read_bytes_per_token(0.0) == dense - 0.75 * ffn  # the second layer has no router
+    assert cost.read_bytes_per_token(0.5) == dense - 0.75 * 0.5 * ffn
+
+
 def test_estimate_weights_on_meta_with_untied_head_reads_one_row():
     with torch.device("meta"):
         model, _ = _llama(tie_word_embeddings=False)

@@ -1530,3 +1530,48 @@ def test_forward_mode_gradients_of_a_layer_are_those_of_the_pieces():
     found = tangent()
     set_impl(net, "reference")
     torch.testing.assert_close(found, tangent())
+
+
+# -- top-k activation: experts of one neuron, the oracle of activations, TopK ------------------------------------------------------------
+
+
+def top_k_llama(k):
+    model = tiny_llama(hidden_act="silu")
+    config = ConvertConfig(expert_size=1, router=OracleRouterConfig(of="activation"), rule=TopK(k=k))
+    convert(model, config, sites=find_ffn_sites(model, tiny_inputs()))
+    return model
+
+
+def with_top_k(model, k):
+    """The same by hand: all but the k largest neurons of each token are zero in front of every down projection."""
+
+    def keep(_module, args):
+        kept_S = args[0].abs().topk(k, dim=-1).indices
+        return (args[0] * torch.zeros_like(args[0]).scatter(-1, kept_S, 1.0),)
+
+    for layer in model.model.layers:
+        layer.mlp.down_proj.register_forward_pre_hook(keep)
+    return model
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_top_k_activation_and_its_gradients_equal_the_plain_formula(training):
+    converted, plain = (model.train(training) for model in (top_k_llama(5), with_top_k(tiny_llama(hidden_act="silu"), 5)))
+    inputs = {**tiny_inputs(), "labels": tiny_inputs()["input_ids"]}
+    outputs, expected = converted(**inputs), plain(**inputs)
+    torch.testing.assert_close(outputs.logits, expected.logits, rtol=1e-4, atol=1e-5)
+    outputs.loss.backward()
+    expected.loss.backward()
+    theirs = dict(plain.named_parameters())
+    for name, parameter in converted.named_parameters():
+        torch.testing.assert_close(parameter.grad, theirs[name].grad, rtol=1e-3, atol=1e-6)
+
+
+def test_top_k_activation_survives_save_and_load(tmp_path):
+    model = top_k_llama(5)
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path).eval()
+    assert [layer.router.config for layer in moe_layers(loaded).values()] == [OracleRouterConfig(of="activation")] * 2
+    with torch.no_grad(), record_active(loaded) as recorder:
+        assert torch.equal(loaded(**tiny_inputs()).logits, model(**tiny_inputs()).logits)
+    assert recorder.active_fraction() == pytest.approx(5 / 48)

@@ -15,25 +15,31 @@ from moeify.kernels.reference import moe_ffn
 from moeify.routers import (
     ROUTERS,
     CentreRouterConfig,
+    GateRouterConfig,
+    LowRankRouterConfig,
     MLPRouterConfig,
     NormRouterConfig,
     OracleRouterConfig,
     RandomRouterConfig,
     build_router,
+    check_router,
     expert_grams,
     expert_means,
     expert_norms,
     expert_sums,
 )
+from moeify.select import Threshold
 from moeify.sites import FFNSite, expert_bounds, ffn_hidden
+from moeify.train.fit import RouterTrainConfig, fit_router, score_router
 
 D, T = 12, 9
 SPLITS = [pytest.param(24, 4, id="equal"), pytest.param(26, 4, id="two larger"), pytest.param(7, 4, id="of 2 and 1"),
           pytest.param(5, 5, id="one neuron each"), pytest.param(11, 1, id="one expert")]  # fmt: skip
 
 
-def site_of(num_neurons, *, activation="silu"):
-    return FFNSite(name="mlp", up="mlp.up", down="mlp.down", activation=activation, d_model=D, d_ff=num_neurons, d_out=D)
+def site_of(num_neurons, *, activation="silu", gated=True):
+    gate = "mlp.gate" if gated else None
+    return FFNSite(name="mlp", up="mlp.up", down="mlp.down", gate=gate, activation=activation, d_model=D, d_ff=num_neurons, d_out=D)
 
 
 def explicit_norms(x_TD, weights, num_experts, *, activation):
@@ -187,6 +193,128 @@ def test_oracle_captures_at_least_as_much_as_any_other_router():
     assert all(captured["oracle"] >= value for value in captured.values())
 
 
+@pytest.mark.parametrize("num_experts", [26, 6])
+def test_oracle_of_activations_is_the_norm_of_each_experts_neurons(num_experts):
+    weights, bounds = random_ffn(D, 26, gated=True, biased=True), expert_bounds(26, num_experts)
+    x_TD = torch.randn(T, D)
+    h_TF = ffn_hidden(x_TD, weights, activation="silu")
+    expected = torch.stack([h_TF[:, a:b].norm(dim=1) for a, b in zip(bounds, bounds[1:], strict=False)], dim=1)
+    router = build_router(OracleRouterConfig(of="activation"), site=site_of(26), num_experts=num_experts)
+    torch.testing.assert_close(router(x_TD, weights), expected)
+
+
+# -- the FFN's own gate (CATS, CHESS) --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_experts", [26, 6])
+@pytest.mark.parametrize("scale", ["none", "up", "output"])
+def test_gate_router_computes_its_formula(scale, num_experts):
+    weights, bounds = random_ffn(D, 26, gated=True, biased=True), expert_bounds(26, num_experts)
+    x_TD, mean_up_F = torch.randn(T, D), torch.rand(26) + 0.5
+    router = build_router(GateRouterConfig(scale=scale), site=site_of(26), num_experts=num_experts)
+    router.set_scales(weights, mean_up_F)
+    scale_F = {"none": 1, "up": mean_up_F, "output": mean_up_F * weights.down_FD.norm(dim=1)}[scale]
+    gate_TF = torch.nn.functional.silu(x_TD @ weights.gate_FD.t() + weights.gate_bias_F) * scale_F
+    expected = torch.stack([gate_TF[:, a:b].norm(dim=1) for a, b in zip(bounds, bounds[1:], strict=False)], dim=1)
+    torch.testing.assert_close(router(x_TD, weights), expected)
+
+
+def test_threshold_on_the_gate_routers_score_is_a_threshold_for_each_channel():
+    weights, x_TD, mean_up_F = random_ffn(D, 26, gated=True), torch.randn(T, D), torch.rand(26) + 0.5
+    router = build_router(GateRouterConfig(scale="up"), site=site_of(26), num_experts=26)
+    router.set_scales(weights, mean_up_F)
+    gate_TF = torch.nn.functional.silu(x_TD @ weights.gate_FD.t())
+    assert torch.equal(Threshold(theta=0.1)(router(x_TD, weights)), gate_TF.abs() >= 0.1 / mean_up_F)
+
+
+def test_a_neuron_whose_up_was_silent_in_calibration_still_counts():
+    weights, mean_up_F = random_ffn(D, 4, gated=True), torch.tensor([0.0, 1.0, 1.0, 2.0])
+    router = build_router(GateRouterConfig(scale="up"), site=site_of(4), num_experts=4)
+    router.set_scales(weights, mean_up_F)
+    assert router.scale_F.tolist() == pytest.approx([0.01, 1.0, 1.0, 2.0])
+    router.set_scales(weights, torch.zeros(4))
+    assert router.scale_F.tolist() == [1.0, 1.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize("build", [build_router, lambda config, *, site, num_experts: check_router(config, site)])
+def test_gate_router_of_an_ffn_without_a_gate_is_refused(build):
+    with pytest.raises(ConfigError, match="'mlp' has no gate"):
+        build(GateRouterConfig(), site=site_of(24, gated=False), num_experts=24)
+
+
+@pytest.mark.parametrize(
+    ("config", "share"),
+    [
+        (NormRouterConfig(), 0.0),
+        (GateRouterConfig(), 1 / 3),
+        (OracleRouterConfig(), 1.0),
+        (OracleRouterConfig(of="activation"), 2 / 3),
+    ],
+    ids=repr,
+)
+def test_ffn_share_is_what_the_router_reads_of_the_ffn(config, share):
+    assert build_router(config, site=site_of(24), num_experts=24).ffn_share == pytest.approx(share)
+
+
+# -- low rank ----------------------------------------------------------------------------------------------------------------------------
+
+
+def fitted_low_rank(weights, x_TD, *, rank, gated, num_experts=26, activation="silu"):
+    router = build_router(LowRankRouterConfig(rank=rank), site=site_of(26, gated=gated, activation=activation), num_experts=num_experts)
+    fit_router(router, x_TD, weights, activation=activation, num_experts=num_experts, config=RouterTrainConfig())
+    return router
+
+
+@pytest.mark.parametrize("num_experts", [26, 6])
+@pytest.mark.parametrize("gated", [False, True])
+def test_low_rank_router_of_full_rank_gives_the_true_contributions(gated, num_experts):
+    weights, x_TD = random_ffn(D, 26, gated=gated, biased=True), torch.randn(200, D)
+    router = fitted_low_rank(weights, x_TD, rank=D, gated=gated, num_experts=num_experts)
+    h_TF = ffn_hidden(x_TD, weights, activation="silu") * weights.down_FD.norm(dim=1)
+    bounds = expert_bounds(26, num_experts)
+    expected = torch.stack([h_TF[:, a:b].norm(dim=1) for a, b in zip(bounds, bounds[1:], strict=False)], dim=1)
+    torch.testing.assert_close(router(x_TD), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_low_rank_router_is_exact_where_the_inputs_have_its_rank():
+    weights = random_ffn(D, 26, gated=True)
+    x_TD = torch.randn(200, 3) @ torch.randn(3, D)
+    router = fitted_low_rank(weights, x_TD, rank=3, gated=True)
+    expected = (ffn_hidden(x_TD, weights, activation="silu") * weights.down_FD.norm(dim=1)).abs()
+    torch.testing.assert_close(router(x_TD), expected, rtol=2e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_low_rank_routers_energy_is_the_mean_over_what_it_does_not_see(gated):
+    # relu2's expectation is a polynomial where no input is negative, which three nodes integrate exactly: E[(m + s n)^4]
+    router = build_router(LowRankRouterConfig(rank=2), site=site_of(2, gated=gated, activation="relu2"), num_experts=2)
+    inner, std_F = (router.gate, router.gate_std_F) if gated else (router.up, router.up_std_F)
+    with torch.no_grad():
+        router.project.weight.zero_()
+        if gated:
+            router.up.bias.copy_(torch.tensor([1.0, -2.0]))
+            router.up_std_F.copy_(torch.tensor([3.0, 0.0]))
+        inner.bias.copy_(torch.tensor([5.0, 3.0]))
+        std_F.copy_(torch.tensor([2.0, 0.0]))
+        router.scale_F.copy_(torch.tensor([1.0, 10.0]))
+    energy = (5**4 + 6 * 5**2 * 2**2 + 3 * 2**4) * (1 + 3**2 if gated else 1)
+    torch.testing.assert_close(router(torch.zeros(1, D)), torch.tensor([[energy**0.5, 90.0 * (2 if gated else 1)]]))
+
+
+def test_low_rank_router_captures_more_with_more_rank_and_more_than_chance():
+    weights, x_TD = random_ffn(D, 26, gated=True), torch.randn(400, D)
+    captured = []
+    for rank in (1, 4, 8):
+        router = fitted_low_rank(weights, x_TD, rank=rank, gated=True)
+        captured.append(score_router(router, x_TD, weights, activation="silu", num_experts=26)[1]["captured@0.5"])
+    assert 0.55 < captured[0] < captured[1] < captured[2]
+
+
+def test_low_rank_router_of_no_rank_is_refused():
+    with pytest.raises(ConfigError, match="rank must be at least 1, got 0"):
+        LowRankRouterConfig(rank=0)
+
+
 # -- all of them -----------------------------------------------------------------------------------------------------------------------
 
 
@@ -199,7 +327,7 @@ def test_every_router_gives_fp32_scores_of_any_input_dtype_under_autocast_too(na
         scores = router(x, weights)
         assert scores.shape == (x.shape[0], 4)
         assert scores.dtype is (torch.float64 if name == "oracle" and dtype is torch.float64 else torch.float32)
-    if name != "oracle":
+    if not router.needs_weights:  # those compute the model's own projections, as the model would
         plain = router(x_TD, weights)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             assert torch.equal(router(x_TD, weights), plain)
@@ -224,8 +352,10 @@ def test_every_router_is_built_again_from_its_json_and_tensors(name):
     again = from_dict(ROUTERS[name][0], json.loads(json.dumps(to_dict(config))))
     assert again == config
     router, other = (build_router(c, site=site_of(26), num_experts=4) for c in (config, again))
+    for buffer in router.buffers():
+        buffer.normal_()  # as fitting does; else a buffer that is not saved would not be missed
     other.load_state_dict(router.state_dict())
-    x_TD, weights = torch.randn(T, D), random_ffn(D, 26)
+    x_TD, weights = torch.randn(T, D), random_ffn(D, 26, gated=True)
     assert torch.equal(router(x_TD, weights), other(x_TD, weights))
     assert router.config == config
 
@@ -237,7 +367,11 @@ def test_every_router_is_built_again_from_its_json_and_tensors(name):
         (MLPRouterConfig(), 2 * 4 * (D + 4)),
         (CentreRouterConfig(), 2 * 4 * D),
         (RandomRouterConfig(), 2 * 4 * D),
-        (OracleRouterConfig(), 2 * (D * 24 + 24 * 6)),
+        (OracleRouterConfig(), 2 * (2 * D * 24 + 24 * 6)),
+        (OracleRouterConfig(of="activation"), 2 * 2 * D * 24),
+        (GateRouterConfig(), 2 * D * 24),
+        (LowRankRouterConfig(rank=5), 2 * 5 * (D + 2 * 24)),
+        (LowRankRouterConfig(rank=99), 2 * D * (D + 2 * 24)),
     ],
     ids=lambda v: getattr(v, "name", None),
 )

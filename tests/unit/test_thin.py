@@ -12,6 +12,7 @@ from moeify.errors import ConfigError, UnsupportedModelError
 from moeify.evaluate import default_metric
 from moeify.layers import moe_layers, set_mode
 from moeify.sites import find_ffn_sites
+from moeify.sparsity.blocks import BlockCalls
 from moeify.sparsity.channel import SCORES
 from moeify.sparsity.channel_profile import profile_channels
 from moeify.thin import ThinConfig, thin
@@ -60,6 +61,54 @@ def test_a_shared_level_gives_the_layers_that_matter_less_the_larger_share():
     assert expected["model.layers.0.mlp.down_proj"] > 0.85 > 0.8 > max(others)
 
 
+@pytest.mark.parametrize("allocate", ["uniform", "greedy", "block_influence"])
+@pytest.mark.parametrize("score", ["magnitude", "sensitivity"])
+def test_allocated_shares_meet_the_budget_on_other_data_of_the_same_kind(allocate, score):
+    model = tiny_llama(hidden_act="silu").eval()  # no zeros, so that no layer skips more than its share
+    config = ThinConfig(skip_frac=0.4, score=score, allocate=allocate, first_dense=0, refine=1)
+    expected = thin(model, batches(8, seed=0), config)
+    recorder = skipped(model, batches(8, seed=1))
+    assert recorder.skipped_frac() == pytest.approx(0.4, abs=0.02)
+    for name, share in recorder.per_layer().items():
+        assert share == pytest.approx(expected[name], abs=0.03)
+    assert (len({round(share, 2) for share in expected.values()}) > 1) == (allocate != "uniform")
+
+
+def test_greedy_gives_the_larger_share_to_the_layer_whose_skipping_its_block_does_not_notice():
+    model = tiny_llama(hidden_act="silu").eval()
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight.mul_(1e-3)
+    expected = thin(model, batches(4, seed=0), ThinConfig(skip_frac=0.4, score="wina", allocate="greedy"))
+    of_ffn, of_attention = (
+        [share for name, share in expected.items() if name.startswith(f"model.layers.0.{part}")] for part in ("mlp", "self_attn")
+    )
+    assert min(of_ffn) > 0.55 > 0.25 > max(of_attention)  # the FFN is 60 % of the block
+    block_error = {}
+    for allocate in ("uniform", "greedy"):
+        model = tiny_llama(hidden_act="silu").eval()
+        inputs = batches(4, seed=0)
+        calls = BlockCalls(model, ["model.layers.0", "model.layers.1"], batches(1, seed=1)[0])
+        assert calls.error("model.layers.0") == 0
+        thin(model, inputs, ThinConfig(skip_frac=0.4, score="wina", allocate=allocate, refine=0))
+        block_error[allocate] = [calls.error(f"model.layers.{i}") for i in (0, 1)]
+    assert all(greedy < uniform for greedy, uniform in zip(block_error["greedy"], block_error["uniform"], strict=True))
+
+
+@pytest.mark.parametrize("allocate", ["shared", "greedy"])
+def test_costs_are_what_the_mean_is_weighted_by(allocate):
+    model, data = tiny_llama(hidden_act="silu").eval(), batches(4, seed=0)
+    names = thin(model, data, ThinConfig(skip_frac=0.5)).keys()
+    to_dense(model)
+    costs = {name: 100.0 if name.endswith("o_proj") else 1.0 for name in names}
+    expected = thin(model, data, ThinConfig(skip_frac=0.5, allocate=allocate, first_dense=0), costs=costs)
+    mean = sum(costs[name] * share for name, share in expected.items()) / sum(costs.values())
+    assert mean == pytest.approx(0.5, abs=0.01)
+    to_dense(model)
+    with pytest.raises(ConfigError, match=r"cost of 'model.layers.0.self_attn.q_proj' must be finite and greater than 0, got 0"):
+        thin(model, data, ThinConfig(skip_frac=0.5), costs=costs | {"model.layers.0.self_attn.q_proj": 0.0})
+    assert not sparse_inputs(model)
+
+
 def test_levels_set_again_in_the_sparse_model_keep_every_layer_at_its_share():
     def worst(refine):
         model = tiny_llama().eval()
@@ -75,6 +124,8 @@ def test_options_that_mean_nothing_are_refused_and_nothing_is_changed():
         ThinConfig(skip_frac=1.0)
     with pytest.raises(ConfigError, match="'wina' is no measure for that"):
         ThinConfig(skip_frac=0.5, score="wina")
+    with pytest.raises(ConfigError, match="unknown name 'greedi'"):
+        ThinConfig(skip_frac=0.5, allocate="greedi")
     with pytest.raises(ConfigError, match="unknown name 'winna'"):
         ThinConfig(skip_frac=0.5, score="winna")
     with pytest.raises(ConfigError, match="roles must be some of attn_in, attn_out, ffn_in, ffn_hidden, got 'ffn'"):

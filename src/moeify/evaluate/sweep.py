@@ -338,6 +338,7 @@ def model_weights(model: nn.Module) -> WeightCost:
         sites=[layer.site for layer in layers.values()],
         routers={n: layer.router for n, layer in layers.items()},
         channels=sparse_inputs(model),
+        router_shares={n: layer.router.ffn_share for n, layer in layers.items()},
     )
 
 

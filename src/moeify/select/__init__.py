@@ -4,17 +4,19 @@ from typing import TypeAlias
 
 from .dynk_mass import DynKMass as DynKMass
 from .dynk_max import DynKMax as DynKMax
+from .norm_budget import NormBudget as NormBudget
 from .rule import Rule as Rule
 from .threshold import Threshold as Threshold
 from .topk import TopK as TopK
 
-RuleConfig: TypeAlias = TopK | DynKMax | DynKMass | Threshold
+RuleConfig: TypeAlias = TopK | DynKMax | DynKMass | NormBudget | Threshold
 """Any rule, as config dataclasses declare the field; JSON is tagged with ``name``."""
 
 RULES: dict[str, type[Rule]] = {
     "topk": TopK,
     "dynk_max": DynKMax,
     "dynk_mass": DynKMass,
+    "norm_budget": NormBudget,
     "threshold": Threshold,
 }
 """Rules by the name that manifests and the command line use."""

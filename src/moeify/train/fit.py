@@ -16,9 +16,21 @@ from torch.nn import functional as F
 from .._random import seeded
 from ..convert import ConvertConfig, SiteRecord
 from ..errors import ConfigError, DataError
-from ..routers import CentreRouter, MLPRouter, NormRouter, Router, RouterConfig, build_router, expert_grams, expert_norms, expert_sums
+from ..routers import (
+    CentreRouter,
+    GateRouter,
+    LowRankRouter,
+    MLPRouter,
+    NormRouter,
+    Router,
+    RouterConfig,
+    build_router,
+    expert_grams,
+    expert_norms,
+    expert_sums,
+)
 from ..sites import FFNSite, FFNWeights, expert_bounds
-from ..sites.formula import ffn_hidden
+from ..sites.formula import ACTIVATIONS, ffn_hidden
 from ..split import Coactivation, ExpertSplit, coactivation_features, parameter_features, split_neurons
 from .capture import fast_dtype
 
@@ -26,6 +38,7 @@ _CHUNK_TOKENS = 1024  # rows of x whose activations are in memory at once; large
 _SILENT_ENERGY = 1e-4  # of the mean energy of an expert's output; less is as good as none
 _LEAST_STD = 0.1  # of the mean deviation of a channel: 0.001 captures as much (SmolLM2: .9325 / .9327, .8773 / .8768), and is brittle
 _HOLDOUT_BLOCK = 512
+_MOMENT_TOKENS = 8192  # tokens whose moments make the routers that are not trained
 _SPLIT_TOKENS = 4096  # tokens whose activations make the features of a co-activation split
 
 
@@ -155,7 +168,9 @@ def held_out_tokens(num_tokens: int, share: float) -> Tensor:
 
 
 def split_site(weights: FFNWeights, x_TD: Tensor, record: SiteRecord, options: ConvertConfig) -> ExpertSplit:
-    """The split of one FFN by ``options.split``; co-activation reads its features off ``x_TD``."""
+    """The split of one FFN by ``options.split``; co-activation reads its features off ``x_TD``. Experts of one neuron keep their order."""
+    if record.num_experts == record.site.d_ff:
+        return ExpertSplit.from_order(torch.arange(record.site.d_ff), num_experts=record.num_experts)
     method = options.split_method(default=Coactivation())
     if isinstance(method, Coactivation):
         features_FK = coactivation_features(_energies(weights, x_TD, record.site.activation), method=method)
@@ -169,7 +184,7 @@ def fit_router(router: Router, x_TD: Tensor, weights: FFNWeights, *, activation:
 
     Norm router: Gamma deviance ``t exp(-z) + z`` of the squared norms t (``output="exp"``) or the squared error of the norms (``"abs"``).
     MoEfication's classifier: binary cross-entropy against each expert's summed activation over the largest of the batch. Centres are
-    means, not trained.
+    means, the gate's scales and the factors of low rank come from the weights and from moments of the inputs: not trained.
 
     Args:
         router: fresh router.
@@ -182,6 +197,12 @@ def fit_router(router: Router, x_TD: Tensor, weights: FFNWeights, *, activation:
     bounds = expert_bounds(weights.num_neurons, num_experts)
     if isinstance(router, CentreRouter):
         router.set_centres(weights, bounds)
+    elif isinstance(router, GateRouter):
+        router.set_scales(weights, _mean_sizes(x_TD, weights, activation)[1])
+    elif isinstance(router, LowRankRouter):
+        mean_gate_F, mean_up_F = _mean_sizes(x_TD, weights, activation)
+        x_SD = _some(x_TD, most=_MOMENT_TOKENS).float()
+        router.set_factors(weights, x_SD.t() @ x_SD / len(x_SD), mean_gate_F=mean_gate_F, mean_up_F=mean_up_F)
     elif isinstance(router, NormRouter):
         grams_EGG = expert_grams(weights.down_FD, bounds)
         targets_TE = _per_chunk(x_TD, weights, activation, lambda h_TF: expert_norms(h_TF, grams_EGG, bounds))
@@ -360,11 +381,25 @@ def _per_chunk(x_TD: Tensor, weights: FFNWeights, activation: str, function: Cal
 
 
 @torch.no_grad()
+def _mean_sizes(x_TD: Tensor, weights: FFNWeights, activation: str) -> tuple[Tensor | None, Tensor]:
+    """Means of |act(gate)|, None where there is no gate, and of |up|, each (F,)."""
+    x_SD, act = _some(x_TD, most=_MOMENT_TOKENS).float(), ACTIVATIONS[activation]
+    up_F = F.linear(x_SD, weights.up_FD, weights.up_bias_F).abs_().mean(0)
+    if weights.gate_FD is None:
+        return None, up_F
+    return act(F.linear(x_SD, weights.gate_FD, weights.gate_bias_F)).abs_().mean(0), up_F
+
+
+def _some(x_TD: Tensor, *, most: int) -> Tensor:
+    """At most so many tokens, evenly spaced."""
+    return x_TD[torch.linspace(0, x_TD.shape[0] - 1, min(most, x_TD.shape[0])).long()]
+
+
+@torch.no_grad()
 def _energies(weights: FFNWeights, x_TD: Tensor, activation: str) -> Tensor:
     """(h_j * |w_down_j|)^2 of `_SPLIT_TOKENS` tokens spread evenly over the calibration data: energy_TF."""
-    rows = torch.linspace(0, x_TD.shape[0] - 1, min(_SPLIT_TOKENS, x_TD.shape[0])).long()
     down_norm_F = weights.down_FD.norm(dim=1)
-    return _per_chunk(x_TD[rows], weights, activation, lambda h_TF: (h_TF * down_norm_F).square())
+    return _per_chunk(_some(x_TD, most=_SPLIT_TOKENS), weights, activation, lambda h_TF: (h_TF * down_norm_F).square())
 
 
 def cast_weights(weights: FFNWeights, dtype: torch.dtype, *, device: torch.device | None = None) -> FFNWeights:

@@ -7,7 +7,7 @@ import torch
 
 from moeify._config import from_tagged, to_dict
 from moeify.errors import ConfigError
-from moeify.select import RULES, DynKMass, DynKMax, Threshold, TopK
+from moeify.select import RULES, DynKMass, DynKMax, NormBudget, Threshold, TopK
 
 NAN, INF = float("nan"), float("inf")
 
@@ -33,6 +33,18 @@ BY_HAND = [
     pytest.param(DynKMass(mass=0.5), [0.0, 0.0, 0.0, 0.0], [1, 1, 0, 0], id="dynk_mass: in a row of zeros all are equal"),
     pytest.param(DynKMass(mass=0.5), [1.0, NAN, 3.0], [1, 1, 1], id="dynk_mass: NaN keeps all"),
     pytest.param(DynKMass(mass=0.9), [-5.0, 4.0, -1.0], [0, 1, 0], id="dynk_mass: below zero counts as zero"),
+    # joint norms of the sorted prefixes over that of all: 3 4 12 of 13: 0.923, 0.973, 1; half-way 0.948, 0.987
+    pytest.param(NormBudget(beta=0.94), [3.0, 4.0, 12.0], [0, 0, 1], id="norm_budget: 0.923 is nearer than 0.973"),
+    pytest.param(NormBudget(beta=0.95), [3.0, 4.0, 12.0], [0, 1, 1], id="norm_budget: 0.973 is nearer than 0.923"),
+    pytest.param(NormBudget(beta=0.99), [3.0, 4.0, 12.0], [1, 1, 1], id="norm_budget: all are nearest"),
+    pytest.param(NormBudget(beta=0.0), [3.0, 4.0, 12.0], [0, 0, 1], id="norm_budget: 0 keeps the best"),
+    pytest.param(NormBudget(beta=0.99), [4.0, 3.0, 0.0], [1, 1, 0], id="norm_budget: what adds nothing is left out"),
+    pytest.param(NormBudget(beta=1.0), [4.0, 3.0, 0.0], [1, 1, 1], id="norm_budget: 1 keeps all"),
+    pytest.param(NormBudget(beta=0.7), [1.0, 1.0, 1.0, 1.0], [1, 1, 0, 0], id="norm_budget: of equal scores the lowest experts"),
+    pytest.param(NormBudget(beta=0.7), [0.0, 0.0, 0.0, 0.0], [1, 1, 0, 0], id="norm_budget: in a row of zeros all are equal"),
+    pytest.param(NormBudget(beta=0.5), [1.0, NAN, 3.0], [1, 1, 1], id="norm_budget: NaN keeps all"),
+    pytest.param(NormBudget(beta=0.9), [-5.0, 4.0, -1.0], [0, 1, 0], id="norm_budget: below zero counts as zero"),
+    pytest.param(NormBudget(beta=0.95), [3e-30, 4e-30, 1e-33], [1, 1, 0], id="norm_budget: squares below fp32"),
     pytest.param(Threshold(theta=2.0), [4.0, 1.0, 2.0, 1.9], [1, 0, 1, 0], id="threshold: at least theta, equality kept"),
     pytest.param(Threshold(theta=9.0), [4.0, 1.0, 2.0, 4.0], [1, 0, 0, 1], id="threshold: always the best, shared"),
     pytest.param(Threshold(theta=0.0), [0.0, 1.0], [1, 1], id="threshold: 0 keeps all"),
@@ -47,20 +59,24 @@ def test_rule_by_hand(rule, scores, mask):
 
 @pytest.mark.parametrize(("rule", "scores", "mask"), BY_HAND)
 def test_critical_by_hand_says_the_same_as_the_rule(rule, scores, mask):
-    if rule == DynKMass(mass=1.0):
-        pytest.skip("mass = 1 runs all experts whatever the sum")
+    if rule in (DynKMass(mass=1.0), NormBudget(beta=1.0)):
+        pytest.skip("1 runs all experts whatever the sum")
     critical = rule.critical(torch.tensor([scores]))
     switched = critical < rule.value if rule.grows else critical >= rule.value
     assert switched.int().tolist() == [mask]
 
 
-@pytest.mark.parametrize("rule", [TopK(k=1), DynKMax(tau=0.3), DynKMass(mass=0.3), Threshold(theta=1.0)], ids=lambda r: r.name)
+@pytest.mark.parametrize(
+    "rule", [TopK(k=1), DynKMax(tau=0.3), DynKMass(mass=0.3), NormBudget(beta=0.3), Threshold(theta=1.0)], ids=lambda r: r.name
+)
 def test_rule_of_one_expert_runs_it_and_of_no_token_gives_no_row(rule):
     assert rule(torch.tensor([[0.5], [0.0]])).all()
     assert rule(torch.zeros(0, 3)).shape == (0, 3)
 
 
-@pytest.mark.parametrize("rule", [TopK(k=2), DynKMax(tau=0.3), DynKMass(mass=0.3), Threshold(theta=1.0)], ids=lambda r: r.name)
+@pytest.mark.parametrize(
+    "rule", [TopK(k=2), DynKMax(tau=0.3), DynKMass(mass=0.3), NormBudget(beta=0.3), Threshold(theta=1.0)], ids=lambda r: r.name
+)
 @pytest.mark.parametrize("scores", [torch.zeros(3), torch.zeros(2, 0), torch.zeros(2, 3, dtype=torch.int64)])
 def test_rule_when_scores_are_no_matrix_says_what_it_got(rule, scores):
     with pytest.raises(ValueError, match="2-D floating tensor"):
@@ -80,6 +96,7 @@ def test_rule_of_half_scores_compares_in_fp32(dtype):
         pytest.param(lambda: DynKMax(tau=1.01), r"in \[0, 1\], got 1.01", id="dynk_max above"),
         pytest.param(lambda: DynKMax(tau=NAN), "got nan", id="dynk_max NaN"),
         pytest.param(lambda: DynKMass(mass=-0.1), r"in \[0, 1\], got -0.1", id="dynk_mass below"),
+        pytest.param(lambda: NormBudget(beta=1.5), r"in \[0, 1\], got 1.5", id="norm_budget above"),
         pytest.param(lambda: Threshold(theta=-1.0), "at least 0, got -1.0", id="threshold below"),
         pytest.param(lambda: Threshold(theta=INF), "finite", id="threshold infinite"),
         pytest.param(lambda: DynKMax.from_d2dmoe_tau(1.5), "got 1.5", id="their tau"),
@@ -90,6 +107,19 @@ def test_rule_of_half_scores_compares_in_fp32(dtype):
 def test_knob_when_out_of_range_is_refused(build, message):
     with pytest.raises(ConfigError, match=message):
         build()
+
+
+def test_norm_budget_is_the_nearest_prefix_and_mass_of_squares_reaches_it_with_one_more_at_most():
+    scores_TE = torch.rand(200, 9, generator=torch.Generator().manual_seed(0)) ** 3
+    more = set()
+    for beta in (0.3, 0.6, 0.9, 0.97):
+        mask_TE = NormBudget(beta=beta)(scores_TE)
+        sorted_TE = scores_TE.double().sort(dim=1, descending=True).values
+        norms_TE = sorted_TE.square().cumsum(1).sqrt()
+        nearest_T = (norms_TE - beta * norms_TE[:, -1:]).abs().argmin(1) + 1
+        assert mask_TE.sum(1).tolist() == nearest_T.tolist()
+        more |= set((DynKMass(mass=beta**2)(scores_TE.square()).sum(1) - mask_TE.sum(1)).tolist())
+    assert more == {0, 1}
 
 
 def test_from_d2dmoe_tau_turns_the_direction():

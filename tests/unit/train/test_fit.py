@@ -138,6 +138,8 @@ def test_every_router_captures_more_than_chance_and_less_than_the_oracle():
     weights, x_TD, _ = planted()
     captured = {}
     for name, (config, _) in ROUTERS.items():
+        if name == "gate":
+            continue  # this FFN has none
         fitted = fit_site(weights, x_TD, record_of(config()), options(), replace(TRAIN, epochs=5))
         captured[name] = fitted.captured["captured@0.25"]
         assert captured[name] <= fitted.captured["oracle@0.25"] + 1e-6

@@ -11,7 +11,7 @@ from moeify.convert import ConvertConfig, convert
 from moeify.errors import ConfigError, UnsupportedModelError
 from moeify.layers import moe_layers, record_active, set_impl
 from moeify.routers import CentreRouterConfig, MLPRouterConfig, NormRouter, NormRouterConfig, OracleRouterConfig
-from moeify.select import RULES, DynKMass, DynKMax, Threshold, TopK
+from moeify.select import RULES, DynKMass, DynKMax, NormBudget, Threshold, TopK
 from moeify.sites import find_ffn_sites
 from moeify.train.selection import SelectionConfig, SelectionTraining, _spread, select_share, straight_through
 
@@ -110,7 +110,13 @@ def test_select_share_when_asked_for_a_budget_selects_exactly_so_many_real_pairs
         assert mask_TE.any(1).all()
         assert mask_TE[:, list(always_on)].all()
     if not always_on:
-        some = {"topk": TopK(k=4), "dynk_max": DynKMax(tau=0.6), "dynk_mass": DynKMass(mass=0.5), "threshold": Threshold(theta=1.7)}[name]
+        some = {
+            "topk": TopK(k=4),
+            "dynk_max": DynKMax(tau=0.6),
+            "dynk_mass": DynKMass(mass=0.5),
+            "norm_budget": NormBudget(beta=0.8),
+            "threshold": Threshold(theta=1.7),
+        }[name]
         theirs = some(scores_TE)
         assert torch.equal(select_share(some, scores_TE, theirs.double().mean().item()), theirs)
 
