@@ -18,7 +18,7 @@ from .stages import write_json
 SCHEMA = 1
 """Version of a recipe's result."""
 
-_MOST_EXACT = 0.95
+_MOST_EXACT = 0.9  # of neurons: a pushed-down GELU underflows to 0 in 6 %, functions with exact zeros are 0 in half and more
 _HEADLINE = ("start", "dense", "control", "sparsified", "moefication")
 
 

@@ -550,6 +550,10 @@ class _SeedRun:
                 "points": points(main, name),
                 "moefication_points": points(MOEFICATION, name) if baseline else [],
                 "at_flops": at_flops(name),
+                "variants": {
+                    variant.name: {"quality": quality(f"sparsify.{variant.name}", name), "points": points(variant.name, name)}
+                    for variant in self.recipe.variant
+                },
             }
             for name in evaluations
             if name != VALIDATION

@@ -271,7 +271,7 @@ class _Term:
         """Derivatives of the term by each token's sum |a| and sum a^2, (..., 1); the mean penalty is remembered."""
         dtype = torch.promote_types(a.dtype, torch.float32)
         if self._place.delta is not None:
-            a = _displaced(a, self._place.delta)
+            a = _displaced(a.to(dtype), self._place.delta)  # in bf16 numbers around 10 are 1/16 apart
         s = (a.abs() if self._place.is_signed else a).sum(-1, keepdim=True, dtype=dtype)  # a norm of order 1 takes 13 times as long
         q = torch.linalg.vector_norm(a, 2, dim=-1, keepdim=True, dtype=dtype).square()
         value, slope_s, slope_q = self._penalty(s, q, self._eps)

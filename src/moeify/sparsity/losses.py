@@ -67,14 +67,14 @@ def sparsity_loss(a_TF: Tensor, *, loss: str = "hoyer", mask_T: Tensor | None = 
 
 
 def displace(z_TF: Tensor, *, delta: float) -> Tensor:
-    """Pre-activations above ``delta``: u = max(z, delta) - delta, >= 0.
+    """Pre-activations above ``delta``: u = max(z, delta) - delta, >= 0; fp32 at least.
 
     What GELU and SiLU are penalised on: where z <= delta (say -10) they are zero up to rounding, so u = 0 means a silent neuron, and unlike
     act(z) it has a gradient that pushes there. With delta = 0 it is ReLU.
 
     Source: Szatkowski et al. 2024, arXiv:2310.04361v4, eq. 5; delta = -10 in their code.
     """
-    return torch.relu(z_TF - delta)
+    return torch.relu(z_TF.to(torch.promote_types(z_TF.dtype, torch.float32)) - delta)
 
 
 def scheduled_weight(weight: float, *, schedule: Schedule, step: int, total_steps: int, warmup_frac: float = 0.5) -> float:

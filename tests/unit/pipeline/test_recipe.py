@@ -11,7 +11,8 @@ from moeify.pipeline.recipe import RecipeConfig, merged, read_recipe, shrunk
 from moeify.select import DynKMass, Threshold, TopK
 from moeify.train.loop import TrainConfig
 
-RECIPES = sorted((Path(__file__).parents[3] / "recipes").glob("*.toml"))
+ROOT = Path(__file__).parents[3]
+RECIPES = sorted((ROOT / "recipes").glob("*.toml"))
 TEXT = """
 name = "r"
 metric = "perplexity"
@@ -201,3 +202,17 @@ def test_smoke_keeps_what_the_baseline_changes_and_the_steps_of_the_control(tmp_
 
 def test_there_are_four_recipes():
     assert [path.stem for path in RECIPES] == ["gpt_pydoc", "minilm_emotion", "smollm2_novels", "vit_fashion"]
+
+
+def without_sources(value):
+    """A recipe's JSON without where models and data came from."""
+    if isinstance(value, dict):
+        return {k: without_sources(v) for k, v in value.items() if k != "source" and not (k == "data" and isinstance(v, str))}
+    return [without_sources(v) for v in value] if isinstance(value, list) else value
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("bench/results/*/*.json")), ids=lambda path: path.stem)
+def test_a_committed_result_is_of_its_recipe_as_it_is(path):
+    stored = from_dict(RecipeConfig, json.loads(path.read_text())["config"])
+    recipe = read_recipe(ROOT / f"recipes/{path.stem}.toml")
+    assert without_sources(to_dict(stored)) == without_sources(to_dict(recipe))

@@ -254,6 +254,20 @@ def test_enforce_sparsity_when_autocast_to_bf16_is_as_near_as_the_added_term(lla
     assert error(grads_of(model)) <= 1.5 * explicit < 0.2
 
 
+def test_enforce_sparsity_when_preactivations_are_bf16_displaces_them_in_fp32():
+    model, sites = model_of(relu=False)
+    model.to(torch.bfloat16)
+    caught = []
+    for site in sites:
+        model.get_submodule(find_activation(model, site)).register_forward_hook(lambda _m, args, _out: caught.append(args[0].detach()))
+    with enforce_sparsity(model, sites, config_of(on="preactivations", loss="l1")) as enforcement:
+        model(**batch(pad=False))
+        value = enforcement.value().item()
+    parts = [sparsity_loss(displace(z.double(), delta=-10.0), loss="l1").item() for z in caught]
+    assert caught[0].dtype == torch.bfloat16
+    assert value == pytest.approx(sum(parts) / len(parts), rel=1e-6)
+
+
 def test_enforce_sparsity_when_layers_have_weights_uses_them(llama):
     model, sites = llama
     first, second = (site.name for site in sites)
