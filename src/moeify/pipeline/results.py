@@ -1,11 +1,14 @@
 """What a recipe found, as one JSON object and two pictures; nothing is measured here."""
 
 import importlib.util
+import platform
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
+
+import torch
 
 from .._config import from_dict, to_dict
 from ..errors import DataError
@@ -55,7 +58,8 @@ def recipe_result(recipe: RecipeConfig, seeds: Sequence[Mapping[str, Any]], *, s
         "main_wall_s": mean["main_s"],
         "stage_wall_s": dict(seconds),
         "device": device,
-        "versions": library_versions(),
+        "threads": torch.get_num_threads(),
+        "versions": {"python": platform.python_version(), **library_versions()},
         "config": _without_folders(to_dict(recipe)),
     }
     if len(seeds) > 1:
