@@ -44,7 +44,7 @@ def environment() -> dict[str, Any]:
     """What a number depends on: commit, device, threads, versions, date."""
     return {
         "commit": _git("rev-parse", "HEAD"),
-        "dirty": _git("status", "--porcelain", "--", ":!bench/results") != "",
+        "dirty": _git("status", "--porcelain", "--", ":(top,exclude)bench/results") != "",
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "cpu": _cpu_model(),
         "cores": os.cpu_count(),
