@@ -20,14 +20,14 @@ from torch import nn
 
 from bench.common import numbers, words
 from bench.tiny import save_tiny
-from moeify import CalibrationConfig, ConvertConfig, DataConfig, model_cost, model_weights, to_dense
+from moeify import CalibrationConfig, ConvertConfig, DataConfig, find_linear_sites, model_cost, model_weights, to_dense
 from moeify._config import lookup
 from moeify.channels import record_channels
 from moeify.data import lm_batches, text_windows
 from moeify.errors import ConfigError
 from moeify.evaluate import DenseReference, measure_quality
 from moeify.hf.checkpoint import load_model
-from moeify.layers import moe_layers, record_active, set_mode, set_rule
+from moeify.layers import moe_layers, record_active, set_rule
 from moeify.pipeline import convert_model, thin_model
 from moeify.routers import (
     GateRouterConfig,
@@ -39,7 +39,7 @@ from moeify.routers import (
     RouterConfig,
 )
 from moeify.select import RULES, DynKMax, Threshold, TopK
-from moeify.sites import ROLES, linear_weight
+from moeify.sites import ROLES
 from moeify.split import BalancedKMeans, ContiguousSplit, SplitConfig
 from moeify.thin import ThinConfig
 
@@ -130,6 +130,8 @@ def run(
         windows = text_windows(DataConfig(data=data, split=split, window=window, max_tokens=tokens), tokenizer)
         batches = [{"input_ids": ids} for ids in windows.split(1)]
         reference = DenseReference(net, batches, metric="perplexity")
+        ids = {"input_ids": windows[:1, :16]}
+        linear_bytes = sum(4 * site.d_in * site.d_out for site in find_linear_sites(net, ids))  # loaded as fp32
         shared = {"model": model or "random Llama", "calibration_tokens": calibration_tokens, "tokens": windows.numel()}
         rows = [
             shared | {"method": "dense", "perplexity": reference.quality, "ratio": 1.0, "block_weights": 1.0, "flops": 1.0, "bytes": 1.0}
@@ -138,7 +140,7 @@ def run(
         for name, method in chosen.items():
             if model is None and isinstance(method, Experts):
                 method = replace(method, expert_size=min(method.expert_size, 4))  # of 48 neurons
-            for row in _measured(net, method, fitted, batches, skip, reference=reference, work=Path(folder) / "work"):
+            for row in _measured(net, method, fitted, batches, skip, reference=reference, linear_bytes=linear_bytes):
                 rows.append(shared | {"method": name} | row)
                 yield rows[-1]
     if plot is not None:
@@ -153,7 +155,7 @@ def _measured(
     skip: Sequence[float],
     *,
     reference: DenseReference,
-    work: Path,
+    linear_bytes: int,
 ) -> Iterator[dict[str, Any]]:
     """One row for each share; the model is dense again afterwards."""
     record: dict[str, Any] = {}
@@ -169,28 +171,25 @@ def _measured(
                 everything = method.rule.at(1 if method.rule is TopK else 0.0)  # the calibration sets it
                 options = {"expert_size": method.expert_size, "router": method.router, "rule": everything, "split": method.split}
                 target = CalibrationConfig(target_active=1 - share, max_tokens=None)
-                record = convert_model(net, fitted, config=ConvertConfig(**options), calibration=target, work=work / str(time.time_ns()))
+                with tempfile.TemporaryDirectory() as work:
+                    record = convert_model(net, fitted, config=ConvertConfig(**options), calibration=target, work=Path(work) / "work")
                 seconds = time.perf_counter() - start
             at = [round(t, 2) for t in record["targets"]].index(round(1 - share, 2))
             knobs = record["knobs"][method.rule.name]
             set_rule(net, {site: RULES[method.rule.name].at(values[at]) for site, values in knobs.items()})
-        set_mode(net, "moe")
-        yield {"skip": share} | _quality(net, batches, reference) | {"calibration_s": seconds}
+        yield {"skip": share} | _quality(net, batches, reference, linear_bytes) | {"calibration_s": seconds}
         if isinstance(method, Channels):
             to_dense(net)
     to_dense(net)
 
 
 @torch.no_grad()
-def _quality(net: nn.Module, batches: Sequence[Mapping[str, Any]], reference: DenseReference) -> dict[str, Any]:
+def _quality(net: nn.Module, batches: Sequence[Mapping[str, Any]], reference: DenseReference, linear_bytes: int) -> dict[str, Any]:
     with record_active(net) as active, record_channels(net) as skipped:
         found = measure_quality(net, batches, metric="perplexity", reference=reference)
     kept = active.per_layer() | {name: 1 - share for name, share in skipped.per_layer().items()}
     cost, weights = model_cost(net, batches[0]), model_weights(net)
-    dense = dict.fromkeys(kept, 1.0)
-    routers = sum(size for _, size in weights.router.values())
-    dense_bytes = weights.read_bytes_per_token(dense) - routers
-    linear_bytes = _linear_bytes(net)
+    dense_bytes = weights.read_bytes_per_token() - sum(size for _, size in weights.router.values())
     read = weights.read_bytes_per_token(kept)
     assert found.agreement is not None
     return {
@@ -203,13 +202,6 @@ def _quality(net: nn.Module, batches: Sequence[Mapping[str, Any]], reference: De
         "flops": cost.flops_fraction(kept),
         "bytes": read / dense_bytes,
     }
-
-
-def _linear_bytes(net: nn.Module) -> int:
-    """Of the linear layers of all blocks: those in a list of modules."""
-    leaves = [(path, m) for path, m in net.named_modules() if isinstance(m, nn.Linear) and any(part.isdigit() for part in path.split("."))]
-    leaves = [(path, m) for path, m in leaves if ".moe." not in path]
-    return sum(linear_weight(m).numel() * linear_weight(m).element_size() for _, m in leaves)
 
 
 def _plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:

@@ -527,6 +527,17 @@ def with_modes(model: nn.Module) -> list[MoEFFN | SparseInput]:
     return [*moe_layers(model).values(), *sparse_inputs(model).values()]
 
 
+def check_dense(model: nn.Module, source: str) -> None:
+    """Refuse a model that was made from a dense one, where that is wanted.
+
+    Raises:
+        UnsupportedModelError: it has a MoE layer, or a layer that skips channels; names ``source``, where it came from.
+    """
+    if with_modes(model):
+        what = "converted" if moe_layers(model) else "thinned"
+        raise UnsupportedModelError(f"'{source}' is {what} already; give the dense checkpoint that it was made from.")
+
+
 def set_mode(model: nn.Module, mode: Mode) -> None:
     """Run every converted FFN dense, or as a mixture of experts; linear layers with all input channels, or without those they skip.
 

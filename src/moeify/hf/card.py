@@ -13,6 +13,7 @@ from ..layers import moe_layers
 
 _TAGS = ("moeify", "mixture-of-experts", "dynamic-k", "activation-sparsity")
 _TRAINED_TAGS = ("moeify", "activation-sparsity")
+_AS_DENSE = "without it the same files load as the equal dense model"
 
 
 def model_card(
@@ -35,7 +36,7 @@ def model_card(
     rules = sorted({str(moe.rule) for moe in layers.values()})
     rule = rules[0] if len(rules) == 1 else f"{rules[0]} ... {rules[-1]} (one a layer)"
     has_int8 = manifest_of(model).has_int8
-    without = "no other loader takes its int8 weights" if has_int8 else "without it the same files load as the equal dense model"
+    without = "no other loader takes its int8 weights" if has_int8 else _AS_DENSE
     rows = {
         "FFNs converted": str(len(layers)),
         "experts per FFN": " or ".join(map(str, experts)),
@@ -53,19 +54,8 @@ def model_card(
             "",
             f"`{base_model}`, its dense FFNs turned into mixtures of experts with a dynamic number of experts per token by `moeify`.",
             "",
-            "```python",
-            f"import moeify  # registers the loader; {without}",
-            f"from transformers import {cls}",
-            "",
-            f'model = {cls}.from_pretrained("{name}")',
-            "```",
-            "",
-            "## Measured",
-            "",
-            "| | |",
-            "|---|---|",
-            *(f"| {key} | {value} |" for key, value in rows.items()),
-            "",
+            *_usage(cls, name, without=without),
+            *_measured(rows),
             *(_score_table(scores) if isinstance(scores, Mapping) and scores else []),
             "`moeify.json` holds the same numbers and the structure; `moeify sweep` measures quality against cost.",
             "",
@@ -104,19 +94,8 @@ def thinned_card(model: nn.Module, *, name: str, record: Mapping[str, Any], resu
             f"`{record['source']}`, whose linear layers skip input channels that matter little to a token (`moeify thin`).",
             "Nothing was trained.",
             "",
-            "```python",
-            "import moeify  # registers the loader; without it the same files load as the equal dense model",
-            f"from transformers import {cls}",
-            "",
-            f'model = {cls}.from_pretrained("{name}")',
-            "```",
-            "",
-            "## Measured",
-            "",
-            "| | |",
-            "|---|---|",
-            *(f"| {key} | {value} |" for key, value in rows.items()),
-            "",
+            *_usage(cls, name, without=_AS_DENSE),
+            *_measured(rows),
             "`moeify.json` holds the same numbers by layer; `moeify sweep` measures quality against cost.",
             "",
         ]
@@ -156,16 +135,29 @@ def trained_card(model: nn.Module, *, name: str, base_model: str, record: Mappin
             f"`{base_model}`, trained by `moeify` so that more of its FFN activations are zero; an ordinary dense {type(model).__name__}.",
             "`moeify convert` turns it into a mixture of experts.",
             "",
-            "## Measured",
-            "",
-            "| | |",
-            "|---|---|",
-            *(f"| {key} | {', '.join(map(_cell, value)) if isinstance(value, list) else value} |" for key, value in rows.items()),
-            "",
+            *_measured({key: ", ".join(map(_cell, value)) if isinstance(value, list) else value for key, value in rows.items()}),
             "`sparsify.json` holds the same numbers by layer, the losses and the configuration.",
             "",
         ]
     )
+
+
+def _usage(cls: str, name: str, *, without: str) -> list[str]:
+    """How to load it; ``without`` says what happens where moeify is not imported."""
+    return [
+        "```python",
+        f"import moeify  # registers the loader; {without}",
+        f"from transformers import {cls}",
+        "",
+        f'model = {cls}.from_pretrained("{name}")',
+        "```",
+        "",
+    ]
+
+
+def _measured(rows: Mapping[str, str]) -> list[str]:
+    """The table of measurements under its heading."""
+    return ["## Measured", "", "| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items()), ""]
 
 
 def _metadata(base_model: str, tags: Sequence[str]) -> list[str]:

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from .. import _config
 from .._progress import NO_PROGRESS, Progress
 from ..data import AugmentConfig, DataConfig, check_source
-from ..errors import CheckpointError, ConfigError, UnsupportedModelError
+from ..errors import CheckpointError, ConfigError
 from ..hf.card import trained_card
 from ..hf.checkpoint import check_output, library_versions, recover, save_trained
 from ..hf.inputs import example_inputs
-from ..layers import moe_layers, with_modes
+from ..layers import check_dense
 from ..sites import FFNSite, find_ffn_sites
 from ..sparsity import enforce_sparsity, profile_activations
 from ..train.loop import TrainConfig, TrainingData, TrainRecord
@@ -92,9 +92,7 @@ def sparsify_checkpoint(
     options: dict[str, Any] = {"task": task, "dtype": torch_dtype(dtype), "seed": train.seed, "progress": progress}
     loaded = load_for_task(source, data, **options)
     model = loaded.model
-    if with_modes(model):
-        what = "converted" if moe_layers(model) else "thinned"
-        raise UnsupportedModelError(f"'{source}' is {what} already; give the dense checkpoint that it was made from.")
+    check_dense(model, source)
     if config.distill is not None and config.distill.logits_weight and loaded.has_new_head:
         raise ConfigError(f"--distill: the head of '{source}' for {loaded.task} is new and has nothing to teach; train it first without.")
     if batch_tokens is not None:

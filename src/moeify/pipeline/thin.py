@@ -11,15 +11,14 @@ from .. import _config
 from .._progress import NO_PROGRESS, Progress
 from ..channels import sparse_inputs
 from ..data import DataConfig, check_source
-from ..errors import UnsupportedModelError
 from ..hf.card import thinned_card
 from ..hf.checkpoint import check_output, library_versions, load_model, recover, save_checkpoint
 from ..hf.inputs import example_inputs
-from ..layers import moe_layers, with_modes
-from ..sites import LinearSite, find_ffn_sites
+from ..layers import check_dense
+from ..sites import find_ffn_sites
 from ..sparsity.channel import ScoreSample, shared_level
 from ..sparsity.channel_profile import profile_channels
-from ..thin import ThinConfig, thin
+from ..thin import ThinConfig, check_costs, thin
 from ..train.calibration import TARGETS
 from ..train.capture import fast_dtype
 from .heldout import card_rows, measure_converted
@@ -64,9 +63,7 @@ def thin_checkpoint(
     place = torch_device(device)
     check_source(data)
     model, processor = load_model(source, dtype=torch_dtype(dtype), progress=progress)
-    if with_modes(model):
-        what = "converted" if moe_layers(model) else "thinned"
-        raise UnsupportedModelError(f"'{source}' is {what} already; give the dense checkpoint that it was made from.")
+    check_dense(model, source)
     model.to(place)
     batches, held_out = hold_out(model, calibration_batches(model, processor, data, progress=progress))
     record = thin_model(model, batches, config=config, progress=progress)
@@ -149,10 +146,6 @@ def level_knobs(
         samples[name] = ScoreSample(ratio_RK.nan_to_num(posinf=torch.finfo(torch.float32).max))  # 0 / 0 is never kept, x / 0 always
     if uniform:
         return {name: [sample.level(1 - target) for target in TARGETS] for name, sample in samples.items()}
-    costs = {name: _parameters(site) for name, site in sites.items()}
+    costs = check_costs(list(sites.values()), None)
     shared = [shared_level(samples, costs, skip_frac=1 - target) for target in TARGETS]
     return dict.fromkeys(samples, shared)
-
-
-def _parameters(site: LinearSite) -> float:
-    return float(site.d_in * site.d_out)

@@ -3,7 +3,6 @@
 Letters: T tokens, E experts.
 """
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from .rule import Rule, check_scores
+from .rule import Rule, by_rank, check_scores
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,14 +55,9 @@ class DynKMass(Rule):
     @classmethod
     def critical(cls, scores_TE: Tensor) -> Tensor:
         """Share of the experts that come before."""
-        check_scores(scores_TE)
-        scores_TE = scores_TE.float().clamp(min=0)
-        scores_TE = torch.where(scores_TE.amax(dim=1, keepdim=True) == 0, 1.0, scores_TE)
-        sorted_TE, order_TE = scores_TE.sort(dim=1, descending=True, stable=True)
-        sums_TE = sorted_TE.cumsum(dim=1)
-        before_TE = torch.empty_like(sums_TE)
-        before_TE[:, 1:] = sums_TE[:, :-1] / sums_TE[:, -1:]
-        before_TE[:, 0] = -math.inf
-        # a NaN sorts first, so it reaches every later sum of its row
-        before_TE.masked_fill_(before_TE.isnan(), -math.inf)
-        return torch.empty_like(before_TE).scatter_(1, order_TE, before_TE)
+
+        def before(sorted_TE: Tensor) -> Tensor:
+            sums_TE = sorted_TE.cumsum(dim=1)
+            return sums_TE.roll(1, dims=1) / sums_TE[:, -1:]
+
+        return by_rank(scores_TE, before)

@@ -3,7 +3,6 @@
 Letters: T tokens, E experts.
 """
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from .rule import Rule, check_scores
+from .rule import Rule, by_rank, check_scores
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,15 +60,10 @@ class NormBudget(Rule):
     @classmethod
     def critical(cls, scores_TE: Tensor) -> Tensor:
         """Half-way between the joint norms without and with the expert, over that of all."""
-        check_scores(scores_TE)
-        scores_TE = scores_TE.float().clamp(min=0)
-        scores_TE = torch.where(scores_TE.amax(dim=1, keepdim=True) == 0, 1.0, scores_TE)
-        sorted_TE, order_TE = scores_TE.sort(dim=1, descending=True, stable=True)
-        # over the largest: squares of small scores must not underflow
-        norms_TE = (sorted_TE / sorted_TE[:, :1]).square().cumsum(dim=1).sqrt()
-        middle_TE = torch.empty_like(norms_TE)
-        middle_TE[:, 1:] = (norms_TE[:, :-1] + norms_TE[:, 1:]) / (2 * norms_TE[:, -1:])
-        middle_TE[:, 0] = -math.inf
-        # a NaN sorts first, so it reaches every later sum of its row
-        middle_TE.masked_fill_(middle_TE.isnan(), -math.inf)
-        return torch.empty_like(middle_TE).scatter_(1, order_TE, middle_TE)
+
+        def middle(sorted_TE: Tensor) -> Tensor:
+            # over the largest: squares of small scores must not underflow
+            norms_TE = (sorted_TE / sorted_TE[:, :1]).square().cumsum(dim=1).sqrt()
+            return (norms_TE.roll(1, dims=1) + norms_TE) / (2 * norms_TE[:, -1:])
+
+        return by_rank(scores_TE, middle)

@@ -3,10 +3,13 @@
 Letters: T tokens, E experts.
 """
 
+import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
+import torch
 from torch import Tensor
 
 from .._config import from_dict
@@ -54,6 +57,30 @@ class Rule(ABC):
         """The rule with its knob at ``value``; a whole float counts as an integer where the knob is one."""
         is_whole = isinstance(value, float) and value.is_integer() and cls.__annotations__[cls.knob] is int
         return from_dict(cls, {cls.knob: int(value) if is_whole else value})
+
+
+def by_rank(scores_TE: Tensor, value: Callable[[Tensor], Tensor]) -> Tensor:
+    """What `Rule.critical` of a rule on sorted scores is: a number for each expert, made from its row in descending order.
+
+    Args:
+        scores_TE: as the rule got them; in a row of zeros all experts are equal, and of equal scores the lowest expert comes first.
+        value: scores, sorted in each row, fp32 and >= 0 -> a number for each place, (T, E).
+
+    Returns:
+        fp32 (T, E) in the experts' order; -inf, which every knob runs, for each row's best expert and wherever the number is NaN.
+
+    Raises:
+        ValueError: as `check_scores`.
+    """
+    check_scores(scores_TE)
+    scores_TE = scores_TE.float().clamp(min=0)
+    scores_TE = torch.where(scores_TE.amax(dim=1, keepdim=True) == 0, 1.0, scores_TE)
+    sorted_TE, order_TE = scores_TE.sort(dim=1, descending=True, stable=True)
+    found_TE = value(sorted_TE)
+    found_TE[:, 0] = -math.inf
+    # a NaN sorts first, so it reaches every later sum of its row
+    found_TE.masked_fill_(found_TE.isnan(), -math.inf)
+    return torch.empty_like(found_TE).scatter_(1, order_TE, found_TE)
 
 
 def check_scores(scores_TE: Tensor) -> None:

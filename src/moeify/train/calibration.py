@@ -18,7 +18,7 @@ from ..layers import moe_layers, set_rule
 from ..select import RULES, Rule, RuleConfig
 from ..select.calibrate import Calibrator, Scope
 from .capture import capture_ffn_inputs, fast_dtype
-from .fit import score_router
+from .fit import score_router, some_rows
 from .selection import SelectionConfig, SelectionTraining
 
 TARGETS = tuple(round(0.05 * i, 2) for i in range(1, 20))
@@ -155,4 +155,4 @@ def knob_table(calibrator: Calibrator, *, scope: Scope) -> dict[str, list[float]
 
 def spread(rows_TK: Tensor, *, most: int = SCORE_TOKENS) -> Tensor:
     """At most so many rows, evenly spaced: consecutive tokens resemble each other."""
-    return rows_TK[torch.linspace(0, len(rows_TK) - 1, min(most, len(rows_TK))).long()].contiguous()
+    return some_rows(rows_TK, most=most).contiguous()

@@ -201,7 +201,7 @@ def fit_router(router: Router, x_TD: Tensor, weights: FFNWeights, *, activation:
         router.set_scales(weights, _mean_sizes(x_TD, weights, activation)[1])
     elif isinstance(router, LowRankRouter):
         mean_gate_F, mean_up_F = _mean_sizes(x_TD, weights, activation)
-        x_SD = _some(x_TD, most=_MOMENT_TOKENS).float()
+        x_SD = some_rows(x_TD, most=_MOMENT_TOKENS).float()
         router.set_factors(weights, x_SD.t() @ x_SD / len(x_SD), mean_gate_F=mean_gate_F, mean_up_F=mean_up_F)
     elif isinstance(router, NormRouter):
         grams_EGG = expert_grams(weights.down_FD, bounds)
@@ -383,23 +383,23 @@ def _per_chunk(x_TD: Tensor, weights: FFNWeights, activation: str, function: Cal
 @torch.no_grad()
 def _mean_sizes(x_TD: Tensor, weights: FFNWeights, activation: str) -> tuple[Tensor | None, Tensor]:
     """Means of |act(gate)|, None where there is no gate, and of |up|, each (F,)."""
-    x_SD, act = _some(x_TD, most=_MOMENT_TOKENS).float(), ACTIVATIONS[activation]
+    x_SD, act = some_rows(x_TD, most=_MOMENT_TOKENS).float(), ACTIVATIONS[activation]
     up_F = F.linear(x_SD, weights.up_FD, weights.up_bias_F).abs_().mean(0)
     if weights.gate_FD is None:
         return None, up_F
     return act(F.linear(x_SD, weights.gate_FD, weights.gate_bias_F)).abs_().mean(0), up_F
 
 
-def _some(x_TD: Tensor, *, most: int) -> Tensor:
-    """At most so many tokens, evenly spaced."""
-    return x_TD[torch.linspace(0, x_TD.shape[0] - 1, min(most, x_TD.shape[0])).long()]
+def some_rows(rows_TK: Tensor, *, most: int) -> Tensor:
+    """At most so many rows, evenly spaced."""
+    return rows_TK[torch.linspace(0, len(rows_TK) - 1, min(most, len(rows_TK))).long()]
 
 
 @torch.no_grad()
 def _energies(weights: FFNWeights, x_TD: Tensor, activation: str) -> Tensor:
     """(h_j * |w_down_j|)^2 of `_SPLIT_TOKENS` tokens spread evenly over the calibration data: energy_TF."""
     down_norm_F = weights.down_FD.norm(dim=1)
-    return _per_chunk(_some(x_TD, most=_SPLIT_TOKENS), weights, activation, lambda h_TF: (h_TF * down_norm_F).square())
+    return _per_chunk(some_rows(x_TD, most=_SPLIT_TOKENS), weights, activation, lambda h_TF: (h_TF * down_norm_F).square())
 
 
 def cast_weights(weights: FFNWeights, dtype: torch.dtype, *, device: torch.device | None = None) -> FFNWeights:
