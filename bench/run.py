@@ -12,7 +12,8 @@ import pkgutil
 import platform
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -78,28 +79,38 @@ def main(argv: Sequence[str] | None = None) -> int:
     name, out = options.pop("case"), options.pop("json")
     disable_progress_bar()  # ours tells of the rows
     try:
-        rows = _rows_of(case, name, options)
+        with _writer(out, {"case": name, "quick": options["quick"]} | environment()) as write:
+            _print_rows(case, name, options, write)
     except MoeifyError as error:
         return _fail(str(error))
-    if out:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        about = {"case": name, "quick": options["quick"]} | environment()
-        out.write_text("".join(json.dumps(about | row) + "\n" for row in rows), encoding="utf-8")
     return 0
 
 
-def _rows_of(case: Any, name: str, options: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Run the case, printing each row as it comes and all of them at the end."""
+@contextmanager
+def _writer(out: Path | None, about: Mapping[str, Any]) -> Iterator[Callable[[Mapping[str, Any]], object]]:
+    """Writes rows as they come, beside ``out``; that is replaced when all are there, and an interrupted run leaves what it had measured."""
+    if out is None:
+        yield lambda _row: None
+        return
+    out.parent.mkdir(parents=True, exist_ok=True)
+    part = out.with_name(out.name + ".part")
+    with part.open("w", encoding="utf-8") as file:
+        yield lambda row: (file.write(json.dumps({**about, **row}) + "\n"), file.flush())
+    part.replace(out)
+
+
+def _print_rows(case: Any, name: str, options: Mapping[str, Any], write: Callable[[Mapping[str, Any]], object]) -> None:
+    """Run the case, writing and printing each row as it comes and printing all of them at the end."""
     rows = []
     console = Console(width=None if sys.stdout.isatty() else 400)  # a pipe has no width; a table takes no more than it needs
     with console.status(name):
         for row in case.run(**options):
             rows.append(row)
+            write(row)
             console.print(" ".join(f"[dim]{key}[/dim] {_cell(value)}" for key, value in row.items()), highlight=False, soft_wrap=True)
     shared = {key for key in rows[0] if len(rows) > 1 and all(key in row and row[key] == rows[0][key] for row in rows)} if rows else set()
     console.print(*(f"{key} {_cell(value)}" for key, value in rows[0].items() if key in shared), sep=", ", highlight=False, soft_wrap=True)
     console.print(_table(name, [{key: value for key, value in row.items() if key not in shared} for row in rows]))
-    return rows
 
 
 def _fail(message: str) -> int:
