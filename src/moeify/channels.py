@@ -18,7 +18,7 @@ masked input, at dense cost: many tokens, gradients, autocast, training, and wei
 import functools
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from types import MethodType
@@ -33,7 +33,7 @@ from .kernels.cpu import is_recorded
 from .kernels.cpu_linear import MOST_TOKENS, LinearWeights, SparseLinear
 from .kernels.linear import call_objection, keeps
 from .select import Rule, Threshold
-from .sites import LinearSite, linear_weight, not_plain_reason, store_by_input
+from .sites import LinearSite, linear_weight, not_plain_reason, store_by_input, token_mask_of
 
 _log = logging.getLogger(__name__)
 
@@ -203,31 +203,38 @@ def _tell_of_prefill(why_not: str) -> None:
 
 
 class ChannelRecorder:
-    """Counts kept (token, channel) pairs of each layer, on the device, no host sync until asked; padding counts."""
+    """Counts kept (token, channel) pairs of each layer, on the device, no host sync until asked."""
 
     def __init__(self) -> None:
+        self.token_masks: Mapping[str, Tensor | None] = {}
+        """Padding by layer name; set by `moeify.layers.token_mask`."""
         self._kept: dict[LinearSite, Tensor] = {}
-        self._all: dict[LinearSite, int] = {}
+        self._all: dict[LinearSite, int | Tensor] = {}
 
     def add(self, site: LinearSite, keep: Tensor) -> None:
-        """Count one forward of one layer."""
-        self._kept[site] = self._kept.get(site, 0) + keep.sum()
-        self._all[site] = self._all.get(site, 0) + keep.numel()
+        """Count one forward of one layer; padding is left out where the layer's mask fits its tokens."""
+        keep_T = token_mask_of(self.token_masks.get(site.name), keep.shape[:-1])
+        counted = keep if keep_T is None else keep & keep_T.to(keep.device).view(*keep.shape[:-1], 1)
+        tokens = keep.shape[:-1].numel() if keep_T is None else keep_T.sum()
+        self._kept[site] = self._kept.get(site, 0) + counted.sum()
+        self._all[site] = self._all.get(site, 0) + tokens * site.d_in
 
     def per_layer(self) -> dict[str, float]:
-        """Share of skipped channels of each layer that ran, in [0, 1]; by the layer's name."""
-        return {site.name: 1 - int(kept) / self._all[site] for site, kept in self._kept.items()}
+        """Share of skipped channels of each layer that ran, in [0, 1], by the layer's name; nan for a layer that saw no token."""
+        return {site.name: 1 - int(kept) / total if (total := int(self._all[site])) else math.nan for site, kept in self._kept.items()}
 
     def skipped_frac(self) -> float:
         """Share of the parameters whose channel was skipped, over all layers and tokens, in [0, 1].
 
         Raises:
-            ValueError: no sparse layer ran.
+            ValueError: no sparse layer ran, or all tokens were padding.
         """
-        shares = self.per_layer()
-        if not shares:
+        shares = {name: share for name, share in self.per_layer().items() if not math.isnan(share)}
+        if not self._kept:
             raise ValueError("no sparse layer ran while recording; is the model in dense mode?")
-        costs = {site.name: site.d_in * site.d_out for site in self._kept}
+        if not shares:
+            raise ValueError("no token was counted while recording; the token mask leaves none.")
+        costs = {site.name: site.d_in * site.d_out for site in self._kept if site.name in shares}
         return sum(costs[name] * share for name, share in shares.items()) / sum(costs.values())
 
 
@@ -285,7 +292,7 @@ def sparse_inputs(model: nn.Module) -> dict[str, SparseInput]:
 
 @contextmanager
 def record_channels(model: nn.Module) -> Iterator[ChannelRecorder]:
-    """Count what the sparse layers of ``model`` skip within the block."""
+    """Count what the sparse layers of ``model`` skip within the block; padding too, but inside a `moeify.layers.token_mask`."""
     recorder = ChannelRecorder()
     with kept(sparse_inputs(model).values(), "recorder"):
         for executor in sparse_inputs(model).values():

@@ -605,14 +605,15 @@ def record_active(model: nn.Module) -> Iterator[ActiveRecorder]:
 
 @contextmanager
 def token_mask(model: nn.Module, mask_BS: Tensor | None, *, decoder_mask_BS: Tensor | None = None) -> Iterator[None]:
-    """Leave padding out of what `record_active` counts inside the ``with``.
+    """Leave padding out of what `record_active` and `record_channels` count inside the ``with``.
 
     Args:
-        model: converted model.
+        model: converted or thinned model.
         mask_BS: ``attention_mask``; False or 0 at padding. A layer whose tokens are neither (B, S) nor flattened to (B * S,) counts all.
         decoder_mask_BS: ``decoder_attention_mask`` of an encoder-decoder: its decoder's layers take this mask, and never the encoder's.
     """
-    layers = [layer for layer in moe_layers(model).values() if layer.recorder is not None]
+    executors: list[MoEFFN | SparseInput] = [*moe_layers(model).values(), *sparse_inputs(model).values()]
+    layers = [layer for layer in executors if layer.recorder is not None]
     masks = {layer.site.name: decoder_mask_BS if in_decoder(model, layer.site) else mask_BS for layer in layers}
     recorders = {id(r): r for layer in layers if (r := layer.recorder) is not None}.values()
     for recorder in recorders:

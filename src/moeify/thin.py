@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from ._config import lookup
 from ._progress import NO_PROGRESS, Progress
-from .channels import SparseInput, all_channels, attach_channels, check_attachable, detach_channels
+from .channels import SparseInput, all_channels, attach_channels, check_attachable, detach_channels, sparse_inputs
 from .convert import stamp
-from .errors import ConfigError
+from .errors import ConfigError, UnsupportedModelError
+from .layers import moe_layers
 from .sites import ROLES, FFNSite, LinearSite, Role, find_linear_sites, linear_weight
 from .sparsity.allocation import ALLOCATIONS, Budget
 from .sparsity.blocks import BlockCalls
@@ -30,6 +31,7 @@ from .sparsity.channel import (
     shared_level,
 )
 from .sparsity.channel_profile import profile_channels
+from .sparsity.transform import TRANSFORMS, transformed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,10 +56,14 @@ class ThinConfig:
     """How often levels are set again on what the layers read in the sparse model; what comes before a layer changes its inputs."""
     seed: int = 0
     """Of that draw, and of the labels that 'sensitivity' draws."""
+    transform: str = "none"
+    """What is done to the weights first: 'none', or 'orthogonal': residual stream and values are rotated so that columns of weights come
+    nearer to orthogonal, which 'wina' takes for granted. The model's function stays; RMSNorm models only."""
 
     def __post_init__(self) -> None:
         lookup(SCORES, self.score, where="score")
         lookup(ALLOCATIONS, self.allocate, where="allocate")
+        lookup(TRANSFORMS, self.transform, where="transform")
         if not 0 <= self.skip_frac < 1:
             raise ConfigError(f"skip_frac must be in [0, 1), got {self.skip_frac}.")
         if self.allocate == "shared" and self.score != "sensitivity":
@@ -66,6 +72,8 @@ class ThinConfig:
             )
         if not self.roles or (bad := next((role for role in self.roles if role not in ROLES), None)):
             raise ConfigError(f"roles must be some of {', '.join(ROLES)}, got {bad if self.roles else 'none'!r}.")
+        if self.transform != "none" and set(self.roles) == {"ffn_hidden"}:
+            raise ConfigError(f"transform={self.transform!r} does nothing for 'ffn_hidden' alone: neurons of FFNs are not rotated.")
         for name, least in (("first_dense", 0), ("refine", 0), ("rows", 1)):
             if getattr(self, name) < least:
                 raise ConfigError(f"{name} must be at least {least}, got {getattr(self, name)}.")
@@ -81,9 +89,10 @@ def thin(
     compute: torch.dtype | None = None,
     progress: Progress = NO_PROGRESS,
 ) -> dict[str, float]:
-    """Make the linear layers of a dense model skip input channels, in place; no weight changes.
+    """Make the linear layers of a dense model skip input channels, in place; no weight changes, but for ``config.transform``.
 
-    The manifest is written into ``model.config``, so that ``save_pretrained`` keeps it; `to_dense` gives the dense model back.
+    The manifest is written into ``model.config``, so that ``save_pretrained`` keeps it; `to_dense` gives the dense model back, with the
+    transformed weights where they were.
 
     Args:
         model: dense model.
@@ -98,21 +107,42 @@ def thin(
         What each layer skips of the calibration sample, in [0, 1], by its name.
 
     Raises:
-        ConfigError, DataError, UnsupportedModelError: no batch, or as `find_linear_sites`, `check_attachable`, `profile_channels` and the
-            scores; nothing is changed then.
+        ConfigError, DataError, UnsupportedModelError: no batch, or as `find_linear_sites`, `check_attachable`, `transformed`,
+            `profile_channels` and the scores; nothing is changed then.
 
     Cost: a pass over ``batches`` (with 'sensitivity' a backward one, too), and ``refine`` forward passes; with 'greedy' ten forwards of its
     block for each layer, over 256 tokens.
     """
     if not batches:
         raise ConfigError("no batch to calibrate on.")
-    first: dict[str, Any] = {key: value[:1] for key, value in batches[0].items() if key != "labels"}
+    device = next(model.parameters()).device
+    first: dict[str, Any] = {key: value[:1].to(device) for key, value in batches[0].items() if key != "labels"}
     with all_channels(model):
-        sites = [site for site in find_linear_sites(model, first, ffn_sites=ffn_sites) if site.role in config.roles]
+        all_sites = find_linear_sites(model, first, ffn_sites=ffn_sites)
+    sites = [site for site in all_sites if site.role in config.roles]
     for site in sites:
         check_attachable(model, site.name)
-    profile = partial(profile_channels, model, sites, batches, rows=config.rows, compute=compute, seed=config.seed, progress=progress)
     costs = check_costs(sites, costs)
+    if config.transform != "none" and (sparse_inputs(model) or moe_layers(model)):
+        raise UnsupportedModelError("levels and routers are for the weights as they are; transform a dense model, see to_dense(model).")
+    with transformed(model, config.transform, first, all_sites):
+        expected = _attach_levels(model, batches, config, sites, costs, compute=compute, progress=progress)
+    stamp(model)
+    return expected
+
+
+def _attach_levels(
+    model: nn.Module,
+    batches: Sequence[Mapping[str, Tensor]],
+    config: ThinConfig,
+    sites: Sequence[LinearSite],
+    costs: Mapping[str, float],
+    *,
+    compute: torch.dtype | None,
+    progress: Progress,
+) -> dict[str, float]:
+    """Calibrate and attach executors; none stay where that fails. Returns as `thin`."""
+    profile = partial(profile_channels, model, sites, batches, rows=config.rows, compute=compute, seed=config.seed, progress=progress)
     stats = profile(slopes=config.score == "sensitivity")
     executors = {site.name: SparseInput(site, first_dense=config.first_dense) for site in sites}
 
@@ -145,7 +175,6 @@ def thin(
     except BaseException:  # Ctrl-C, too: half a calibration is none
         detach_channels(model, executors)
         raise
-    stamp(model)
     return expected
 
 

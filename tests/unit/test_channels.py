@@ -14,7 +14,7 @@ from moeify import channels
 from moeify.channels import SparseInput, attach_channels, detach_channels, record_channels, sparse_inputs
 from moeify.errors import ConfigError, KernelError, UnsupportedModelError
 from moeify.kernels.cpu_linear import SparseLinear
-from moeify.layers import set_impl, set_mode
+from moeify.layers import set_impl, set_mode, token_mask
 from moeify.select import TopK
 from moeify.sites import find_linear_sites
 
@@ -37,6 +37,31 @@ def test_at_level_zero_the_model_is_the_dense_one_and_nothing_is_skipped():
     torch.testing.assert_close(found, tiny_llama().eval()(**inputs).logits)
     set_impl(model, "masked")
     torch.testing.assert_close(model(**inputs).logits, tiny_llama().eval()(**inputs).logits)
+
+
+@torch.no_grad()
+def test_padding_is_not_counted_where_a_mask_tells():
+    model, inputs = thinned(level=0.05)
+    ids, mask = inputs["input_ids"], torch.tensor([[1] * 9, [0] * 4 + [1] * 5])
+    kept = {name: [] for name in sparse_inputs(model)}
+    for name, executor in sparse_inputs(model).items():
+        linear = model.get_submodule(name)
+        linear.register_forward_pre_hook(lambda _m, args, n=name, e=executor: kept[n].append(args[0].abs() >= e.level_K))
+    with record_channels(model) as recorder, token_mask(model, mask):
+        model(input_ids=ids, attention_mask=mask)
+    skipped = {name: 1 - one[mask.bool()].float().mean().item() for name, (one,) in kept.items()}
+    everywhere = {name: 1 - one.float().mean().item() for name, (one,) in kept.items()}
+    assert recorder.per_layer() == pytest.approx(skipped) != pytest.approx(everywhere)
+    costs = {name: executor.site.d_in * executor.site.d_out for name, executor in sparse_inputs(model).items()}
+    assert recorder.skipped_frac() == pytest.approx(sum(costs[n] * s for n, s in skipped.items()) / sum(costs.values()))
+    with record_channels(model) as recorder, token_mask(model, torch.ones(1, 3)):  # of other tokens
+        model(input_ids=ids, attention_mask=mask)
+    assert recorder.per_layer() == pytest.approx(everywhere)
+    with record_channels(model) as recorder, token_mask(model, torch.zeros(2, 9)):
+        model(input_ids=ids, attention_mask=mask)
+    assert all(math.isnan(share) for share in recorder.per_layer().values())
+    with pytest.raises(ValueError, match="the token mask leaves none"):
+        recorder.skipped_frac()
 
 
 @torch.no_grad()

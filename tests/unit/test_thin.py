@@ -45,6 +45,39 @@ def test_the_wanted_share_is_skipped_on_other_data_of_the_same_kind(score, skip_
         assert share == pytest.approx(expected[name], abs=0.03)
 
 
+def test_a_transform_changes_the_weights_and_not_the_dense_model_that_is_left():
+    model, batch = tiny_llama(hidden_act="silu").eval(), batches(1, seed=0)[0]
+    weight = model.model.layers[0].mlp.up_proj.weight
+    before, values = model(**batch).logits.detach(), weight.detach().clone()
+    config = ThinConfig(skip_frac=0.4, score="wina", allocate="uniform", transform="orthogonal", first_dense=0)
+    thin(model, batches(8, seed=0), config)
+    assert skipped(model, batches(8, seed=1)).skipped_frac() == pytest.approx(0.4, abs=0.02)
+    to_dense(model)
+    assert model.model.layers[0].mlp.up_proj.weight is weight and not torch.allclose(weight, values, atol=0.1)
+    torch.testing.assert_close(model(**batch).logits, before, rtol=0, atol=1e-4 * float(before.abs().max()))
+
+
+def test_a_calibration_that_fails_after_a_transform_gives_the_weights_back(monkeypatch):
+    model, before = tiny_llama().eval(), tiny_llama().state_dict()
+
+    def interrupted(changed, *_args, **_options):
+        assert not torch.equal(changed.state_dict()["model.embed_tokens.weight"], before["model.embed_tokens.weight"])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys.modules["moeify.thin"], "profile_channels", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        thin(model, batches(2, seed=0), ThinConfig(skip_frac=0.3, transform="orthogonal"))
+    assert not sparse_inputs(model)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_weights_that_levels_are_for_are_not_transformed():
+    model = tiny_llama().eval()
+    thin(model, batches(2, seed=0), ThinConfig(skip_frac=0.3, roles=("attn_in",)))
+    with pytest.raises(UnsupportedModelError, match="transform a dense model"):
+        thin(model, batches(2, seed=0), ThinConfig(skip_frac=0.3, roles=("ffn_in",), transform="orthogonal"))
+
+
 def test_roles_choose_the_layers():
     model = tiny_llama().eval()
     thin(model, batches(2, seed=0), ThinConfig(skip_frac=0.5, roles=("ffn_hidden",)))
@@ -128,6 +161,10 @@ def test_options_that_mean_nothing_are_refused_and_nothing_is_changed():
         ThinConfig(skip_frac=0.5, allocate="greedi")
     with pytest.raises(ConfigError, match="unknown name 'winna'"):
         ThinConfig(skip_frac=0.5, score="winna")
+    with pytest.raises(ConfigError, match="unknown name 'orthogonl'"):
+        ThinConfig(skip_frac=0.5, transform="orthogonl")
+    with pytest.raises(ConfigError, match="neurons of FFNs are not rotated"):
+        ThinConfig(skip_frac=0.5, roles=("ffn_hidden",), transform="orthogonal")
     with pytest.raises(ConfigError, match="roles must be some of attn_in, attn_out, ffn_in, ffn_hidden, got 'ffn'"):
         ThinConfig(skip_frac=0.5, roles=("ffn",))
     model = tiny_llama()

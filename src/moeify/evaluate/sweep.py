@@ -289,7 +289,7 @@ def _measure_point(
         measured = measure_quality(model, batches, metric=quality, reference=reference, progress=progress)
     per_layer = {name: active for name, active in stats.per_layer().items() if not math.isnan(active)}
     active = stats.active_fraction() if per_layer else 1 - skipped.skipped_frac()
-    per_layer |= {name: 1 - share for name, share in skipped.per_layer().items()}
+    per_layer |= {name: 1 - share for name, share in skipped.per_layer().items() if not math.isnan(share)}
     assert measured.agreement is not None
     return CurvePoint(
         rule=labels[0],

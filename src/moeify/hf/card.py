@@ -82,6 +82,7 @@ def thinned_card(model: nn.Module, *, name: str, record: Mapping[str, Any], resu
         "wanted share of channels skipped": _cell(config["skip_frac"]),
         "a channel's worth": record["method"],
         "budget over layers": config["allocate"],
+        **_transform_row(config["transform"], untied_head=record["untied_head"]),
         "calibrated on": f"{record['tokens']} tokens of `{record['data']}`",
         "channels skipped, least and most of a layer": f"{min(skipped.values()):.4g}, {max(skipped.values()):.4g}",
         **results,
@@ -100,6 +101,13 @@ def thinned_card(model: nn.Module, *, name: str, record: Mapping[str, Any], resu
             "",
         ]
     )
+
+
+def _transform_row(transform: str, *, untied_head: bool) -> dict[str, str]:
+    if transform == "none":
+        return {}
+    untied = "; the head, tied to the embeddings in the source, is a matrix of its own" if untied_head else ""
+    return {"transform of the weights": f"{transform} (same function, other numbers{untied})"}
 
 
 def trained_card(model: nn.Module, *, name: str, base_model: str, record: Mapping[str, Any]) -> str:

@@ -39,7 +39,8 @@ def thin_checkpoint(
     overwrite: bool = False,
     progress: Progress = NO_PROGRESS,
 ) -> dict[str, Any]:
-    """Make the linear layers of a checkpoint skip input channels: read, calibrate, measure, save. Its weights stay as they are.
+    """Make the linear layers of a checkpoint skip input channels: read, calibrate, measure, save. Its weights stay as they are, but for
+    ``config.transform``.
 
     Args:
         source: Hub id, folder or ``.gguf`` file of a dense model; never written to.
@@ -53,7 +54,8 @@ def thin_checkpoint(
 
     Returns:
         What ``moeify.json`` holds under "calibration": ``method``, ``config``, ``skipped`` (share of each layer's channels on calibration
-        data), ``knobs`` (factors of the levels for other budgets, which `sweep_checkpoint` reads), ``measured`` (`measure_converted`).
+        data), ``knobs`` (factors of the levels for other budgets, which `sweep_checkpoint` reads), ``untied_head`` (whether the
+        transform gave a tied head a matrix of its own), ``measured`` (`measure_converted`).
 
     Raises:
         MoeifyError: see `errors`; whatever goes wrong, ``source`` and an existing ``out`` are untouched.
@@ -99,6 +101,7 @@ def thin_model(
 
     compute = fast_dtype(next(model.parameters()).device)
     ffn_sites = find_ffn_sites(model, batches[0] if not hasattr(model, "config") else example_inputs(model)) if batches else None
+    was_tied = _has_tied_head(model)
     skipped = thin(model, batches, config, ffn_sites=ffn_sites, compute=compute, progress=progress)
     few = batches[:: max(1, len(batches) // _KNOB_BATCHES)]
     knobs = level_knobs(model, few, uniform=config.allocate == "uniform", compute=compute, seed=config.seed)
@@ -108,11 +111,16 @@ def thin_model(
         "config": _config.to_dict(config),
         "tokens": sum(next(iter(batch.values())).shape[:2].numel() for batch in batches),
         "skipped": skipped,
+        "untied_head": was_tied and not _has_tied_head(model),
         "scope": "layer" if config.allocate == "uniform" else "global",
         "targets": list(TARGETS),
         "knobs": {"threshold": knobs} if knobs else {},
         "most_experts": 1,
     }
+
+
+def _has_tied_head(model: nn.Module) -> bool:
+    return bool(getattr(getattr(model, "config", None), "tie_word_embeddings", False))
 
 
 def level_knobs(

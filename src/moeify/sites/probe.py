@@ -205,7 +205,7 @@ def _leaf_hooks(
         x = args[0]
         if path not in trace.calls:
             rows = _rows(x, leaf)
-            trace.calls[path] = Call(len(trace.calls), _sample(rows), _keys(rows))
+            trace.calls[path] = Call(len(trace.calls), _sample(rows), row_keys(rows))
         # an edit may send fp32 through the neurons of a 16-bit model, so that rounding hides no difference
         weight = module.weight
         assert isinstance(weight, Tensor)
@@ -253,7 +253,7 @@ def _sample(rows: Tensor) -> Tensor:
     return rows.index_select(0, sampled_rows(rows.shape[0]).to(rows.device))
 
 
-def _keys(rows: Tensor) -> Tensor:
+def row_keys(rows: Tensor) -> Tensor:
     """Sums of the rows' bits times odd numbers, modulo 2^64: exact, so that a row has the same key in whatever batch it stands."""
     bits = rows.float().contiguous().view(torch.int32).long()
     odd = torch.arange(rows.shape[1], device=rows.device) * 0x5851F42D4C957F2E + 1

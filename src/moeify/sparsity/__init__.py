@@ -15,3 +15,4 @@ from .losses import sparsity_loss as sparsity_loss
 from .profile import ActivationProfile as ActivationProfile
 from .profile import down_norms as down_norms
 from .profile import profile_activations as profile_activations
+from .transform import TRANSFORMS as TRANSFORMS

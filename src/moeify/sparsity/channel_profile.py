@@ -65,7 +65,8 @@ def profile_channels(
     with ExitStack() as stack:
         stack.enter_context(eval_mode(model))
         stack.enter_context(watch.attached(slopes=slopes))
-        start = stack.enter_context(_only_first_parameter(model)) if slopes else None
+        if slopes:
+            stack.enter_context(_no_parameter_gradients(model))
         task = stack.enter_context(progress.task("calibrate channels", total=len(batches)))
         for batch in batches:
             watch.batch = {key: value.to(device) for key, value in batch.items()}
@@ -73,8 +74,8 @@ def profile_channels(
             with torch.set_grad_enabled(slopes):
                 with nullcontext() if compute is None else torch.autocast(device.type, dtype=compute):
                     outputs = model(**inputs)
-                if start is not None:
-                    torch.autograd.grad(_sampled_loss(outputs, watch.batch, labels_of), start)
+                if slopes:
+                    watch.differentiate(_sampled_loss(outputs, watch.batch, labels_of))
             task.advance(1)
     return watch.stats(slopes=slopes)
 
@@ -90,6 +91,8 @@ class _Watch:
         """By the layer that reads first: (random keys, rows); of all tokens those of the smallest keys stay."""
         self._slopes = {site.name: torch.zeros(site.d_in, dtype=torch.float64) for site in sites}
         self._tokens: dict[str, int] = {}
+        self._starts: list[Tensor] = []
+        """Outputs of layers that no other layer comes before, in this forward: gradients end there."""
 
     @contextmanager
     def attached(self, *, slopes: bool) -> Iterator[None]:
@@ -120,7 +123,8 @@ class _Watch:
         best = keys.argsort()[: self._rows]
         self._samples[site.name] = keys[best], rows[best.to(rows.device)]
 
-    def _follow(self, site: LinearSite, linear: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+    def _follow(self, site: LinearSite, linear: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        followed = output if output.requires_grad else output.detach().requires_grad_(True)
         keep_T = self._kept(site, args[0].shape[:-1])
 
         def add(grad: Tensor) -> None:
@@ -130,8 +134,17 @@ class _Watch:
             self._slopes[site.name] += slope_TK.square().sum(0, dtype=torch.float64).cpu()
             self._tokens[site.name] = self._tokens.get(site.name, 0) + len(slope_TK)
 
-        if output.requires_grad:
-            output.register_hook(add)
+        followed.register_hook(add)
+        if followed is output:
+            return output
+        self._starts.append(followed)
+        return followed.clone()  # what requires gradients itself must not be written to, and models do
+
+    def differentiate(self, loss: Tensor) -> None:
+        """Backward from ``loss`` to every layer's output that it depends on."""
+        if loss.requires_grad:
+            torch.autograd.grad(loss, self._starts, allow_unused=True)
+        self._starts.clear()
 
     def stats(self, *, slopes: bool) -> dict[str, ChannelStats]:
         found = {}
@@ -164,16 +177,13 @@ def _sampled_loss(outputs: Any, batch: Mapping[str, Tensor], generator: torch.Ge
 
 
 @contextmanager
-def _only_first_parameter(model: nn.Module) -> Iterator[Tensor]:
-    """One parameter that all layers come after, the only one that gradients go to: no others are computed."""
+def _no_parameter_gradients(model: nn.Module) -> Iterator[None]:
+    """No gradient goes to a parameter within the block: `_Watch` starts its own where the first layers are."""
     flags = {p: p.requires_grad for p in model.parameters()}
-    embedding = cast(Any, model).get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
-    first = next(iter(embedding.parameters()), None) if embedding is not None else None
-    first = next(model.parameters()) if first is None else first
     try:
         for parameter in flags:
-            parameter.requires_grad_(parameter is first)
-        yield first
+            parameter.requires_grad_(False)
+        yield
     finally:
         for parameter, flag in flags.items():
             parameter.requires_grad_(flag)

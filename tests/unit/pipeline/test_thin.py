@@ -2,6 +2,7 @@
 
 import json
 import random
+import subprocess
 import sys
 
 import pytest
@@ -63,7 +64,30 @@ def test_thin_writes_a_dense_checkpoint_its_record_and_a_card(made, llama):
     assert all(torch.equal(thinned[name], value) for name, value in dense.items())
     card = (out / "README.md").read_text()
     assert "| wanted share of channels skipped | 0.4 |" in card
+    assert "transform of" not in card and record["untied_head"] is False
     assert f"| held-out perplexity | {record['measured']['quality']:.4g} (dense" in card
+
+
+def test_a_transformed_checkpoint_is_a_dense_one_of_the_same_function_and_says_so(data, tmp_path):
+    model = tiny.tiny_llama(hidden_act="silu")
+    model.config.tie_word_embeddings = True
+    model.lm_head.weight = model.model.embed_tokens.weight
+    with torch.no_grad():
+        model.model.norm.weight.add_(torch.rand(32))
+    model.save_pretrained(tmp_path / "dense")
+    tiny.byte_tokenizer().save_pretrained(tmp_path / "dense")
+    config = ThinConfig(skip_frac=0.4, score="wina", allocate="uniform", transform="orthogonal")
+    record = thin_checkpoint(str(tmp_path / "dense"), tmp_path / "out", data=data, config=config)
+    assert record["config"]["transform"] == "orthogonal" and record["untied_head"] is True
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| transform of the weights | orthogonal (same function, other numbers; the head, tied to" in card
+    without = "import sys; sys.modules['moeify'] = None; import torch; from transformers import AutoModelForCausalLM as A, logging; "
+    without += "logging.set_verbosity_error(); m = [A.from_pretrained(path) for path in sys.argv[1:]]; "
+    without += "a, b = (x(torch.arange(9)[None]).logits for x in m); print(float((a - b).abs().max() / a.abs().max()))"
+    run = [sys.executable, "-c", without, str(tmp_path / "dense"), str(tmp_path / "out")]
+    assert 0 < float(subprocess.run(run, check=True, capture_output=True, text=True).stdout) < 1e-4
+    thinned, _ = load_model(tmp_path / "out")
+    assert len(sparse_inputs(thinned)) == len(record["skipped"])
 
 
 def test_sweep_of_a_thinned_model_reaches_its_budgets_and_the_dense_model(curve):

@@ -1,7 +1,10 @@
 """Samples of inputs and slopes of the loss, against the model's own arithmetic."""
 
+import copy
+
 import pytest
 import torch
+from families.models import build
 from torch import nn
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
@@ -78,6 +81,47 @@ def test_slopes_are_the_derivatives_by_each_layers_own_use_of_its_input(llama):
         handle.remove()
         (grad,) = torch.autograd.grad(loss, leaf[0])
         torch.testing.assert_close(stats[site.name].slope_K, grad[0].square().mean(0).sqrt(), rtol=1e-4, atol=1e-6)
+
+
+def test_slopes_need_no_parameter_before_all_layers(llama):
+    class Captioner(nn.Module):
+        """Text and images; asked for text only, its first parameters have no part in the loss."""
+
+        def __init__(self):
+            super().__init__()
+            self.vision, self.text = nn.Linear(4, 16), llama
+
+        def forward(self, **inputs):
+            return self.text(**inputs)
+
+    batch, both = {"input_ids": ids(2, 8)}, Captioner()
+    found = profile_channels(both, find_linear_sites(both, batch), [batch], slopes=True)
+    alone = profile_channels(llama, find_linear_sites(llama, batch), [batch], slopes=True)
+    assert found.keys() == {f"text.{name}" for name in alone}
+    assert all(torch.equal(found[f"text.{name}"].slope_K, stats.slope_K) for name, stats in alone.items())
+
+
+def test_every_tower_that_the_loss_depends_on_has_slopes():
+    model, inputs = build("whisper")  # its embeddings are the decoder's
+    sites = find_linear_sites(model, inputs)
+    stats = profile_channels(model, sites, [inputs], slopes=True)
+    assert any(".encoder." in site.name for site in sites)
+    assert all(bool(stats[site.name].slope_K.any()) for site in sites)
+
+
+def test_a_layer_without_part_in_the_loss_is_named(llama):
+    class Aside(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.side, self.main = copy.deepcopy(llama), llama
+
+        def forward(self, **inputs):
+            self.side(**inputs)
+            return self.main(**inputs)
+
+    model, batch = Aside(), {"input_ids": ids(1, 8)}
+    with pytest.raises(DataError, match=r"the loss does not depend on 'side\.model\.layers\.0\.self_attn\.q_proj', so it has no slope"):
+        profile_channels(model, find_linear_sites(model, batch), [batch], slopes=True)
 
 
 def test_the_model_is_left_as_it_was(llama):
