@@ -406,7 +406,8 @@ def check_router(config: RouterConfig, site: FFNSite) -> None:
     """
     if isinstance(config, GateRouterConfig) and not site.is_gated:
         raise ConfigError(
-            f"'{site.name}' has no gate, which the router 'gate' reads; use 'lowrank' or 'norm', or leave it dense by the policy."
+            f"'{site.name}' has no gate, which the router 'gate' (cats, chess) reads; use 'lowrank' (predictor) or 'norm', or leave it "
+            "dense by the policy."
         )
 
 

@@ -58,8 +58,7 @@ class ThinConfig:
     def __post_init__(self) -> None:
         lookup(SCORES, self.score, where="score")
         lookup(ALLOCATIONS, self.allocate, where="allocate")
-        if not 0 <= self.skip_frac < 1:
-            raise ConfigError(f"skip_frac must be in [0, 1), got {self.skip_frac}.")
+        check_skip_frac(self.skip_frac)
         if self.allocate == "shared" and self.score != "sensitivity":
             raise ConfigError(
                 f"allocate='shared' compares layers, and {self.score!r} is no measure for that; use 'sensitivity' or 'uniform'."
@@ -147,6 +146,16 @@ def thin(
         raise
     stamp(model)
     return expected
+
+
+def check_skip_frac(skip_frac: float) -> None:
+    """Refuse a share that cannot be skipped.
+
+    Raises:
+        ConfigError: not in [0, 1), or NaN.
+    """
+    if not 0 <= skip_frac < 1:
+        raise ConfigError(f"skip_frac (--target) must be in [0, 1), got {skip_frac}.")
 
 
 def check_costs(sites: Sequence[LinearSite], costs: Mapping[str, float] | None) -> dict[str, float]:

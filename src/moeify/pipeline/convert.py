@@ -64,6 +64,7 @@ def convert_checkpoint(
     dtype: str = "float32",
     device: str = "cpu",
     weights: str = "float",
+    notes: Mapping[str, Any] | None = None,
     overwrite: bool = False,
     progress: Progress = NO_PROGRESS,
 ) -> dict[str, Any]:
@@ -78,6 +79,7 @@ def convert_checkpoint(
         dtype: of the model's weights, "float32", "bfloat16" or "float16".
         device: "cpu", "cuda" or "cuda:1": where the model runs; routers are fitted on the CPU, a layer at a time.
         weights: of the experts, "float" (as ``dtype`` says) or "int8": after everything else, and measured before and after.
+        notes: JSON values that the result is to begin with.
         overwrite: replace an earlier conversion at ``out``.
         progress: told every stage.
 
@@ -112,7 +114,7 @@ def convert_checkpoint(
         check_output(out, overwrite=overwrite)
     record = convert_model(model, batches, config=config, calibration=calibration, work=work, run=run, progress=progress)
     measured = measure_converted(model, held_out, progress=progress)
-    record |= {"data": data.data, "source": source, "versions": library_versions(), "measured": measured}
+    record = {**(notes or {}), **record, "data": data.data, "source": source, "versions": library_versions(), "measured": measured}
     if weights == "int8":
         record |= {"weights": "int8", "int8_errors": quantize(model), "measured_float": measured}
         record["measured"] = measure_converted(model, held_out, progress=progress)
