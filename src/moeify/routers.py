@@ -115,6 +115,8 @@ class Router(nn.Module):
     """Base: keeps the config, tells what a token costs, and stays fp32 when the model around it is cast."""
 
     needs_weights = False
+    is_of_weights = False
+    """Whether its scores are read off the FFN's own weights, so that a rule calibrated on them is wrong for others."""
 
     def __init__(self, config: RouterConfig) -> None:
         super().__init__()
@@ -279,6 +281,7 @@ class GateRouter(Router):
     """
 
     needs_weights = True
+    is_of_weights = True
     config: GateRouterConfig
     scale_F: Tensor
 
@@ -333,6 +336,7 @@ class LowRankRouter(Router):
     arXiv:2312.05821); as predictor Shin et al. 2024, arXiv:2407.11660. The expectation is ours.
     """
 
+    is_of_weights = True
     config: LowRankRouterConfig
     scale_F: Tensor
     up_std_F: Tensor

@@ -16,7 +16,7 @@ from ._config import lookup
 from ._progress import NO_PROGRESS, Progress
 from .channels import SparseInput, all_channels, attach_channels, check_attachable, detach_channels
 from .convert import stamp
-from .errors import ConfigError
+from .errors import ConfigError, DataError
 from .sites import ROLES, FFNSite, LinearSite, Role, find_linear_sites, linear_weight
 from .sparsity.allocation import ALLOCATIONS, Budget
 from .sparsity.blocks import BlockCalls
@@ -184,9 +184,12 @@ def score_samples(
     """
     weights, samples = {}, {}
     for site in sites:
-        weight_K = channel_weights(config.score, linear_weight(model.get_submodule(site.name)).detach(), stats[site.name])
-        weights[site.name] = weight_K / math.sqrt(site.d_out)
-        samples[site.name] = ScoreSample(channel_scores(stats[site.name].rows_RK, weights[site.name]))
+        try:
+            weight_K = channel_weights(config.score, linear_weight(model.get_submodule(site.name)).detach(), stats[site.name])
+            weights[site.name] = weight_K / math.sqrt(site.d_out)
+            samples[site.name] = ScoreSample(channel_scores(stats[site.name].rows_RK, weights[site.name]))
+        except DataError as error:
+            raise DataError(f"'{site.name}': {error}") from error
     return weights, samples
 
 

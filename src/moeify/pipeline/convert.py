@@ -14,7 +14,7 @@ from ..convert import ConvertConfig, SiteRecord, apply_site, plan_conversion
 from ..data import DataConfig, check_source
 from ..errors import ConfigError, UnsupportedModelError
 from ..hf.card import model_card
-from ..hf.checkpoint import check_output, library_versions, load_model, recover, save_checkpoint
+from ..hf.checkpoint import check_apart, check_output, library_versions, load_model, recover, save_checkpoint
 from ..hf.inputs import example_inputs
 from ..layers import moe_layers
 from ..quantize import quantize
@@ -92,6 +92,7 @@ def convert_checkpoint(
     """
     if weights not in ("float", "int8"):
         raise ConfigError(f"--weights must be float or int8, got {weights!r}.")
+    check_apart(out, source)
     work = out.with_name(out.name + ".work")
     recover(out)
     finished = finished_record(out, work)

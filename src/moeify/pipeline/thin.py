@@ -14,7 +14,7 @@ from ..channels import sparse_inputs
 from ..convert import ConvertConfig
 from ..data import DataConfig, check_source
 from ..hf.card import thinned_card
-from ..hf.checkpoint import check_output, library_versions, load_model, recover, save_checkpoint
+from ..hf.checkpoint import check_apart, check_output, library_versions, load_model, recover, save_checkpoint
 from ..hf.inputs import example_inputs
 from ..layers import check_dense
 from ..routers import GateRouterConfig, LowRankRouterConfig, OracleRouterConfig, RouterConfig
@@ -124,6 +124,7 @@ def thin_checkpoint(
     """
     if isinstance(config, NeuronConfig):
         return _thin_neurons(source, out, data=data, config=config, dtype=dtype, device=device, overwrite=overwrite, progress=progress)
+    check_apart(out, source)
     recover(out)
     check_output(out, overwrite=overwrite)
     place = torch_device(device)

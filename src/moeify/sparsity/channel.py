@@ -80,7 +80,9 @@ def channel_weights(score: str, W_NK: Tensor, stats: ChannelStats) -> Tensor:
     if not bool(weight_K.isfinite().all()):
         raise DataError(f"the {score} weights of channels hold NaN or infinity; weights or calibration data are damaged.")
     if not bool(weight_K.any()):
-        raise DataError(f"the {score} weights of all channels are 0: calibration saw nothing that matters here.")
+        raise DataError(
+            f"the {score} weights of all channels are 0: calibration saw nothing that matters here; give other data, or use another score."
+        )
     return weight_K
 
 
@@ -103,7 +105,7 @@ class ScoreSample:
         """Raises DataError where there is no score, or all are 0."""
         self._sorted = scores_RK.flatten().float().sort().values
         if not self._sorted.numel() or not bool(self._sorted[-1] > 0):
-            raise DataError("calibration saw only zeros at this layer; give other data.")
+            raise DataError("calibration saw only zeros at this layer; give other data, or leave such inputs out (roles).")
 
     def below(self, level: float) -> float:
         """Share of the scores below ``level``, in [0, 1]: what it skips."""
