@@ -327,7 +327,10 @@ class LowRankRouter(Router):
     """scores_e = root of the expert's expected energy, summed over its neurons j, given a rank-R image a = A x of the input:
 
     E[act(gate_j)^2 | a] * E[up_j^2 | a] * |down_j|^2,    gate_j ~ N(B_gate a + b_gate, s_gate^2),  up_j likewise;   without a gate the
-    first factor alone, of up.
+    first factor alone, of up;   over the geometric mean of the token's neurons.
+
+    A is of the calibration's text: of other text it leaves more out, and all of a token's predictions shrink together, though its neurons
+    do not. Their size says nothing that a threshold could use; their ratios hold.
 
     The deviations are what A leaves out of gate and up, on calibration tokens; without them a neuron whose known part is small would count
     as silent. A neuron that is predicted and turns out zero costs time, never quality.
@@ -361,7 +364,8 @@ class LowRankRouter(Router):
                 energy_TF = self._expected_square(up_TF, self.up_std_F)
             else:
                 energy_TF = self._expected_square(self.gate(a_TR), self.gate_std_F) * (up_TF.square() + self.up_std_F.square())
-        return norms_over_experts(energy_TF.sqrt() * self.scale_F, self._bounds)
+        size_TF = energy_TF.sqrt() * self.scale_F
+        return norms_over_experts(size_TF / _geometric_mean(size_TF), self._bounds)
 
     def _expected_square(self, mean_TF: Tensor, std_F: Tensor) -> Tensor:
         """E[act(z)^2], z ~ N(mean, std^2), by Gauss and Hermite's quadrature with three nodes."""
@@ -483,6 +487,12 @@ def expert_means(rows_FD: Tensor, bounds: tuple[int, ...]) -> Tensor:
 def _input_rows(weights: FFNWeights) -> Tensor:
     """The rows that decide whether a neuron fires: the gate's where there is one."""
     return weights.up_FD if weights.gate_FD is None else weights.gate_FD
+
+
+def _geometric_mean(size_TF: Tensor) -> Tensor:
+    """Of each row (T, 1); what is below a thousandth of the row's largest counts as that, so that zeros do not decide."""
+    floor_T1 = (1e-3 * size_TF.amax(dim=1, keepdim=True)).clamp_min(torch.finfo(torch.float32).tiny)
+    return size_TF.maximum(floor_T1).log().mean(dim=1, keepdim=True).exp()
 
 
 def _row_norms(down_FD: Tensor) -> Tensor:
