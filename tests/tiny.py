@@ -91,6 +91,13 @@ def edit_config(directory: Path, change: Callable[[dict[str, Any]], object]) -> 
     path.write_text(json.dumps(config))
 
 
+def silence_ffn(tensors: dict[str, torch.Tensor], layer: int) -> None:
+    """Gates far below zero: with ReLU one FFN's neurons are active on bytes above ASCII alone (`byte_tokenizer`'s ids 94 to 187)."""
+    tensors["model.embed_tokens.weight"][:, 0] = 5
+    tensors["model.embed_tokens.weight"][94:188, 0] = -5
+    tensors[f"model.layers.{layer}.mlp.gate_proj.weight"][:, 0] = -10
+
+
 def edit_tensors(directory: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
     """Apply ``change`` to the dict of tensors of a checkpoint's one safetensors file."""
     path = directory / "model.safetensors"

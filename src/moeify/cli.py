@@ -15,7 +15,7 @@ import typing
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 import typer
 
@@ -24,10 +24,9 @@ from ._terminal import make_progress, show
 from .convert import ConvertConfig
 from .data import AugmentConfig, DataConfig
 from .errors import ConfigError, MoeifyError, is_out_of_memory
-from .pipeline import STAGES, TASKS, CalibrationConfig
+from .pipeline import METHODS, STAGES, TASKS, CalibrationConfig, ChannelMethod, NeuronConfig
 from .routers import ROUTERS, GateRouterConfig, LowRankRouterConfig, NormRouterConfig
-from .select import RULES, Rule
-from .sites import ROLES
+from .select import RULES, RuleConfig
 from .sparsity import EnforcementConfig
 from .split import SPLITS
 from .thin import ThinConfig
@@ -94,13 +93,16 @@ def _option_type(hint: Any) -> tuple[type, Callable[[Any], Any] | None, str | No
     return plain, parse, plain.__name__.upper()
 
 
-def takes(parameter: str, config: type, *, skip: Sequence[str] = (), **names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def takes(
+    parameter: str, config: type, *, skip: Sequence[str] = (), build: Any = None, **names: str
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Replace a command's ``parameter`` by one option per field of ``config``, helped by the field's docstring.
 
     Args:
         parameter: keyword of the command that receives the config.
         config: config dataclass whose fields are scalars.
         skip: fields that keep their default.
+        build: makes of the dictionary of fields what the command receives; None: the config.
         names: option name of a field where it is not the field's own.
     """
     docs, hints = _config.field_docs(config), typing.get_type_hints(config)
@@ -109,7 +111,7 @@ def takes(parameter: str, config: type, *, skip: Sequence[str] = (), **names: st
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         def command(**values: Any) -> Any:
             chosen = {field.name: values.pop(option) for option, field in fields.items()}
-            return function(**values, **{parameter: _config.from_dict(config, chosen)})
+            return function(**values, **{parameter: _config.from_dict(config, chosen) if build is None else build(chosen)})
 
         options = []
         for option, field in fields.items():
@@ -325,7 +327,7 @@ def convert(
         expert_size=expert_size,
         router=_config.from_dict(_config.lookup(ROUTERS, router, where="--router")[0], given, where=f"--router {router}"),
         split=_config.lookup(SPLITS, split, where="--split")(),
-        rule=_runs_all(_config.lookup(RULES, rule, where="--rule")),
+        rule=cast(RuleConfig, _config.lookup(RULES, rule, where="--rule").all_on()),
         always_on=always_on,
         policy=_json_object(policy, option="--policy"),
         seed=seed or 0,
@@ -346,29 +348,67 @@ def convert(
     )
 
 
-@command()
+_CHANNELS = [name for name, method in METHODS.items() if isinstance(method, ChannelMethod)]
+_NEURONS = [name for name in METHODS if name not in _CHANNELS]
+_THIN_DOCS = {name: " ".join(doc.split()) for name, doc in _config.field_docs(ThinConfig).items()}
+
+
+@command(resumes=lambda values: values["method"] in _NEURONS)
 @takes("data", DataConfig, skip=("seed",), split="data_split")
-@takes("config", ThinConfig, skip=("roles", "seed"), skip_frac="target", score="method")
+@takes("options", ThinConfig, skip=("skip_frac", "score", "allocate", "roles", "seed"), build=dict)
 def thin(
     model: Model,
     *,
     data: DataConfig,
-    config: ThinConfig,
-    out: Annotated[Path, typer.Option(help="New folder: the dense checkpoint with a level for each channel.")],
-    roles: Annotated[str, typer.Option(metavar="A,B", help=_config.field_docs(ThinConfig)["roles"])] = ",".join(ROLES),
+    options: dict[str, Any],
+    out: Annotated[Path, typer.Option(help="New folder: the dense checkpoint, with what decides beside the weights.")],
+    target: Annotated[
+        float,
+        typer.Option(
+            help=f"Wanted share that is skipped, in [0, 1): of input channels, the mean over layers by their parameters; with "
+            f"{', '.join(_NEURONS)} of the neurons of each FFN."
+        ),
+    ],
+    method: Annotated[
+        str,
+        typer.Option(
+            metavar="|".join(METHODS),
+            help=f"What is skipped, and how: input channels of linear layers ({', '.join(_CHANNELS)}; teal and magnitude are the same), or "
+            f"neurons of FFNs ({', '.join(_NEURONS)}; cats and chess need a gate).",
+        ),
+    ] = next(iter(METHODS)),
+    allocate: Annotated[
+        str | None,
+        typer.Option(help=f"Of channels. {_THIN_DOCS['allocate']} By default 'shared' with 'sensitivity', else 'uniform'."),
+    ] = None,
+    roles: Annotated[str | None, typer.Option(metavar="A,B", help=f"Of channels; by default all. {_THIN_DOCS['roles']}")] = None,
     dtype: DType = "float32",
     device: Device = "cpu",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result in the output folder.")] = False,
     seed: Seed = None,
 ) -> Any:
-    """Let the linear layers of a dense model skip the input channels that matter little to a token; nothing is trained."""
+    """Let a dense model skip the input channels, or the neurons, that matter little to a token; nothing is trained."""
     from .pipeline import thin_checkpoint
 
+    chosen = _config.lookup(METHODS, method, where="--method")
+    config: ThinConfig | NeuronConfig
+    if isinstance(chosen, ChannelMethod):
+        options |= {"skip_frac": target, "score": chosen.score, "allocate": allocate or chosen.allocate, "seed": seed or 0}
+        config = _config.from_dict(ThinConfig, {**options, **({} if roles is None else {"roles": roles.split(",")})})
+    else:
+        defaults = {"allocate": None, "roles": None} | {f.name: f.default for f in dataclasses.fields(ThinConfig) if f.name in options}
+        given = [name for name, value in {**options, "allocate": allocate, "roles": roles}.items() if value != defaults[name]]
+        if given:
+            raise ConfigError(
+                f"--method {method} skips neurons of FFNs, the same share in each: leave out {_options_text(given)}, which "
+                f"{'is' if len(given) == 1 else 'are'} for channels ({', '.join(_CHANNELS)})."
+            )
+        config = NeuronConfig(method=method, skip_frac=target, seed=seed or 0)
     return thin_checkpoint(
         model,
         out,
         data=dataclasses.replace(data, seed=seed),
-        config=_config.from_dict(ThinConfig, {**_config.to_dict(config), "roles": roles.split(","), "seed": seed or 0}, where="--roles"),
+        config=config,
         dtype=dtype,
         device=device,
         overwrite=overwrite,
@@ -555,6 +595,10 @@ def _numbers(text: str, *, option: str) -> list[float]:
         raise ConfigError(f"{option} must be numbers separated by commas, got {text!r}.") from error
 
 
+def _options_text(names: Sequence[str]) -> str:
+    return ", ".join(f"--{name.replace('_', '-')}" for name in names)
+
+
 def _json_object(text: str | None, *, option: str) -> dict[str, Any]:
     if text is None:
         return {}
@@ -566,12 +610,6 @@ def _json_object(text: str | None, *, option: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ConfigError(f"{option} must be a JSON object, got {text!r}.")
     return value
-
-
-def _runs_all(rule_type: type[Rule]) -> Any:
-    """The rule with every expert running: where its calibration starts."""
-    value = rule_type.bounds[1] if rule_type.grows else rule_type.bounds[0]
-    return rule_type.at(min(value, float(2**31)))
 
 
 def _out_of_memory(error: Exception, *, options: Mapping[str, Any]) -> str:

@@ -98,6 +98,9 @@ class SiteRecord:
     """Experts that run for every token."""
     weights: Literal["float", "int8"] = "float"
     """Type of the projections' weights: the model's own, or int8 with a scale for each output."""
+    weight_norms: tuple[tuple[float, float], ...] = field(default=(), metadata=_config.LATER)
+    """Where the router reads its scores off the FFN's own weights: of gate (if there is one), up and down the norm and the signed sum that
+    they were saved with, as a `ChannelRecord` has them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -314,26 +317,43 @@ def rebuild(model: nn.Module, manifest: Manifest) -> None:
 
 
 def check_levels(model: nn.Module, manifest: Manifest) -> None:
-    """Refuse levels that belong to other weights than the model's: norm or signed sum differ by more than 1 % of the norm.
+    """Refuse levels, and rules on scores that are read off an FFN's weights, that belong to other weights than the model's: norm or signed
+    sum differ by more than 1 % of the norm.
 
-    Rounding to another dtype moves neither by as much.
+    Rounding to another dtype, or to int8, moves neither by as much.
 
     Raises:
         CheckpointError: names the first layer.
 
-    Cost: reads the weights of the manifest's layers once; two host syncs a layer.
+    Cost: reads the weights of the manifest's layers once, those of FFNs where the router needs it; two host syncs a weight.
     """
     for record in manifest.channels:
         weight_NK = linear_weight(model.get_submodule(record.site.name))
         if weight_NK.is_meta:
             continue
-        norm, projection = _fingerprint(weight_NK)
-        room = 0.01 * record.weight_norm
-        if abs(norm - record.weight_norm) > room or abs(projection - record.weight_projection) > room:
-            raise CheckpointError(
-                f"the levels of '{record.site.name}' were calibrated for other weights (of norm {record.weight_norm:.4g}, these have "
-                f"{norm:.4g}); calibrate this model itself, or load the weights that belong to the levels."
-            )
+        _check_fingerprint(f"levels of '{record.site.name}'", (record.weight_norm, record.weight_projection), _fingerprint(weight_NK))
+    for name, moe in moe_layers(model).items():
+        stored = next((record.weight_norms for record in manifest.sites if record.site.name == name), ())
+        for was, found in zip(stored, _weight_norms(moe), strict=False):
+            _check_fingerprint(f"router and rule of '{name}'", was, found)
+
+
+def _check_fingerprint(what: str, was: tuple[float, float], found: tuple[float, float]) -> None:
+    room = 0.01 * was[0]
+    if any(abs(now - then) > room for now, then in zip(found, was, strict=True)):
+        raise CheckpointError(
+            f"the {what} were calibrated for other weights (of norm {was[0]:.4g}, these have {found[0]:.4g}); calibrate this model itself, "
+            "or load the weights that they belong to."
+        )
+
+
+def _weight_norms(moe: MoEFFN) -> tuple[tuple[float, float], ...]:
+    """What `SiteRecord.weight_norms` holds of an FFN as it is now; nothing where it must not, or need not, be read."""
+    if not getattr(moe.router, "is_of_weights", False) or moe.masked_reason() is not None:
+        return ()
+    weights = moe.weights().dequantized(torch.float32)
+    matrices = (weights.gate_FD, weights.up_FD, weights.down_FD)
+    return tuple(_fingerprint(W_FD) for W_FD in matrices if W_FD is not None and not W_FD.is_meta)
 
 
 @torch.no_grad()
@@ -383,6 +403,7 @@ def manifest_of(model: nn.Module) -> Manifest:
                 rule=cast(RuleConfig, m.rule),
                 always_on=m.always_on,
                 weights="int8" if has_int8(model, m.site) else "float",
+                weight_norms=_weight_norms(m),
             )
             for m in layers.values()
         ),

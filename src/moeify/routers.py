@@ -115,6 +115,8 @@ class Router(nn.Module):
     """Base: keeps the config, tells what a token costs, and stays fp32 when the model around it is cast."""
 
     needs_weights = False
+    is_of_weights = False
+    """Whether its scores are read off the FFN's own weights, so that a rule calibrated on them is wrong for others."""
 
     def __init__(self, config: RouterConfig) -> None:
         super().__init__()
@@ -279,6 +281,7 @@ class GateRouter(Router):
     """
 
     needs_weights = True
+    is_of_weights = True
     config: GateRouterConfig
     scale_F: Tensor
 
@@ -324,7 +327,10 @@ class LowRankRouter(Router):
     """scores_e = root of the expert's expected energy, summed over its neurons j, given a rank-R image a = A x of the input:
 
     E[act(gate_j)^2 | a] * E[up_j^2 | a] * |down_j|^2,    gate_j ~ N(B_gate a + b_gate, s_gate^2),  up_j likewise;   without a gate the
-    first factor alone, of up.
+    first factor alone, of up;   over the geometric mean of the token's neurons.
+
+    A is of the calibration's text: of other text it leaves more out, and all of a token's predictions shrink together, though its neurons
+    do not. Their size says nothing that a threshold could use; their ratios hold.
 
     The deviations are what A leaves out of gate and up, on calibration tokens; without them a neuron whose known part is small would count
     as silent. A neuron that is predicted and turns out zero costs time, never quality.
@@ -333,6 +339,7 @@ class LowRankRouter(Router):
     arXiv:2312.05821); as predictor Shin et al. 2024, arXiv:2407.11660. The expectation is ours.
     """
 
+    is_of_weights = True
     config: LowRankRouterConfig
     scale_F: Tensor
     up_std_F: Tensor
@@ -357,7 +364,8 @@ class LowRankRouter(Router):
                 energy_TF = self._expected_square(up_TF, self.up_std_F)
             else:
                 energy_TF = self._expected_square(self.gate(a_TR), self.gate_std_F) * (up_TF.square() + self.up_std_F.square())
-        return norms_over_experts(energy_TF.sqrt() * self.scale_F, self._bounds)
+        size_TF = energy_TF.sqrt() * self.scale_F
+        return norms_over_experts(size_TF / _geometric_mean(size_TF), self._bounds)
 
     def _expected_square(self, mean_TF: Tensor, std_F: Tensor) -> Tensor:
         """E[act(z)^2], z ~ N(mean, std^2), by Gauss and Hermite's quadrature with three nodes."""
@@ -406,7 +414,8 @@ def check_router(config: RouterConfig, site: FFNSite) -> None:
     """
     if isinstance(config, GateRouterConfig) and not site.is_gated:
         raise ConfigError(
-            f"'{site.name}' has no gate, which the router 'gate' reads; use 'lowrank' or 'norm', or leave it dense by the policy."
+            f"'{site.name}' has no gate, which the router 'gate' (cats, chess) reads; use 'lowrank' (predictor) or 'norm', or leave it "
+            "dense by the policy."
         )
 
 
@@ -478,6 +487,12 @@ def expert_means(rows_FD: Tensor, bounds: tuple[int, ...]) -> Tensor:
 def _input_rows(weights: FFNWeights) -> Tensor:
     """The rows that decide whether a neuron fires: the gate's where there is one."""
     return weights.up_FD if weights.gate_FD is None else weights.gate_FD
+
+
+def _geometric_mean(size_TF: Tensor) -> Tensor:
+    """Of each row (T, 1); what is below a thousandth of the row's largest counts as that, so that zeros do not decide."""
+    floor_T1 = (1e-3 * size_TF.amax(dim=1, keepdim=True)).clamp_min(torch.finfo(torch.float32).tiny)
+    return size_TF.maximum(floor_T1).log().mean(dim=1, keepdim=True).exp()
 
 
 def _row_norms(down_FD: Tensor) -> Tensor:

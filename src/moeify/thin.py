@@ -16,7 +16,7 @@ from ._config import lookup
 from ._progress import NO_PROGRESS, Progress
 from .channels import SparseInput, all_channels, attach_channels, check_attachable, detach_channels, sparse_inputs
 from .convert import stamp
-from .errors import ConfigError, UnsupportedModelError
+from .errors import ConfigError, DataError, UnsupportedModelError
 from .layers import moe_layers
 from .sites import ROLES, FFNSite, LinearSite, Role, find_linear_sites, linear_weight
 from .sparsity.allocation import ALLOCATIONS, Budget
@@ -32,6 +32,8 @@ from .sparsity.channel import (
 )
 from .sparsity.channel_profile import profile_channels
 from .sparsity.transform import TRANSFORMS, transformed
+
+_SOME = 8  # one batch of so many
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,8 +66,7 @@ class ThinConfig:
         lookup(SCORES, self.score, where="score")
         lookup(ALLOCATIONS, self.allocate, where="allocate")
         lookup(TRANSFORMS, self.transform, where="transform")
-        if not 0 <= self.skip_frac < 1:
-            raise ConfigError(f"skip_frac must be in [0, 1), got {self.skip_frac}.")
+        check_skip_frac(self.skip_frac)
         if self.allocate == "shared" and self.score != "sensitivity":
             raise ConfigError(
                 f"allocate='shared' compares layers, and {self.score!r} is no measure for that; use 'sensitivity' or 'uniform'."
@@ -110,8 +111,8 @@ def thin(
         ConfigError, DataError, UnsupportedModelError: no batch, or as `find_linear_sites`, `check_attachable`, `transformed`,
             `profile_channels` and the scores; nothing is changed then.
 
-    Cost: a pass over ``batches`` (with 'sensitivity' a backward one, too), and ``refine`` forward passes; with 'greedy' ten forwards of its
-    block for each layer, over 256 tokens.
+    Cost: a pass over ``batches`` (with 'sensitivity' forward and backward, and over an eighth of them before), and ``refine`` forward
+    passes; with 'greedy' ten forwards of its block for each layer, over 256 tokens.
     """
     if not batches:
         raise ConfigError("no batch to calibrate on.")
@@ -142,8 +143,14 @@ def _attach_levels(
     progress: Progress,
 ) -> dict[str, float]:
     """Calibrate and attach executors; none stay where that fails. Returns as `thin`."""
-    profile = partial(profile_channels, model, sites, batches, rows=config.rows, compute=compute, seed=config.seed, progress=progress)
-    stats = profile(slopes=config.score == "sensitivity")
+    profile = partial(profile_channels, model, sites, rows=config.rows, compute=compute, seed=config.seed, progress=progress)
+    below = None
+    if has_slopes := config.score == "sensitivity":
+        # what skipping costs is asked of the tokens that skip; which these are, roughly, a few batches tell
+        some = score_samples(model, sites, profile(batches[::_SOME], slopes=True), config)
+        shares = None if config.allocate == "shared" else dict.fromkeys(costs, config.skip_frac)
+        below, _ = plan_levels(*some, costs, config, shares=shares)
+    stats = profile(batches, slopes=has_slopes, below=below)
     executors = {site.name: SparseInput(site, first_dense=config.first_dense) for site in sites}
 
     def set_levels(levels: Mapping[str, Tensor]) -> None:
@@ -169,13 +176,23 @@ def _attach_levels(
         levels, expected = plan_levels(weights, samples, costs, config, shares=shares)
         set_levels(levels)
         for _ in range(config.refine if config.skip_frac else 0):
-            stats = {name: replace(stats[name], rows_RK=found.rows_RK) for name, found in profile().items()}
+            stats = {name: replace(stats[name], rows_RK=found.rows_RK) for name, found in profile(batches).items()}
             levels, expected = plan_levels(*score_samples(model, sites, stats, config), costs, config, shares=shares)
             set_levels(levels)
     except BaseException:  # Ctrl-C, too: half a calibration is none
         detach_channels(model, executors)
         raise
     return expected
+
+
+def check_skip_frac(skip_frac: float) -> None:
+    """Refuse a share that cannot be skipped.
+
+    Raises:
+        ConfigError: not in [0, 1), or NaN.
+    """
+    if not 0 <= skip_frac < 1:
+        raise ConfigError(f"skip_frac (--target) must be in [0, 1), got {skip_frac}.")
 
 
 def check_costs(sites: Sequence[LinearSite], costs: Mapping[str, float] | None) -> dict[str, float]:
@@ -204,9 +221,12 @@ def score_samples(
     """
     weights, samples = {}, {}
     for site in sites:
-        weight_K = channel_weights(config.score, linear_weight(model.get_submodule(site.name)).detach(), stats[site.name])
-        weights[site.name] = weight_K / math.sqrt(site.d_out)
-        samples[site.name] = ScoreSample(channel_scores(stats[site.name].rows_RK, weights[site.name]))
+        try:
+            weight_K = channel_weights(config.score, linear_weight(model.get_submodule(site.name)).detach(), stats[site.name])
+            weights[site.name] = weight_K / math.sqrt(site.d_out)
+            samples[site.name] = ScoreSample(channel_scores(stats[site.name].rows_RK, weights[site.name]))
+        except DataError as error:
+            raise DataError(f"'{site.name}': {error}") from error
     return weights, samples
 
 

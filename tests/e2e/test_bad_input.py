@@ -56,6 +56,11 @@ def snapshot(directory):
 
 def check(directory, capsys, arguments, message):
     before = snapshot(directory)
+    check_line(capsys, arguments, message)
+    assert snapshot(directory) == before
+
+
+def check_line(capsys, arguments, message):
     code = cli.run(arguments)
     captured = capsys.readouterr()
     assert code == 2, captured
@@ -65,11 +70,25 @@ def check(directory, capsys, arguments, message):
     assert "Traceback" not in captured.err
     for part in message if isinstance(message, tuple) else (message,):
         assert part in captured.err
-    assert snapshot(directory) == before
 
 
 def convert(*options, source="dense", out="out", data=DATA):
     return ["convert", source, "--out", out, *QUICK, *SMALL, *data, *options]
+
+
+def thin(*options, method="teal", source="dense", out="out", data=DATA):
+    return [
+        "thin",
+        source,
+        "--out",
+        out,
+        "--method",
+        method,
+        *SMALL,
+        *data,
+        *([] if "--target" in options else ["--target", "0.5"]),
+        *options,
+    ]
 
 
 def sweep(*options, data=DATA):
@@ -119,6 +138,12 @@ def sweep(*options, data=DATA):
         pytest.param(convert("--policy", '{"re:.*": null}'), "leaves no FFN to convert", id="policy that leaves nothing"),
         pytest.param(convert("--policy", "nothing.json"), ("--policy must be a JSON object", "nothing.json"), id="policy file missing"),
         pytest.param(convert("--policy", "[1]"), "--policy must be a JSON object", id="policy a list"),
+        pytest.param(thin(method="chees"), ("--method", "'chees'", "did you mean 'chess'"), id="thin: unknown method"),
+        pytest.param(thin("--target", "1"), "(--target) must be in [0, 1), got 1", id="thin: everything"),
+        pytest.param(thin("--target", "nan", method="cats"), "(--target) must be in [0, 1), got nan", id="thin: target nan"),
+        pytest.param(thin("--allocate", "gready"), ("allocate", "did you mean 'greedy'"), id="thin: unknown allocation"),
+        pytest.param(thin("--roles", "ffn"), ("roles", "'ffn_hidden'", "got 'ffn'"), id="thin: unknown role"),
+        pytest.param(thin("--roles", "ffn_in", method="cats"), "leave out --roles, which is for channels", id="thin: roles of neurons"),
         pytest.param(sweep("--rule", "top_k"), ("'top_k'", "did you mean 'topk'"), id="sweep: unknown rule"),
         pytest.param(sweep("--values", "0.1;0.2"), "--values must be numbers separated by commas", id="sweep: values no numbers"),
         pytest.param(sweep("--values=-1"), ("Threshold.theta", "at least 0, got -1"), id="sweep: value out of range"),
@@ -140,6 +165,7 @@ def test_bad_option_is_one_line(here, capsys, arguments, message):
     ("content", "options", "message"),
     [
         pytest.param(b"", [], "'data.txt'", id="empty"),
+        pytest.param(b"\n \n\n", [], ("'data.txt'", "no text"), id="blank"),
         pytest.param(b"\x00\x01\x02\xff\xfe" * 100, [], ("'data.txt'", "binary"), id="binary"),
         pytest.param(b"too short", [], ("data.txt", "32"), id="shorter than one window"),
         pytest.param(None, [], "data.txt", id="missing"),
@@ -149,7 +175,7 @@ def test_bad_option_is_one_line(here, capsys, arguments, message):
         pytest.param(b"text " * 100, ["--data-split", "tset"], ("tset", "validation"), id="unknown split"),
     ],
 )
-@pytest.mark.parametrize("command", [convert, sweep])
+@pytest.mark.parametrize("command", [convert, sweep, thin])
 def test_bad_text_file_is_one_line(here, capsys, command, content, options, message):
     if content is not None:
         (here / "data.txt").write_bytes(content)
@@ -602,3 +628,45 @@ def test_model_of_a_bad_dtype_range_is_one_line(here, capsys):
     tiny.edit_tensors(here / "dense", lambda tensors: tensors["model.norm.weight"].fill_(1e6))
     assert torch.tensor(1e6, dtype=torch.float16).isinf()
     check(here, capsys, convert("--dtype", "float16"), ("'model.norm.weight'", "infinite"))
+
+
+# -- thin ----------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["teal", "sensitivity", "cats", "predictor"])
+def test_a_layer_where_calibration_saw_only_zeros_is_one_line(here, capsys, method):
+    tiny.edit_tensors(here / "dense", lambda tensors: tiny.silence_ffn(tensors, 1))
+    before = snapshot(here)
+    check_line(capsys, thin(method=method), ("'model.layers.1.mlp", "calibration saw"))
+    shutil.rmtree(here / "out.work", ignore_errors=True)  # of neurons: what was fitted already, for the same command
+    assert snapshot(here) == before
+
+
+@pytest.mark.parametrize("method", ["cats", "chess"])
+def test_a_gate_method_for_ffns_without_a_gate_is_one_line(here, capsys, method):
+    config = transformers.GPT2Config(vocab_size=tiny.VOCAB, n_embd=16, n_head=2, n_layer=1, n_positions=64)
+    transformers.GPT2LMHeadModel(config).save_pretrained(here / "gpt2")
+    tiny.byte_tokenizer().save_pretrained(here / "gpt2")
+    check(here, capsys, thin(method=method, source="gpt2"), ("'transformer.h.0.mlp' has no gate", "'lowrank' (predictor)"))
+
+
+@pytest.mark.parametrize("method", ["teal", "chess", "predictor"])
+def test_thresholds_of_other_weights_are_one_line(here, capsys, method):
+    assert cli.run(thin(method=method)) == 0
+    capsys.readouterr()
+    tiny.edit_tensors(here / "out", lambda tensors: tensors["model.layers.1.mlp.up_proj.weight"].mul_(1.1))
+    for arguments in (["generate", "out", "a"], ["sweep", "out", *SMALL, *DATA]):
+        check(here, capsys, arguments, ("'model.layers.1.mlp", "were calibrated for other weights", "calibrate this model itself"))
+
+
+@pytest.mark.parametrize("command", [convert, thin])
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [
+        ("dense", "'dense' is the source, which is never written to"),
+        ("dense/new/thin", "'dense/new/thin' lies in the source 'dense', which is never written to"),
+        (".", "'.' holds the source 'dense', which is never replaced"),
+    ],
+)
+def test_an_output_within_or_around_the_source_is_one_line(here, capsys, command, out, message):
+    check(here, capsys, command("--overwrite", out=out), (message, "choose another --out"))

@@ -21,13 +21,15 @@ from moeify._progress import NO_PROGRESS
 from moeify.data import AugmentConfig, DataConfig
 from moeify.errors import CheckpointError, TrainingError
 from moeify.layers import moe_layers
+from moeify.pipeline import METHODS, NeuronConfig
 from moeify.sparsity import EnforcementConfig
+from moeify.thin import ThinConfig
 from moeify.train.distill import DistillConfig
 from moeify.train.loop import TrainConfig
 from moeify.train.sparsify import SparsifyConfig
 
 SMALL = ["--window", "32", "--max-tokens", "640", "--data", "builtin:pydoc"]
-COMMANDS = ("profile", "sparsify", "convert", "quantize", "sweep", "generate", "report", "doctor", "demo")
+COMMANDS = ("profile", "sparsify", "convert", "thin", "quantize", "sweep", "generate", "report", "doctor", "demo")
 
 
 @pytest.fixture(autouse=True)
@@ -189,6 +191,7 @@ def test_convert_with_options_of_router_and_experts_writes_them_to_the_manifest(
     [
         (["convert", "m", "--data", "d", "--out", "o"], "convert_checkpoint"),
         (["sparsify", "m", "--data", "d", "--out", "o", "--steps", "1"], "sparsify_checkpoint"),
+        (["thin", "m", "--data", "d", "--out", "o", "--target", "0.5"], "thin_checkpoint"),
         (["sweep", "m", "--data", "d"], "sweep_checkpoint"),
         (["profile", "m", "--data", "d"], "profile_checkpoint"),
         (["generate", "m", "text"], "generate_text"),
@@ -301,6 +304,90 @@ def test_sparsify_options_reach_the_configs(sparsify_call, tmp_path, capsys):
     assert (got["task"], got["overwrite"], got["augment"]) == ("masked-lm", True, AugmentConfig(flip=True, crop=4))
     assert cli.run([*arguments, "--batch-tokens", "64"]) == 0
     assert got["batch_tokens"] == 64
+
+
+# -- thin ----------------------------------------------------------------------------------------------------------------------------
+
+THIN = ["thin", "m", "--data", "d", "--out", "o"]
+
+
+@pytest.fixture
+def thin_call(monkeypatch):
+    got = {}
+
+    def take(source, out, **options):
+        got.update(options, source=source, out=out)
+        return {}
+
+    monkeypatch.setattr("moeify.pipeline.thin_checkpoint", take)
+    return got
+
+
+def test_help_of_thin_lists_every_method():
+    text = " ".join(CliRunner().invoke(cli.app, ["thin", "--help"], terminal_width=10_000).output.split())
+    assert "|".join(METHODS) in text
+    assert "with cats, chess, predictor, topk of the neurons of each FFN" in text
+
+
+@pytest.mark.parametrize(
+    ("options", "config"),
+    [
+        ([], ThinConfig(skip_frac=0.4)),
+        (["--method", "teal"], ThinConfig(skip_frac=0.4, score="magnitude", allocate="uniform")),
+        (["--method", "magnitude"], ThinConfig(skip_frac=0.4, score="magnitude", allocate="uniform")),
+        (["--method", "wina", "--allocate", "greedy"], ThinConfig(skip_frac=0.4, score="wina", allocate="greedy")),
+        (
+            ["--roles", "attn_in,ffn_in", "--rows", "7", "--first-dense", "0", "--refine", "2", "--seed", "3"],
+            ThinConfig(skip_frac=0.4, roles=("attn_in", "ffn_in"), rows=7, first_dense=0, refine=2, seed=3),
+        ),
+        *((["--method", name], NeuronConfig(method=name, skip_frac=0.4)) for name in ("cats", "chess", "predictor", "topk")),
+        (["--method", "chess", "--seed", "3"], NeuronConfig(method="chess", skip_frac=0.4, seed=3)),
+    ],
+)
+def test_thin_options_reach_the_config(thin_call, options, config):
+    assert cli.run([*THIN, "--target", "0.4", *options]) == 0
+    assert thin_call["config"] == config
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--method", "catz"], "--method: unknown name 'catz'; did you mean 'cats'?"),
+        (["--method", "wina", "--allocate", "shared"], "'wina' is no measure for that; use 'sensitivity' or 'uniform'."),
+        (
+            ["--method", "cats", "--allocate", "uniform"],
+            "leave out --allocate, which is for channels (sensitivity, teal, magnitude, wina).",
+        ),
+        (["--method", "topk", "--roles", "ffn_in", "--refine", "0"], "the same share in each: leave out --refine, --roles, which are for"),
+    ],
+)
+def test_thin_with_options_that_do_not_go_together_is_one_line(thin_call, capsys, options, message):
+    code, out, err = run(capsys, *THIN, "--target", "0.4", *options)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert message in err
+    assert not thin_call
+
+
+@pytest.mark.parametrize("method", ["sensitivity", "chess"])
+@pytest.mark.parametrize("target", ["1", "1.5", "-0.1", "nan"])
+def test_thin_with_a_target_out_of_range_is_one_line(thin_call, capsys, method, target):
+    line = f"error: skip_frac (--target) must be in [0, 1), got {float(target)}.\n"
+    assert run(capsys, *THIN, "--method", method, f"--target={target}") == (2, "", line)
+    assert not thin_call
+
+
+@pytest.mark.parametrize("method", ["cats", "topk"])
+def test_thin_of_neurons_says_what_was_skipped_and_sweep_and_report_take_it(dense, tmp_path, capsys, method):
+    out = tmp_path / "thin"
+    code, text, err = run(capsys, "thin", dense, "--out", out, "--method", method, "--target", "0.5", *SMALL)
+    assert (code, err) == (0, "")
+    assert text.startswith(f"method: {method}\nskips: neurons of FFNs\nskip_frac: 0.5\n")
+    assert "| skips | neurons of FFNs |" in (out / "README.md").read_text()
+    code, text, err = run(capsys, "sweep", out, "--targets", "0.3", "--out", out / "curve.json", "--json", *SMALL)
+    assert (code, err) == (0, "")
+    fractions = [point["active_fraction"] for point in json.loads(text)["points"]]
+    assert fractions == pytest.approx([0.3, 0.5], abs=0.05)
+    assert run(capsys, "report", out)[0] == 0
 
 
 @pytest.fixture(scope="module")
@@ -578,6 +665,8 @@ def test_debug_shows_the_traceback_before_the_line(failing, capsys):
         pytest.param(["sweep", "m", "--data", "d", "--out", "o"], True, id="sweep with a file"),
         pytest.param(["sweep", "m", "--data", "d"], False, id="sweep without a file"),
         pytest.param(["pipeline", "recipes/gpt_pydoc.toml", "--out", "o"], True, id="pipeline"),
+        pytest.param(["thin", "m", "--data", "d", "--out", "o", "--target", "0.5", "--method", "chess"], True, id="thin: neurons"),
+        pytest.param(["thin", "m", "--data", "d", "--out", "o", "--target", "0.5"], False, id="thin: channels"),
         pytest.param(["profile", "m", "--data", "d"], False, id="profile"),
         pytest.param(["generate", "m", "text"], False, id="generate"),
     ],
@@ -586,7 +675,8 @@ def test_interrupt_exits_with_130_and_says_whether_it_resumes(monkeypatch, capsy
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    for name in ("convert_checkpoint", "sparsify_checkpoint", "sweep_checkpoint", "profile_checkpoint", "generate_text", "read_recipe"):
+    names = ("convert", "sparsify", "thin", "sweep", "profile")
+    for name in (*(f"{name}_checkpoint" for name in names), "generate_text", "read_recipe"):
         monkeypatch.setattr(f"moeify.pipeline.{name}", interrupt)
     line = "error: interrupted; the same command again continues where it stopped.\n" if resumes else "error: interrupted.\n"
     assert run(capsys, *arguments) == (130, "", line)

@@ -171,7 +171,7 @@ def test_convert_with_always_on_and_no_activations_touches_nothing(model, sites,
 def test_gate_router_for_ffns_without_a_gate_is_refused_and_nothing_is_touched():
     model = GPT2LMHeadModel(GPT2Config(vocab_size=257, n_embd=16, n_head=2, n_layer=1, n_positions=32)).eval()
     before, sites = snapshot(model), find_ffn_sites(model, tiny_inputs())
-    with pytest.raises(ConfigError, match=r"'transformer\.h\.0\.mlp' has no gate, which the router 'gate' reads"):
+    with pytest.raises(ConfigError, match=r"'transformer\.h\.0\.mlp' has no gate, which the router 'gate' \(cats, chess\) reads"):
         convert(model, config(expert_size=1, router=GateRouterConfig()), sites=sites)
     assert_untouched(model, before)
 

@@ -265,6 +265,10 @@ def fitted_low_rank(weights, x_TD, *, rank, gated, num_experts=26, activation="s
     return router
 
 
+def of_largest(scores_TE):
+    return scores_TE / scores_TE.amax(1, keepdim=True)
+
+
 @pytest.mark.parametrize("num_experts", [26, 6])
 @pytest.mark.parametrize("gated", [False, True])
 def test_low_rank_router_of_full_rank_gives_the_true_contributions(gated, num_experts):
@@ -273,7 +277,7 @@ def test_low_rank_router_of_full_rank_gives_the_true_contributions(gated, num_ex
     h_TF = ffn_hidden(x_TD, weights, activation="silu") * weights.down_FD.norm(dim=1)
     bounds = expert_bounds(26, num_experts)
     expected = torch.stack([h_TF[:, a:b].norm(dim=1) for a, b in zip(bounds, bounds[1:], strict=False)], dim=1)
-    torch.testing.assert_close(router(x_TD), expected, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(of_largest(router(x_TD)), of_largest(expected), rtol=1e-3, atol=1e-4)
 
 
 def test_low_rank_router_is_exact_where_the_inputs_have_its_rank():
@@ -281,7 +285,18 @@ def test_low_rank_router_is_exact_where_the_inputs_have_its_rank():
     x_TD = torch.randn(200, 3) @ torch.randn(3, D)
     router = fitted_low_rank(weights, x_TD, rank=3, gated=True)
     expected = (ffn_hidden(x_TD, weights, activation="silu") * weights.down_FD.norm(dim=1)).abs()
-    torch.testing.assert_close(router(x_TD), expected, rtol=2e-2, atol=1e-2)
+    torch.testing.assert_close(of_largest(router(x_TD)), of_largest(expected), rtol=2e-2, atol=1e-2)
+
+
+def test_low_rank_router_gives_the_same_scores_however_much_of_a_token_it_sees():
+    weights, x_TD = random_ffn(D, 26, gated=True), torch.randn(200, D)
+    router = build_router(LowRankRouterConfig(rank=D), site=site_of(26, gated=True, activation="relu"), num_experts=26)
+    fit_router(router, x_TD, weights, activation="relu", num_experts=26, config=RouterTrainConfig())
+    scores_TE = router(x_TD)
+    torch.testing.assert_close(router(0.1 * x_TD), scores_TE, rtol=2e-2, atol=2e-2)
+    assert bool((scores_TE < 1e-2).any()), "ReLU leaves neurons at zero, which must not decide the mean"
+    assert scores_TE.amax(1).median() < 100
+    assert torch.equal(router(torch.zeros(2, D)), torch.zeros(2, 26))
 
 
 @pytest.mark.parametrize("gated", [False, True])
@@ -298,7 +313,8 @@ def test_low_rank_routers_energy_is_the_mean_over_what_it_does_not_see(gated):
         std_F.copy_(torch.tensor([2.0, 0.0]))
         router.scale_F.copy_(torch.tensor([1.0, 10.0]))
     energy = (5**4 + 6 * 5**2 * 2**2 + 3 * 2**4) * (1 + 3**2 if gated else 1)
-    torch.testing.assert_close(router(torch.zeros(1, D)), torch.tensor([[energy**0.5, 90.0 * (2 if gated else 1)]]))
+    size_F = torch.tensor([energy**0.5, 90.0 * (2 if gated else 1)])
+    torch.testing.assert_close(router(torch.zeros(1, D)), (size_F / size_F.prod().sqrt())[None])
 
 
 def test_low_rank_router_captures_more_with_more_rank_and_more_than_chance():

@@ -4,11 +4,11 @@ import sys
 
 import pytest
 import torch
-from tiny import tiny_llama
+from tiny import silence_ffn, tiny_inputs, tiny_llama
 
 from moeify.channels import record_channels, sparse_inputs
 from moeify.convert import ConvertConfig, convert, to_dense
-from moeify.errors import ConfigError, UnsupportedModelError
+from moeify.errors import ConfigError, DataError, UnsupportedModelError
 from moeify.evaluate import default_metric
 from moeify.layers import moe_layers, set_mode
 from moeify.sites import find_ffn_sites
@@ -153,7 +153,7 @@ def test_levels_set_again_in_the_sparse_model_keep_every_layer_at_its_share():
 
 
 def test_options_that_mean_nothing_are_refused_and_nothing_is_changed():
-    with pytest.raises(ConfigError, match=r"skip_frac must be in \[0, 1\), got 1"):
+    with pytest.raises(ConfigError, match=r"skip_frac \(--target\) must be in \[0, 1\), got 1"):
         ThinConfig(skip_frac=1.0)
     with pytest.raises(ConfigError, match="'wina' is no measure for that"):
         ThinConfig(skip_frac=0.5, score="wina")
@@ -170,6 +170,18 @@ def test_options_that_mean_nothing_are_refused_and_nothing_is_changed():
     model = tiny_llama()
     with pytest.raises(ConfigError, match="no batch"):
         thin(model, [], ThinConfig(skip_frac=0.5))
+    assert not sparse_inputs(model)
+
+
+@pytest.mark.parametrize("score", ["magnitude", "sensitivity"])
+def test_a_layer_where_calibration_saw_only_zeros_is_named_and_nothing_is_changed(score):
+    model = tiny_llama().eval()
+    with torch.no_grad():
+        silence_ffn(model.state_dict(), 1)
+    sites = find_ffn_sites(model, tiny_inputs())
+    ascii_ids = torch.arange(64).view(4, 16)
+    with pytest.raises(DataError, match=r"'model\.layers\.1\.mlp\.(gate|down)_proj': .*calibration saw"):
+        thin(model, [{"input_ids": ascii_ids}], ThinConfig(skip_frac=0.5, score=score, allocate="uniform"), ffn_sites=sites)
     assert not sparse_inputs(model)
 
 

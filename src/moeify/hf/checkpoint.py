@@ -216,6 +216,20 @@ def check_output(out: Path, *, overwrite: bool) -> None:
     check_writable(next(p for p in out.absolute().parents if p.exists()), out)
 
 
+def check_apart(out: Path, source: str | os.PathLike[str]) -> None:
+    """Refuse an output folder that is the source, lies in it, or holds it: a source is never written to, nor replaced.
+
+    Raises:
+        CheckpointError: it does; names both.
+    """
+    folder, new = Path(source).expanduser().resolve(), out.expanduser().resolve()
+    if folder.is_dir() and new.is_relative_to(folder):
+        where = "is the source" if new == folder else f"lies in the source '{source}'"
+        raise CheckpointError(f"the output folder '{out}' {where}, which is never written to; choose another --out.")
+    if folder.exists() and folder.is_relative_to(new):
+        raise CheckpointError(f"the output folder '{out}' holds the source '{source}', which is never replaced; choose another --out.")
+
+
 def check_writable(folder: Path, out: Path) -> None:
     """Make a nameless file in ``folder``: permissions alone do not tell (a read-only file system, root).
 

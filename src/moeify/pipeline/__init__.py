@@ -1,9 +1,9 @@
 """The command line's verbs as functions: source checkpoint in, converted checkpoint or measurement out.
 
 `sparsify` trains a dense checkpoint, `convert` makes a converted one, `quantize` one with int8 weights of it, `thin` one that skips
-channels; `work` keeps what an interrupted run has done, `heldout` measures the result, `measure` holds the other verbs, `inputs` reads
-batches of each kind of model, `tasks` knows what a model is trained for, `names` knows types and devices by name. `recipe`, `stages`,
-`run_recipe` and `results` carry out whole experiments, from the model that `start` loads or builds.
+channels or neurons; `work` keeps what an interrupted run has done, `heldout` measures the result, `measure` holds the other verbs,
+`inputs` reads batches of each kind of model, `tasks` knows what a model is trained for, `names` knows types and devices by name. `recipe`,
+`stages`, `run_recipe` and `results` carry out whole experiments, from the model that `start` loads or builds.
 """
 
 from ..train.calibration import TARGETS as TARGETS
@@ -24,5 +24,9 @@ from .run_recipe import STAGES as STAGES
 from .run_recipe import run_recipe as run_recipe
 from .sparsify import sparsify_checkpoint as sparsify_checkpoint
 from .tasks import TASKS as TASKS
+from .thin import METHODS as METHODS
+from .thin import ChannelMethod as ChannelMethod
+from .thin import NeuronConfig as NeuronConfig
+from .thin import NeuronMethod as NeuronMethod
 from .thin import thin_checkpoint as thin_checkpoint
 from .thin import thin_model as thin_model

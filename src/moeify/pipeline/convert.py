@@ -14,7 +14,7 @@ from ..convert import ConvertConfig, SiteRecord, apply_site, plan_conversion
 from ..data import DataConfig, check_source
 from ..errors import ConfigError, UnsupportedModelError
 from ..hf.card import model_card
-from ..hf.checkpoint import check_output, library_versions, load_model, recover, save_checkpoint
+from ..hf.checkpoint import check_apart, check_output, library_versions, load_model, recover, save_checkpoint
 from ..hf.inputs import example_inputs
 from ..layers import moe_layers
 from ..quantize import quantize
@@ -64,6 +64,7 @@ def convert_checkpoint(
     dtype: str = "float32",
     device: str = "cpu",
     weights: str = "float",
+    notes: Mapping[str, Any] | None = None,
     overwrite: bool = False,
     progress: Progress = NO_PROGRESS,
 ) -> dict[str, Any]:
@@ -78,6 +79,7 @@ def convert_checkpoint(
         dtype: of the model's weights, "float32", "bfloat16" or "float16".
         device: "cpu", "cuda" or "cuda:1": where the model runs; routers are fitted on the CPU, a layer at a time.
         weights: of the experts, "float" (as ``dtype`` says) or "int8": after everything else, and measured before and after.
+        notes: JSON values that the result is to begin with.
         overwrite: replace an earlier conversion at ``out``.
         progress: told every stage.
 
@@ -90,6 +92,7 @@ def convert_checkpoint(
     """
     if weights not in ("float", "int8"):
         raise ConfigError(f"--weights must be float or int8, got {weights!r}.")
+    check_apart(out, source)
     work = out.with_name(out.name + ".work")
     recover(out)
     finished = finished_record(out, work)
@@ -112,7 +115,7 @@ def convert_checkpoint(
         check_output(out, overwrite=overwrite)
     record = convert_model(model, batches, config=config, calibration=calibration, work=work, run=run, progress=progress)
     measured = measure_converted(model, held_out, progress=progress)
-    record |= {"data": data.data, "source": source, "versions": library_versions(), "measured": measured}
+    record = {**(notes or {}), **record, "data": data.data, "source": source, "versions": library_versions(), "measured": measured}
     if weights == "int8":
         record |= {"weights": "int8", "int8_errors": quantize(model), "measured_float": measured}
         record["measured"] = measure_converted(model, held_out, progress=progress)

@@ -1,8 +1,9 @@
-"""From a dense checkpoint to one whose linear layers skip input channels, without any training."""
+"""From a dense checkpoint to one that skips input channels of linear layers, or neurons of FFNs, without any training."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -10,17 +11,22 @@ from torch import Tensor, nn
 from .. import _config
 from .._progress import NO_PROGRESS, Progress
 from ..channels import sparse_inputs
+from ..convert import ConvertConfig
 from ..data import DataConfig, check_source
 from ..hf.card import thinned_card
-from ..hf.checkpoint import check_output, library_versions, load_model, recover, save_checkpoint
+from ..hf.checkpoint import check_apart, check_output, library_versions, load_model, recover, save_checkpoint
 from ..hf.inputs import example_inputs
 from ..layers import check_dense
+from ..routers import GateRouterConfig, LowRankRouterConfig, OracleRouterConfig, RouterConfig
+from ..select import Rule, RuleConfig, Threshold, TopK
 from ..sites import find_ffn_sites
 from ..sparsity.channel import ScoreSample, shared_level
 from ..sparsity.channel_profile import profile_channels
-from ..thin import ThinConfig, check_costs, thin
+from ..split import ContiguousSplit
+from ..thin import ThinConfig, check_costs, check_skip_frac, thin
 from ..train.calibration import TARGETS
 from ..train.capture import fast_dtype
+from .convert import CalibrationConfig, convert_checkpoint
 from .heldout import card_rows, measure_converted
 from .inputs import calibration_batches, hold_out
 from .names import torch_device, torch_dtype
@@ -28,38 +34,99 @@ from .names import torch_device, torch_dtype
 _KNOB_BATCHES = 8  # whose channels give the levels of other budgets
 
 
+@dataclass(frozen=True, kw_only=True)
+class ChannelMethod:
+    """Input channels of linear layers are skipped (`moeify.thin`)."""
+
+    score: str
+    """`ThinConfig.score`."""
+    allocate: str = "uniform"
+    """`ThinConfig.allocate` where nothing else is asked for."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NeuronMethod:
+    """Neurons of FFNs are skipped: a router over experts of one neuron each, of which nothing is trained."""
+
+    router: RouterConfig
+    """What a neuron's worth is read off."""
+    rule: type[Rule] = Threshold
+    """Rule that it is calibrated with."""
+
+
+METHODS: dict[str, ChannelMethod | NeuronMethod] = {
+    "sensitivity": ChannelMethod(score="sensitivity", allocate="shared"),
+    "teal": ChannelMethod(score="magnitude"),
+    "magnitude": ChannelMethod(score="magnitude"),  # what configs call it
+    "wina": ChannelMethod(score="wina"),
+    "cats": NeuronMethod(router=GateRouterConfig(scale="none")),
+    "chess": NeuronMethod(router=GateRouterConfig(scale="up")),
+    "predictor": NeuronMethod(router=LowRankRouterConfig(rank=128)),
+    "topk": NeuronMethod(router=OracleRouterConfig(of="activation"), rule=TopK),
+}
+"""Methods without training by the name that the command line uses; one joins by a line."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NeuronConfig:
+    """How many neurons of every FFN are skipped, and by which method."""
+
+    method: str
+    """Key of `METHODS` that is a `NeuronMethod`: 'cats', 'chess', 'predictor' or 'topk'."""
+    skip_frac: float
+    """Wanted share of skipped neurons, in [0, 1), the same in every FFN."""
+    seed: int = 0
+    """Recorded; nothing is drawn."""
+
+    def __post_init__(self) -> None:
+        check_skip_frac(self.skip_frac)
+        self.chosen()
+
+    def chosen(self) -> NeuronMethod:
+        """The method's line of the table.
+
+        Raises:
+            ConfigError: there is none, or it is of channels.
+        """
+        return _config.lookup({name: one for name, one in METHODS.items() if isinstance(one, NeuronMethod)}, self.method, where="method")
+
+
 def thin_checkpoint(
     source: str,
     out: Path,
     *,
     data: DataConfig,
-    config: ThinConfig,
+    config: ThinConfig | NeuronConfig,
     dtype: str = "float32",
     device: str = "cpu",
     overwrite: bool = False,
     progress: Progress = NO_PROGRESS,
 ) -> dict[str, Any]:
-    """Make the linear layers of a checkpoint skip input channels: read, calibrate, measure, save. Its weights stay as they are, but for
-    ``config.transform``.
+    """Make a checkpoint skip input channels of linear layers, or neurons of FFNs: read, calibrate, measure, save; no weight changes, but
+    for ``config.transform``.
 
     Args:
         source: Hub id, folder or ``.gguf`` file of a dense model; never written to.
-        out: new folder: a valid dense checkpoint, with the levels of the channels beside the weights.
+        out: new folder: a valid dense checkpoint, with the levels of the channels, or the routers, beside the weights.
         data: calibration data; one sequence of 50 is kept to measure the result.
-        config: what to skip.
+        config: what to skip: channels, or neurons, which gives the checkpoint that `convert_checkpoint` makes of experts of one neuron.
         dtype: of the weights, "float32", "bfloat16" or "float16".
         device: "cpu", "cuda" or "cuda:1".
         overwrite: replace an earlier result at ``out``.
         progress: told every stage.
 
     Returns:
-        What ``moeify.json`` holds under "calibration": ``method``, ``config``, ``skipped`` (share of each layer's channels on calibration
-        data), ``knobs`` (factors of the levels for other budgets, which `sweep_checkpoint` reads), ``untied_head`` (whether the
-        transform gave a tied head a matrix of its own), ``measured`` (`measure_converted`).
+        What ``moeify.json`` holds under "calibration": ``method``, ``skips`` (what is skipped), ``config``, ``skipped`` (share of each
+        layer's channels on calibration data), ``knobs`` (factors of the levels for other budgets, which `sweep_checkpoint` reads),
+        ``untied_head`` (whether the transform gave a tied head a matrix of its own), ``measured`` (`measure_converted`); of neurons
+        ``method``, ``skips``, ``skip_frac`` and what `convert_checkpoint` returns.
 
     Raises:
         MoeifyError: see `errors`; whatever goes wrong, ``source`` and an existing ``out`` are untouched.
     """
+    if isinstance(config, NeuronConfig):
+        return _thin_neurons(source, out, data=data, config=config, dtype=dtype, device=device, overwrite=overwrite, progress=progress)
+    check_apart(out, source)
     recover(out)
     check_output(out, overwrite=overwrite)
     place = torch_device(device)
@@ -78,6 +145,20 @@ def thin_checkpoint(
     card = thinned_card(model, name=out.name, record=record, results=card_rows(record["measured"]))
     save_checkpoint(model, processor, out, calibration=record, card=card, overwrite=overwrite, progress=progress)
     return record
+
+
+def _thin_neurons(source: str, out: Path, *, data: DataConfig, config: NeuronConfig, **options: Any) -> dict[str, Any]:
+    method = config.chosen()
+    experts = ConvertConfig(
+        expert_size=1,
+        router=method.router,
+        split=ContiguousSplit(),
+        rule=cast(RuleConfig, method.rule.all_on()),
+        seed=config.seed,
+    )
+    calibration = CalibrationConfig(target_active=1 - config.skip_frac, max_tokens=data.max_tokens, window=data.window, seed=config.seed)
+    notes = {"method": config.method, "skips": "neurons of FFNs", "skip_frac": config.skip_frac}
+    return convert_checkpoint(source, out, data=data, config=experts, calibration=calibration, notes=notes, **options)
 
 
 def thin_model(
@@ -108,6 +189,7 @@ def thin_model(
     adopt(model)
     return {
         "method": config.score,
+        "skips": "input channels of linear layers",
         "config": _config.to_dict(config),
         "tokens": sum(next(iter(batch.values())).shape[:2].numel() for batch in batches),
         "skipped": skipped,

@@ -58,6 +58,11 @@ class Rule(ABC):
         is_whole = isinstance(value, float) and value.is_integer() and cls.__annotations__[cls.knob] is int
         return from_dict(cls, {cls.knob: int(value) if is_whole else value})
 
+    @classmethod
+    def all_on(cls: type[R]) -> R:
+        """The rule with every expert running: where its calibration starts."""
+        return cls.at(min(cls.bounds[1] if cls.grows else cls.bounds[0], float(2**31)))
+
 
 def by_rank(scores_TE: Tensor, value: Callable[[Tensor], Tensor]) -> Tensor:
     """What `Rule.critical` of a rule on sorted scores is: a number for each expert, made from its row in descending order.

@@ -18,6 +18,7 @@ Then the formula with the site's weights must give what `down` gave in pass 1. W
 """
 
 import re
+import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, replace
@@ -37,6 +38,7 @@ _SCREENED_VALUES = 256  # values per candidate compared in pass 1; pass 2 compar
 _WINDOW = 8  # how many leaf calls before `down` its projections may lie; an adapter's two leaves on each of gate and up make 6
 _ROUNDINGS = 16.0  # accepted distance from a formula, in units of the last place of the values that enter it
 _FORWARD_TOLERANCE = 0.01  # relative distance that two forwards of one model may have: 0 on a CPU, atomics on a GPU
+_SILENT = "its neurons are all zero in the probe forward, so nothing shows what it computes"
 _MEASURED = re.compile(r" \(relative error [^)]*\)")
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)  # cannot hold a new child: they run, or list, whatever they contain
 
@@ -69,7 +71,7 @@ def find_ffn_sites(model: nn.Module, example_inputs: Mapping[str, Any]) -> list[
         example_inputs: keyword arguments of one forward; a few tokens are enough. Only what runs in this forward can be found.
 
     Returns:
-        At least one site.
+        At least one site. An FFN whose neurons are all zero in that forward is left out with a warning: nothing shows what it computes.
 
     Raises:
         UnsupportedModelError: no FFN can be converted (names each near miss and its reason), or the weights are on the meta device.
@@ -82,6 +84,9 @@ def find_ffn_sites(model: nn.Module, example_inputs: Mapping[str, Any]) -> list[
     if not found.sites:
         misses = _summary(found.refused) or "no two of its linear layers compute act(x W1) W2 in this forward"
         raise UnsupportedModelError(f"no FFN of {type(model).__name__} can be converted: {misses}.")
+    for refusal in found.refused:
+        if refusal.reason == _SILENT:
+            warnings.warn(f"'{refusal.path}' is left as it is: {_SILENT}.", stacklevel=2)
     return list(found.sites)
 
 
@@ -304,7 +309,8 @@ def _prove_driven(probe: Probe, watched: Trace, candidates: list[_Candidate], re
     for candidate in candidates:
         named = _recognise(probe, candidate, driven)
         if isinstance(named, str):
-            refused.append(Refusal(candidate.host, named))
+            is_silent = not bool(watched.calls[candidate.wiring.down].x_RD.any())  # any wiring explains that, maybe not the right one
+            refused.append(Refusal(candidate.host, _SILENT if is_silent else named))
         elif untouched or _drive(probe, watched, [candidate])[1]:
             proven.append(named)
         else:

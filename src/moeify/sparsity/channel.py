@@ -32,7 +32,8 @@ class ChannelStats:
     rows_RK: Tensor
     """A sample of its inputs, one row a token; any float dtype."""
     slope_K: Tensor | None = None
-    """Root mean square over tokens of ``g W[:, k]``, g = d loss / d y: of the loss's derivative by x_k through this layer."""
+    """Root mean square of ``g W[:, k]``, g = d loss / d y: of the loss's derivative by x_k through this layer; over all tokens, or those
+    that skip the channel (`profile_channels`)."""
 
 
 ChannelWeight = Callable[[Tensor, ChannelStats], Tensor]
@@ -80,7 +81,9 @@ def channel_weights(score: str, W_NK: Tensor, stats: ChannelStats) -> Tensor:
     if not bool(weight_K.isfinite().all()):
         raise DataError(f"the {score} weights of channels hold NaN or infinity; weights or calibration data are damaged.")
     if not bool(weight_K.any()):
-        raise DataError(f"the {score} weights of all channels are 0: calibration saw nothing that matters here.")
+        raise DataError(
+            f"the {score} weights of all channels are 0: calibration saw nothing that matters here; give other data, or use another score."
+        )
     return weight_K
 
 
@@ -103,7 +106,7 @@ class ScoreSample:
         """Raises DataError where there is no score, or all are 0."""
         self._sorted = scores_RK.flatten().float().sort().values
         if not self._sorted.numel() or not bool(self._sorted[-1] > 0):
-            raise DataError("calibration saw only zeros at this layer; give other data.")
+            raise DataError("calibration saw only zeros at this layer; give other data, or leave such inputs out (roles).")
 
     def below(self, level: float) -> float:
         """Share of the scores below ``level``, in [0, 1]: what it skips."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .._progress import NO_PROGRESS, Progress
 from ..errors import ConfigError, DataError, UnsupportedModelError
-from ..sites import LinearSite, linear_weight, mask_name, token_mask_of
+from ..sites import LinearSite, mask_name, token_mask_of
 from ..sites.probe import eval_mode
 from .channel import ChannelStats
 
@@ -26,6 +26,7 @@ def profile_channels(
     *,
     rows: int = 1024,
     slopes: bool = False,
+    below: Mapping[str, Tensor] | None = None,
     compute: torch.dtype | None = None,
     seed: int = 0,
     progress: Progress = NO_PROGRESS,
@@ -41,6 +42,8 @@ def profile_channels(
         batches: keyword arguments of the model; padding is left out where the attention mask fits a layer's tokens.
         rows: tokens in the sample, drawn evenly from all; 2 K bytes each for a layer's input, layers that read the same share it.
         slopes: take `ChannelStats.slope_K`, too.
+        below: level_K of every layer by name: slopes are those of the tokens that skip a channel, |x_k| < level_k, each counted x_k^2. A
+            channel that fewer than 64 tokens skip has the mean of all. None: that of all for every channel.
         compute: dtype of the model's matrix products (autocast); None leaves the model's own.
         seed: of the sample and of the labels.
         progress: told of every batch.
@@ -53,14 +56,14 @@ def profile_channels(
         DataError: a layer saw no token, or NaN or infinity.
         UnsupportedModelError: slopes of a model whose output has no logits.
 
-    Cost: a forward of each batch; with slopes a backward as well, one product of each layer's output gradient with its weight more.
+    Cost: a forward of each batch; with slopes a backward as well, of activations alone.
     """
     if not sites or not batches:
         raise ConfigError("no layer to calibrate; find_linear_sites lists them." if not sites else "no batch to calibrate on.")
     if rows < 1:
         raise ConfigError(f"rows must be at least 1, got {rows}.")
     device = next(model.parameters()).device
-    watch = _Watch(model, sites, rows=rows, seed=seed)
+    watch = _Watch(model, sites, rows=rows, below=below or {}, seed=seed)
     labels_of = torch.Generator(device).manual_seed(seed)
     with ExitStack() as stack:
         stack.enter_context(eval_mode(model))
@@ -83,16 +86,16 @@ def profile_channels(
 class _Watch:
     """Hooks that sample inputs and add up squared slopes."""
 
-    def __init__(self, model: nn.Module, sites: Sequence[LinearSite], *, rows: int, seed: int) -> None:
+    def __init__(self, model: nn.Module, sites: Sequence[LinearSite], *, rows: int, below: Mapping[str, Tensor], seed: int) -> None:
         self.batch: dict[str, Tensor] = {}
         self._model, self._sites, self._rows = model, sites, rows
         self._draw = torch.Generator().manual_seed(seed)
         self._samples: dict[str, tuple[Tensor, Tensor]] = {}
         """By the layer that reads first: (random keys, rows); of all tokens those of the smallest keys stay."""
-        self._slopes = {site.name: torch.zeros(site.d_in, dtype=torch.float64) for site in sites}
-        self._tokens: dict[str, int] = {}
+        self._below = below
+        self._slopes = {site.name: _SlopeSums(site.d_in) for site in sites}
         self._starts: list[Tensor] = []
-        """Outputs of layers that no other layer comes before, in this forward: gradients end there."""
+        """Inputs of layers that no other layer comes before, in this forward: gradients end there."""
 
     @contextmanager
     def attached(self, *, slopes: bool) -> Iterator[None]:
@@ -102,7 +105,7 @@ class _Watch:
                 if site.reads == site.name:
                     stack.callback(linear.register_forward_pre_hook(partial(self._sample, site)).remove)
                 if slopes:
-                    stack.callback(linear.register_forward_hook(partial(self._follow, site)).remove)
+                    stack.callback(linear.register_forward_pre_hook(partial(self._follow, site)).remove)
             yield
 
     def _kept(self, site: LinearSite, shape: torch.Size) -> Tensor | None:
@@ -123,25 +126,25 @@ class _Watch:
         best = keys.argsort()[: self._rows]
         self._samples[site.name] = keys[best], rows[best.to(rows.device)]
 
-    def _follow(self, site: LinearSite, linear: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        followed = output if output.requires_grad else output.detach().requires_grad_(True)
-        keep_T = self._kept(site, args[0].shape[:-1])
+    def _follow(self, site: LinearSite, _linear: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        x = args[0]
+        own = x.view_as(x) if x.requires_grad else x.detach().requires_grad_(True)  # others read x, too: their slopes are not this layer's
+        if own.is_leaf:
+            self._starts.append(own)
+        keep_T = self._kept(site, x.shape[:-1])
 
         def add(grad: Tensor) -> None:
-            weight_NK = linear_weight(linear)
-            slope_TK = grad.reshape(-1, grad.shape[-1]).to(weight_NK.dtype) @ weight_NK.detach()
-            slope_TK = slope_TK if keep_T is None else slope_TK[keep_T.to(slope_TK.device)]
-            self._slopes[site.name] += slope_TK.square().sum(0, dtype=torch.float64).cpu()
-            self._tokens[site.name] = self._tokens.get(site.name, 0) + len(slope_TK)
+            grad_TK, size_TK = (t.detach().reshape(-1, t.shape[-1]).float() for t in (grad, x))
+            if keep_T is not None:
+                kept = keep_T.to(grad_TK.device)
+                grad_TK, size_TK = grad_TK[kept], size_TK[kept]
+            self._slopes[site.name].add(grad_TK.square_(), size_TK, self._below.get(site.name))
 
-        followed.register_hook(add)
-        if followed is output:
-            return output
-        self._starts.append(followed)
-        return followed.clone()  # what requires gradients itself must not be written to, and models do
+        own.register_hook(add)
+        return (own, *args[1:])
 
     def differentiate(self, loss: Tensor) -> None:
-        """Backward from ``loss`` to every layer's output that it depends on."""
+        """Backward from ``loss`` to every layer's input that it depends on."""
         if loss.requires_grad:
             torch.autograd.grad(loss, self._starts, allow_unused=True)
         self._starts.clear()
@@ -154,12 +157,38 @@ class _Watch:
                 raise DataError(f"no token reached '{site.reads}'; give more calibration data.")
             stats = ChannelStats(rows_RK=cast(Tensor, rows_RK))
             if slopes:
-                tokens = self._tokens.get(site.name, 0)
-                if not tokens:
+                sums = self._slopes[site.name]
+                if not sums.tokens:
                     raise DataError(f"the loss does not depend on '{site.name}', so it has no slope; use another score, or leave it out.")
-                stats = replace(stats, slope_K=(self._slopes[site.name] / tokens).sqrt().float().to(stats.rows_RK.device))
+                stats = replace(stats, slope_K=sums.slope_K().float().to(stats.rows_RK.device))
             found[site.name] = stats
         return found
+
+
+class _SlopeSums:
+    """Adds up squared slopes of one layer."""
+
+    _FEWEST = 64
+
+    def __init__(self, channels: int) -> None:
+        self.tokens = 0
+        self._all_K, self._skipped_K, self._weight_K, self._number_K = torch.zeros(4, channels, dtype=torch.float64)
+
+    def add(self, square_TK: Tensor, x_TK: Tensor, level_K: Tensor | None) -> None:
+        """Squared slopes of some tokens, and what the layer reads from them."""
+        self.tokens += len(square_TK)
+        self._all_K += square_TK.sum(0).cpu()
+        if level_K is not None:
+            skipped_TK = x_TK.abs() < level_K.to(x_TK.device)
+            weight_TK = x_TK.square() * skipped_TK
+            self._number_K += skipped_TK.sum(0).cpu()
+            self._weight_K += weight_TK.sum(0).cpu()
+            self._skipped_K += weight_TK.mul_(square_TK).sum(0).cpu()
+
+    def slope_K(self) -> Tensor:
+        """Root of the mean."""
+        enough_K = (self._number_K >= self._FEWEST) & (self._weight_K > 0)
+        return torch.where(enough_K, self._skipped_K / self._weight_K, self._all_K / self.tokens).sqrt()
 
 
 def _sampled_loss(outputs: Any, batch: Mapping[str, Tensor], generator: torch.Generator) -> Tensor:

@@ -130,11 +130,16 @@ def fit_new_router(
         site: the FFN.
         num_experts: E.
         train: optimizer settings and seed; torch's own generators are left as they were.
+
+    Raises:
+        DataError: scores that are read off the FFN's own weights are all 0, so that no rule can be calibrated on them.
     """
     with seeded(train.seed, train_TD.device):
         router = build_router(config, site=site, num_experts=num_experts)
         fit_router(router, train_TD, weights, activation=site.activation, num_experts=num_experts, config=train)
     scores_TE, captured = score_router(router, held_out_TD, weights, activation=site.activation, num_experts=num_experts)
+    if router.is_of_weights and not bool(scores_TE.any()):
+        raise DataError(f"'{site.name}': calibration saw only zeros at this FFN; give other data, or leave it dense by the policy.")
     return {name: tensor.detach().contiguous() for name, tensor in router.state_dict().items()}, scores_TE, captured
 
 

@@ -10,9 +10,13 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM, LlamaForSequenceClassification, LlamaModel
 
 import moeify  # noqa: F401 - registers the quantizer
+from moeify.convert import ConvertConfig, convert
 from moeify.errors import CheckpointError
 from moeify.layers import moe_layers, set_mode, set_rule
-from moeify.select import DynKMax, TopK
+from moeify.quantize import quantize
+from moeify.routers import GateRouterConfig, LowRankRouterConfig
+from moeify.select import DynKMax, Threshold, TopK
+from moeify.sites import find_ffn_sites
 
 INPUTS = tiny.tiny_inputs()
 
@@ -217,3 +221,38 @@ def test_from_pretrained_of_a_dense_checkpoint_with_our_config_is_refused(conver
 
     with pytest.raises(ValueError, match="pre-quantized"):
         LlamaForCausalLM.from_pretrained(tmp_path / "dense", quantization_config=MoeifyConfig.from_dict(config))
+
+
+@pytest.fixture(params=[GateRouterConfig(), LowRankRouterConfig(rank=4)], ids=["gate", "lowrank"])
+def of_weights(request, tmp_path):
+    """A checkpoint whose routers read their scores off the FFN's own weights."""
+    model = tiny.tiny_llama()
+    convert(model, ConvertConfig(expert_size=1, router=request.param, rule=Threshold(theta=0.1)), sites=find_ffn_sites(model, INPUTS))
+    model.save_pretrained(tmp_path / "own")
+    return tmp_path / "own"
+
+
+@pytest.mark.parametrize("projection", ["gate_proj", "up_proj", "down_proj"])
+def test_rules_on_scores_of_other_weights_are_refused(of_weights, projection):
+    tiny.edit_tensors(of_weights, lambda tensors: tensors[f"model.layers.1.mlp.{projection}.weight"].mul_(1.05))
+    with pytest.raises(CheckpointError, match=r"router and rule of 'model\.layers\.1\.mlp' were calibrated for other weights"):
+        LlamaForCausalLM.from_pretrained(of_weights)
+
+
+def test_weights_that_moved_little_or_were_trained_keep_their_rules(of_weights, tmp_path):
+    tiny.edit_tensors(of_weights, lambda tensors: tensors["model.layers.1.mlp.up_proj.weight"].mul_(1.001))
+    model = LlamaForCausalLM.from_pretrained(of_weights, dtype=torch.bfloat16)
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight.mul_(2)
+    model.save_pretrained(tmp_path / "trained")
+    assert len(moe_layers(LlamaForCausalLM.from_pretrained(tmp_path / "trained"))) == 2
+
+
+def test_int8_weights_keep_their_rules(of_weights, tmp_path):
+    model = LlamaForCausalLM.from_pretrained(of_weights)
+    quantize(model)
+    model.save_pretrained(tmp_path / "int8")
+    assert len(moe_layers(LlamaForCausalLM.from_pretrained(tmp_path / "int8"))) == 2
+    tiny.edit_tensors(tmp_path / "int8", lambda tensors: tensors["model.layers.0.mlp.up_proj.weight_scale"].mul_(1.05))
+    with pytest.raises(CheckpointError, match=r"router and rule of 'model\.layers\.0\.mlp' were calibrated for other weights"):
+        LlamaForCausalLM.from_pretrained(tmp_path / "int8")

@@ -4,6 +4,7 @@ import json
 import random
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import tiny
@@ -13,12 +14,14 @@ from transformers import AutoModelForCausalLM
 
 from moeify import load_model, model_cost, model_weights, set_rule
 from moeify.channels import record_channels, sparse_inputs
+from moeify.convert import ConvertConfig
 from moeify.data import DataConfig
 from moeify.errors import CheckpointError, ConfigError, UnsupportedModelError
 from moeify.evaluate import perplexity
-from moeify.pipeline import report_checkpoint, sweep_checkpoint, thin_checkpoint
+from moeify.pipeline import CalibrationConfig, NeuronConfig, convert_checkpoint, report_checkpoint, sweep_checkpoint, thin_checkpoint
 from moeify.pipeline import thin as pipeline_thin
-from moeify.select import Threshold
+from moeify.routers import GateRouterConfig, LowRankRouterConfig, OracleRouterConfig
+from moeify.select import Threshold, TopK
 from moeify.thin import ThinConfig
 
 
@@ -184,6 +187,46 @@ def test_levels_of_zero_have_no_knobs_and_the_sweep_says_so(llama, data, tmp_pat
     assert record["knobs"] == {}
     with pytest.raises(CheckpointError, match="no knobs of the rule 'threshold'"):
         sweep_checkpoint(tmp_path / "out", data=data)
+
+
+NEURONS = {
+    "cats": (GateRouterConfig(scale="none"), Threshold(theta=0.0)),
+    "chess": (GateRouterConfig(scale="up"), Threshold(theta=0.0)),
+    "predictor": (LowRankRouterConfig(rank=128), Threshold(theta=0.0)),
+    "topk": (OracleRouterConfig(of="activation"), TopK(k=1)),
+}
+
+
+@pytest.mark.parametrize("method", NEURONS)
+def test_skipped_neurons_are_the_conversion_to_experts_of_one_neuron(llama, data, tmp_path, method):
+    router, rule = NEURONS[method]
+    record = thin_checkpoint(llama, tmp_path / "thin", data=data, config=NeuronConfig(method=method, skip_frac=0.4))
+    config = ConvertConfig(expert_size=1, router=router, rule=rule)
+    calibration = CalibrationConfig(target_active=0.6, max_tokens=data.max_tokens, window=data.window)
+    converted = convert_checkpoint(llama, tmp_path / "converted", data=data, config=config, calibration=calibration)
+    notes = {"method": method, "skips": "neurons of FFNs", "skip_frac": 0.4}
+    assert {key: value for key, value in record.items() if key != "run"} == {k: v for k, v in {**notes, **converted}.items() if k != "run"}
+    assert (record["target_active"], record["tokens"]) == (0.6, converted["tokens"])
+    for name in ("model.safetensors", "config.json"):
+        assert (tmp_path / "thin" / name).read_bytes() == (tmp_path / "converted" / name).read_bytes()
+
+
+def test_a_method_of_channels_is_none_of_neurons():
+    with pytest.raises(ConfigError, match="method: unknown name 'wina'; known: cats, chess, predictor, topk"):
+        NeuronConfig(method="wina", skip_frac=0.4)
+
+
+@pytest.mark.parametrize("config", [ThinConfig(skip_frac=0.4), NeuronConfig(method="cats", skip_frac=0.4)], ids=["channels", "neurons"])
+def test_an_output_folder_within_or_around_the_source_is_refused_before_loading(llama, data, monkeypatch, config):
+    monkeypatch.setattr(pipeline_thin, "load_model", lambda *_, **__: pytest.fail("the model was loaded"))
+    source = Path(llama)
+    for out, message in (
+        (source, "is the source, which is never written to"),
+        (source / "new", "lies in the source '.*', which is never written to"),
+        (source.parent, "holds the source '.*', which is never replaced"),
+    ):
+        with pytest.raises(CheckpointError, match=f"{message}; choose another --out"):
+            thin_checkpoint(llama, out, data=data, config=config, overwrite=True)
 
 
 def test_a_rule_for_a_name_that_is_no_layer_is_refused(made):

@@ -376,3 +376,13 @@ def test_discover_on_a_large_example_samples_it():
 
 def test_discover_with_a_single_token_finds_the_site():
     assert len(find_ffn_sites(Stack(plain(), plain()), {"x": torch.randn(1, 1, D_MODEL)})) == 2
+
+
+def test_an_ffn_whose_neurons_are_silent_is_left_out_with_a_warning_that_names_it():
+    silent = Block(lambda b, x: F.relu(b.gate(x)) * b.up(x), leaves=("gate", "up", "down"))
+    nn.init.constant_(silent.gate.bias, -100.0)
+    with pytest.warns(UserWarning, match=r"'blocks\.1' is left as it is: its neurons are all zero in the probe forward"):
+        sites = find_ffn_sites(Stack(plain(), silent), inputs())
+    assert [site.name for site in sites] == ["blocks.0"]
+    with pytest.raises(UnsupportedModelError, match="its neurons are all zero in the probe forward"):
+        find_ffn_sites(Stack(silent), inputs())

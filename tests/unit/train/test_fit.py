@@ -17,6 +17,8 @@ from moeify.errors import ConfigError, DataError
 from moeify.routers import (
     ROUTERS,
     CentreRouterConfig,
+    GateRouterConfig,
+    LowRankRouterConfig,
     MLPRouterConfig,
     NormRouterConfig,
     OracleRouterConfig,
@@ -351,3 +353,12 @@ def test_mean_and_std_leaves_no_small_tensor_between_the_large_ones_of_its_chunk
     assert small.most < 6
     torch.testing.assert_close(mean_D, x_TD.double().mean(0).float())
     torch.testing.assert_close(std_D, x_TD.double().std(0).float())
+
+
+@pytest.mark.parametrize("router", [GateRouterConfig(), LowRankRouterConfig(rank=4)])
+def test_an_ffn_where_calibration_saw_only_zeros_is_named(router):
+    weights, x_TD = random_ffn(D, E * G, gated=True), torch.zeros(40, D)
+    record = record_of(router, num_experts=E * G)
+    record = replace(record, site=replace(record.site, gate="gate"))
+    with pytest.raises(DataError, match=f"'{record.site.name}': calibration saw only zeros at this FFN; give other data"):
+        fit_site(weights, x_TD, record, ConvertConfig(expert_size=1), TRAIN)
