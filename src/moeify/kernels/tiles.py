@@ -34,7 +34,7 @@ def linear_tiles(K: int, N: int, *, num_tokens: int, weight_bytes: int, num_unit
     """
     tokens = 1 if num_tokens == 1 else TOKENS
     channels, outputs = 32 if weight_bytes == 4 else 64, 128 if N > 1024 else 64
-    whole = -(-N // outputs) * -(-num_tokens // tokens)
+    whole = max(1, -(-N // outputs) * -(-num_tokens // tokens))
     num_tiles = -(-K // channels)
     splits = min(num_tiles, -(-PROGRAMS_PER_UNIT * num_units // whole))
     return LinearTiles(tokens=tokens, channels=channels, outputs=outputs, channels_per_split=-(-num_tiles // splits) * channels)
