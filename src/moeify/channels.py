@@ -9,10 +9,10 @@ that a checkpoint is a dense one with a few more numbers. What changes is the ``
 
 With the rule ``Threshold(theta=1)`` that is one comparison for each channel: |x_tk| >= level_k.
 
-A few tokens on the CPU (decoding) run by a compiled kernel that reads the kept channels' weights alone; for that the weight's memory is
-ordered by input channel (`SparseInput.lay_out`), while its name, shape and values stay. Anything else runs as the layer's own forward on a
-masked input, at dense cost: many tokens, gradients, autocast, training, and weights that must not be read directly (decision D7).
-`SparseInput.masked_reason` says which of these.
+A few tokens (decoding) run by a compiled kernel, the CPU's or a GPU's, that reads the kept channels' weights alone; for that the weight's
+memory is ordered by input channel (`SparseInput.lay_out`), while its name, shape and values stay. Anything else runs as the layer's own
+forward on a masked input, at dense cost: many tokens, gradients, autocast, training, and weights that must not be read directly (decision
+D7). `SparseInput.masked_reason` says which of these.
 """
 
 import functools

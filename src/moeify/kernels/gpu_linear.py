@@ -47,8 +47,11 @@ def refusal(layer: LinearWeights, *, dtype: torch.dtype) -> str | None:
 
 
 def reads_rows(weight: Tensor) -> bool:
-    """Whether the kernels read each input channel's row of such a weight in one piece: then that is how it should lie in memory."""
-    return weight.is_cuda and weight.dtype in DTYPES and unavailable() is None
+    """Whether the kernels read each input channel's row of such a weight in one piece: then that is how it should lie in memory.
+
+    On its GPU, or on the CPU of a machine that has one: models are loaded there and moved, which keeps the order.
+    """
+    return weight.dtype in DTYPES and (weight.is_cuda or (weight.is_cpu and torch.cuda.is_available())) and unavailable() is None
 
 
 def unavailable() -> str | None:

@@ -23,7 +23,10 @@ from moeify.layers import set_impl
 from moeify.select import TopK
 from moeify.sites import find_linear_sites
 
-pytestmark = pytest.mark.usefixtures("poisoned_empty")
+pytestmark = [
+    pytest.mark.usefixtures("poisoned_empty"),
+    pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning"),  # numpy, of triton 3.6's interpreter
+]
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
 
 

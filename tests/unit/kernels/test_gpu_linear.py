@@ -119,6 +119,9 @@ def test_what_does_not_fit_the_layer_is_an_error():
 def test_weights_on_a_gpu_should_lie_by_input_channel_where_triton_is(monkeypatch):
     assert reads_rows(torch.empty(2, 3, device="cuda", dtype=torch.float16))
     assert not reads_rows(torch.empty(2, 3, device="cuda", dtype=torch.float64))
+    for there in (True, False):  # models are loaded on the CPU, and moved
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
+        assert reads_rows(torch.empty(2, 3, dtype=torch.float16)) == there
     monkeypatch.setattr(gpu_linear, "_is_installed", lambda: False)
     assert not reads_rows(torch.empty(2, 3, device="cuda"))
 

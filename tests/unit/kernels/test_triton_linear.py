@@ -23,7 +23,7 @@ SHARED_BYTES = 99 << 10  # of a block of threads on the smallest GPU in question
 def test_in_the_interpreter_the_kernels_compute_what_the_definition_says():
     tests = Path(__file__).with_name("interpreted_linear.py")
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", str(tests)],
+        [sys.executable, "-m", "pytest", "-qx", str(tests)],
         env=os.environ | {"TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,
