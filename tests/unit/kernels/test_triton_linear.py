@@ -67,12 +67,16 @@ def test_sums_compile_to_wide_loads_and_fit_any_gpu(compiled, capability, num_to
     assert found.metadata.shared <= SHARED_BYTES
     assert not re.search(r"\b(atom|red)\.", ptx), "sums by atomics would differ from run to run"
     assert ".local" not in ptx, "registers are spilled"
+    comparisons = re.findall(r"arith\.cmpf (\w+)", found.asm["ttir"])
+    assert comparisons == ["une", "olt"], "what is no number is kept: it differs from zero, and is not below its level"
     if num_tokens == 1:
         loads = re.findall(r"(.*)ld\.global\.v4\.b32", ptx)
         assert len(loads) == tiles.channels * tiles.outputs * BYTES[weight] // 16 // 128, "weights are not read 16 bytes at a time"
         assert all("@" in predicate for predicate in loads), "rows of skipped channels are read"
-    elif x != "fp32":
-        assert "mma.sync" in ptx
+    else:
+        copies = re.findall(r"cp\.async\.c[ag]\.shared\.global \[.*?\], \[.*?\], 0x(?:8|10)(.*);", ptx)
+        assert copies and all("%r" in bytes_read for bytes_read in copies), "rows of skipped channels are read"
+        assert ("mma.sync" in ptx) == (x != "fp32"), "float32 would be rounded to TF32, or other types run without matrix instructions"
 
 
 @pytest.mark.parametrize("capability", [80, 90])
