@@ -9,10 +9,10 @@ that a checkpoint is a dense one with a few more numbers. What changes is the ``
 
 With the rule ``Threshold(theta=1)`` that is one comparison for each channel: |x_tk| >= level_k.
 
-A few tokens on the CPU (decoding) run by a compiled kernel that reads the kept channels' weights alone; for that the weight's memory is
-ordered by input channel (`SparseInput.lay_out`), while its name, shape and values stay. Anything else runs as the layer's own forward on a
-masked input, at dense cost: many tokens, gradients, autocast, training, and weights that must not be read directly (decision D7).
-`SparseInput.masked_reason` says which of these.
+A few tokens (decoding) run by a compiled kernel, the CPU's or a GPU's, that reads the kept channels' weights alone; for that the weight's
+memory is ordered by input channel (`SparseInput.lay_out`), while its name, shape and values stay. Anything else runs as the layer's own
+forward on a masked input, at dense cost: many tokens, gradients, autocast, training, and weights that must not be read directly (decision
+D7). `SparseInput.masked_reason` says which of these.
 """
 
 import functools
@@ -21,17 +21,16 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from types import MethodType
+from types import MethodType, ModuleType
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from .errors import ConfigError, KernelError, UnsupportedModelError
-from .kernels import cpu_linear, reads_rows
 from .kernels.cpu import is_recorded
-from .kernels.cpu_linear import MOST_TOKENS, LinearWeights, SparseLinear
-from .kernels.linear import call_objection, keeps
+from .kernels.cpu_linear import LinearWeights
+from .kernels.linear import call_objection, compiled_for, keeps, reads_rows
 from .select import Rule, Threshold
 from .sites import LinearSite, linear_weight, not_plain_reason, store_by_input, token_mask_of
 
@@ -46,18 +45,19 @@ AT_LEVEL = Threshold(theta=1.0)
 class _Native(NamedTuple):
     """The native calls of one layer, and everything that they were made for."""
 
-    at_level: SparseLinear
+    at_level: Callable[[Tensor], Tensor]
     """Of x as it comes."""
-    of_masked: SparseLinear
+    of_masked: Callable[[Tensor], Tensor]
     """Of x whose skipped channels are zero already: zeros are not read."""
     dtype: torch.dtype
+    kernel: ModuleType
     kind: type[nn.Module]
     tensors: tuple[tuple[Tensor | None, int, tuple[int, ...]], ...]
     """Weight, bias and levels that were there, where their values lay, and their strides."""
 
-    def holds(self, linear: nn.Module, level_K: Tensor | None, dtype: torch.dtype) -> bool:
+    def holds(self, linear: nn.Module, level_K: Tensor | None, dtype: torch.dtype, kernel: ModuleType) -> bool:
         """Whether nothing of it has changed. Every layer asks for every token."""
-        if self.dtype is not dtype or type(linear) is not self.kind:
+        if self.dtype is not dtype or self.kernel is not kernel or type(linear) is not self.kind:
             return False
         parameters = linear._parameters
         now = (parameters.get("weight"), parameters.get("bias"), level_K)
@@ -123,21 +123,21 @@ class SparseInput(nn.Module):
         if self.mode == "dense":
             return cast(Tensor, type(linear).forward(linear, x))
         if self.impl != "masked":
-            why_not = self._call_objection(linear, x)
+            kernel, why_not = compiled_for(x, impl=self.impl), self._call_objection(linear, x)
             if why_not is None and not (recorded := is_recorded(x)):
                 native = self._native
-                if native is not None and native.holds(linear, self._buffers["level_K"], x.dtype):
+                if native is not None and native.holds(linear, self._buffers["level_K"], x.dtype, kernel):
                     return self._by_kernel(x, native.at_level, native.of_masked)
-            if why_not is None and (why_not := self._layer_objection(linear, x.dtype)) is None:
+            if why_not is None and (why_not := self._layer_objection(linear, x)) is None:
                 layer = self._layer(linear)
                 layers = (layer, layer._replace(level_K=None))
                 if recorded:  # an operator takes the tensors themselves
-                    return self._by_kernel(x, *(partial(cpu_linear.sparse_linear, layer=one) for one in layers))
-                native = self._native = self._make_native(linear, *(SparseLinear(one, dtype=x.dtype) for one in layers))
+                    return self._by_kernel(x, *(partial(kernel.sparse_linear, layer=one) for one in layers))
+                native = self._native = self._make_native(linear, kernel, *layers, dtype=x.dtype)
                 return self._by_kernel(x, native.at_level, native.of_masked)
-            if self.impl == "cpu":
-                raise KernelError(f"'{self.site.name}': impl 'cpu': {why_not}.")
-            if x.numel() > MOST_TOKENS.get(x.dtype, math.inf) * self.site.d_in and not torch.compiler.is_compiling():
+            if self.impl != "auto":
+                raise KernelError(f"'{self.site.name}': impl {self.impl!r}: {why_not}.")
+            if x.numel() > kernel.MOST_TOKENS.get(x.dtype, math.inf) * self.site.d_in and not torch.compiler.is_compiling():
                 _tell_of_prefill(why_not)
         return cast(Tensor, type(linear).forward(linear, torch.where(self.select(x), x, 0)))
 
@@ -147,7 +147,7 @@ class SparseInput(nn.Module):
         """Why an input like ``x`` would run masked, at dense cost; None if the compiled kernel computes it. Runs nothing."""
         if self.impl == "masked":
             return "asked for by name"
-        return self._call_objection(linear, x) or self._layer_objection(linear, x.dtype)
+        return self._call_objection(linear, x) or self._layer_objection(linear, x)
 
     def lay_out(self, linear: nn.Module) -> None:
         """Order the layer's weight in memory by input channel, as the compiled kernel reads it; nothing where that need not, or cannot, be.
@@ -159,23 +159,24 @@ class SparseInput(nn.Module):
             store_by_input(linear)
 
     def _call_objection(self, linear: nn.Module, x: Tensor) -> str | None:
-        parameters, named = linear._parameters, self.impl == "cpu"  # asked for by name: any number of tokens, and while training
-        tensors = (parameters.get("weight"), parameters.get("bias"))
-        return call_objection(x, tensors, training=linear.training and not named, any_number=named)
+        tensors = (linear._parameters.get("weight"), linear._parameters.get("bias"))
+        kernel = compiled_for(x, impl=self.impl)
+        return call_objection(x, tensors, kernel, training=linear.training, named=self.impl != "auto")
 
-    def _layer_objection(self, linear: nn.Module, dtype: torch.dtype) -> str | None:
+    def _layer_objection(self, linear: nn.Module, x: Tensor) -> str | None:
         if why_not := not_plain_reason(linear):
             return f"it {why_not}"
-        return cpu_linear.refusal(self._layer(linear), dtype=dtype)
+        return cast("str | None", compiled_for(x, impl=self.impl).refusal(self._layer(linear), dtype=x.dtype))
 
     def _layer(self, linear: nn.Module) -> LinearWeights:
         bias = linear._parameters.get("bias")
         return LinearWeights(linear_weight(linear).detach().t(), self.level_K, None if bias is None else bias.detach())
 
-    def _make_native(self, linear: nn.Module, at_level: SparseLinear, of_masked: SparseLinear) -> _Native:
+    def _make_native(self, linear: nn.Module, kernel: ModuleType, *layers: LinearWeights, dtype: torch.dtype) -> _Native:
         tensors = (linear._parameters.get("weight"), linear._parameters.get("bias"), self.level_K)
         places = tuple((t, *((0, ()) if t is None else (t.data_ptr(), t.stride()))) for t in tensors)
-        return _Native(at_level, of_masked, at_level.dtype, type(linear), places)
+        at_level, of_masked = (kernel.SparseLinear(layer, dtype=dtype) for layer in layers)
+        return _Native(at_level, of_masked, dtype, kernel, type(linear), places)
 
     def _by_kernel(self, x: Tensor, at_level: Callable[[Tensor], Tensor], of_masked: Callable[[Tensor], Tensor]) -> Tensor:
         if self.recorder is None and self.rule == AT_LEVEL and not self._has_start(x):

@@ -89,13 +89,14 @@ def _kernels() -> list[dict[str, Any]]:
 
 
 def _linear_kernels() -> list[dict[str, Any]]:
-    """What ``impl="auto"`` runs here for linear layers that skip input channels: one token, and a prompt."""
-    layer = LinearWeights(torch.zeros(64, 64), torch.zeros(64))
-    return [
-        {"tokens": num_tokens, **dataclasses.asdict(candidate)}
-        for num_tokens in (1, 512)
-        for candidate in explain_linear(torch.zeros(num_tokens, 64), layer)
-    ]
+    """What ``impl="auto"`` runs here for linear layers that skip input channels, on each device: one token, and a prompt."""
+    rows = []
+    for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+        layer = LinearWeights(torch.zeros(64, 64, device=device), torch.zeros(64, device=device))
+        for num_tokens in (1, 512):
+            candidates = explain_linear(torch.zeros(num_tokens, 64, device=device), layer)
+            rows += [{"device": device, "tokens": num_tokens, **dataclasses.asdict(candidate)} for candidate in candidates]
+    return rows
 
 
 def _missing(packages: tuple[str, ...]) -> str | None:

@@ -8,8 +8,9 @@ from ffn_cases import needs_library
 from numpy.testing import assert_allclose
 
 from bench import run as bench_run
-from bench.cases import sparse_linear_cpu
+from bench.cases import sparse_linear_cpu, sparse_linear_gpu
 from moeify.errors import ConfigError
+from moeify.kernels.linear import masked
 
 pytestmark = needs_library
 
@@ -40,6 +41,30 @@ def test_rows_of_gated_ffns_compare_with_layer_by_layer(tmp_path):
         assert_allclose(row["ratio"], row["three_us"] / row["ours_us"])
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_there_is_nothing_to_measure(capsys):
+    assert bench_run.main(["sparse_linear_gpu", "--quick"]) == 2
+    assert capsys.readouterr().err == "error: there is nothing to measure: PyTorch sees no CUDA device.\n"
+
+
+@pytest.mark.parametrize("weights", ["float", "int8"])
+def test_rows_of_the_gpu_are_made_like_those_of_the_cpu(tmp_path, monkeypatch, weights):
+    """All but the GPU's clock and its kernel."""
+
+    def take_turns(sides, x_STK, *, num_layers, rounds):
+        return sparse_linear_cpu._take_turns(sides, x_STK, layers=num_layers, calls=1)
+
+    monkeypatch.setattr(sparse_linear_gpu, "DEVICE", "cpu")
+    monkeypatch.setattr(sparse_linear_gpu, "_missing", lambda: None)
+    monkeypatch.setattr(sparse_linear_gpu, "_take_turns", take_turns)
+    monkeypatch.setattr(sparse_linear_gpu, "SparseLinear", lambda layer, dtype: lambda x: masked(x, layer))
+    rows = rows_of(tmp_path, "sparse_linear_gpu", "--weights", weights, "--tokens", "1,4")
+    assert [(row["dtype"], row["tokens"]) for row in rows] == [(d, t) for d in ("bfloat16", "float16") for t in (1, 4)]
+    for row in rows:
+        assert abs(row["f"] - 0.5) < 0.05 and abs(row["read"] - (1 - 0.5 ** row["tokens"])) < 0.05
+        assert_allclose(row["ratio"], min(row["ordinary_us"], row["by_input_us"]) / row["ours_us"])
+
+
 def test_a_wrong_kernel_is_not_timed():
     exact = torch.ones(3, dtype=torch.float64)
     sparse_linear_cpu._check(torch.ones(3), torch.ones(3), exact)
@@ -63,6 +88,9 @@ def test_generation_skips_what_was_asked_for(tmp_path):
         (("sparse_linear_cpu", "--fractions", "0"), "--fractions must be in"),
         (("sparse_linear_cpu", "--tokens", "0"), "--tokens must be at least 1"),
         (("sparse_linear_cpu", "--shapes", "smollm2 u"), "did you mean 'smollm2 up'"),
+        (("sparse_linear_gpu", "--fractions", "0"), "--fractions must be in"),
+        (("sparse_linear_gpu", "--tokens", "0"), "--tokens must be at least 1"),
+        (("sparse_linear_gpu", "--dtypes", "float6"), "did you mean 'float16'"),
         (("generate_sparse_cpu", "--skip", "1"), "--skip must be in"),
         (("generate_sparse_cpu", "--new-tokens", "1"), "--new-tokens must be at least 2"),
     ],

@@ -28,6 +28,12 @@ def test_kernels_have_one_choice_for_each_shape(monkeypatch):
 def test_linear_kernels_say_that_the_compiled_one_is_for_decoding(monkeypatch):
     monkeypatch.setattr(doctor, "_speed", dict)
     rows = doctor.doctor()["linear_kernels"]
-    assert [sum(row["chosen"] for row in rows if row["tokens"] == tokens) for tokens in (1, 512)] == [1, 1]
-    prompt = next(row for row in rows if (row["tokens"], row["name"]) == (512, "cpu"))
+    assert [sum(row["chosen"] for row in rows if (row["device"], row["tokens"]) == ("cpu", tokens)) for tokens in (1, 512)] == [1, 1]
+    prompt = next(row for row in rows if (row["device"], row["tokens"], row["name"]) == ("cpu", 512, "cpu"))
     assert not prompt["chosen"] and "made for decoding" in prompt["reason"]
+
+
+def test_linear_kernels_name_the_gpus_kernel_and_why_it_does_not_run(monkeypatch):
+    monkeypatch.setattr(doctor, "_speed", dict)
+    rows = [row for row in doctor.doctor()["linear_kernels"] if (row["device"], row["name"]) == ("cpu", "triton")]
+    assert [(row["chosen"], row["reason"]) for row in rows] == [(False, "it runs on a GPU, x is on cpu")] * 2

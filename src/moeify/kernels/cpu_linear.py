@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from ..errors import KernelError
 from . import cpu
 
+DEVICE = "cpu"
 # One thread, half of the channels kept by each token, time(F.linear on the same layout) / time(kernel), SmolLM2's up and (2048, 8192):
 #   fp32  T=4: 2.2, 2.5   T=16: 1.9, 2.6   T=64: 1.4, 1.8     bf16  T=4: 2.1, 3.0   T=8: 1.4, 2.4   T=16: 0.93, 1.5   T=32: 0.62, 0.89
 MOST_TOKENS = {torch.float32: 64, torch.bfloat16: 16}
@@ -57,13 +58,18 @@ def has_rows(weight_KN: Tensor) -> bool:
 
 def refusal(layer: LinearWeights, *, dtype: torch.dtype) -> str | None:
     """Why the kernels cannot read this layer in place for x of this dtype; None if they can. Looks at no value."""
-    weight_KN, level_K, bias_N, scale_N = layer
     if (missing := cpu.unavailable()) is not None:
         return missing
     if any(t is not None and t.device.type != "cpu" for t in layer):
-        return f"it runs on the CPU, the layer is on {weight_KN.device}"
+        return f"it runs on the CPU, the layer is on {layer.weight_KN.device}"
     if dtype not in cpu.DTYPES:
         return f"it takes float32 and bfloat16, x is {dtype}"
+    return misfit(layer, dtype=dtype)
+
+
+def misfit(layer: LinearWeights, *, dtype: torch.dtype) -> str | None:
+    """What is not as kernels of any device read it in place: shape, dtype or strides of a tensor; None if nothing."""
+    weight_KN, level_K, bias_N, scale_N = layer
     if weight_KN.dim() != 2 or 0 in weight_KN.shape:
         return f"the weight must be a matrix with something in it, got {tuple(weight_KN.shape)}"
     if (weight_KN.dtype, scale_N is not None) not in ((dtype, False), (torch.int8, True)):
