@@ -138,7 +138,7 @@ class _Watch:
             if keep_T is not None:
                 kept = keep_T.to(grad_TK.device)
                 grad_TK, size_TK = grad_TK[kept], size_TK[kept]
-            self._slopes[site.name].add(grad_TK.square_(), size_TK, self._below.get(site.name))
+            self._slopes[site.name].add(grad_TK.square(), size_TK, self._below.get(site.name))
 
         own.register_hook(add)
         return (own, *args[1:])
