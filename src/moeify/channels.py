@@ -31,7 +31,7 @@ from .errors import ConfigError, KernelError, UnsupportedModelError
 from .kernels import cpu_linear, reads_rows
 from .kernels.cpu import is_recorded
 from .kernels.cpu_linear import MOST_TOKENS, LinearWeights, SparseLinear
-from .kernels.linear import call_objection, keeps
+from .kernels.linear import call_objection, keeps, skip
 from .select import Rule, Threshold
 from .sites import LinearSite, linear_weight, not_plain_reason, store_by_input
 
@@ -116,6 +116,15 @@ class SparseInput(nn.Module):
             self.recorder.add(self.site, keep)
         return keep
 
+    def _skip(self, x: Tensor) -> Tensor:
+        """``x`` with what is not kept at zero."""
+        if self.recorder is not None or self.rule != AT_LEVEL:
+            return torch.where(self.select(x), x, 0)
+        kept = skip(x, self.level_K)
+        if self._has_start(x):
+            kept[:, : self.first_dense] = x[:, : self.first_dense]
+        return kept
+
     def _has_start(self, x: Tensor) -> bool:
         return self.first_dense > 0 and x.dim() == 3 and x.shape[1] > 1
 
@@ -139,7 +148,7 @@ class SparseInput(nn.Module):
                 raise KernelError(f"'{self.site.name}': impl 'cpu': {why_not}.")
             if x.numel() > MOST_TOKENS.get(x.dtype, math.inf) * self.site.d_in and not torch.compiler.is_compiling():
                 _tell_of_prefill(why_not)
-        return cast(Tensor, type(linear).forward(linear, torch.where(self.select(x), x, 0)))
+        return cast(Tensor, type(linear).forward(linear, self._skip(x)))
 
     # -- the compiled kernel ------------------------------------------------------------------------------------------------------------
 
@@ -180,7 +189,7 @@ class SparseInput(nn.Module):
     def _by_kernel(self, x: Tensor, at_level: Callable[[Tensor], Tensor], of_masked: Callable[[Tensor], Tensor]) -> Tensor:
         if self.recorder is None and self.rule == AT_LEVEL and not self._has_start(x):
             return at_level(x)
-        return of_masked(torch.where(self.select(x), x, 0))
+        return of_masked(self._skip(x))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SparseInput":
         # Seen as integers, levels are moved with the model and never rounded: a change of dtype is for floating tensors only.

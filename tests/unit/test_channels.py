@@ -3,6 +3,7 @@
 import copy
 import math
 import pickle
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -147,6 +148,20 @@ def test_other_rules_and_starts_of_sequences_call_the_kernel_on_what_they_leave(
         found, number = calls.during(linear, x)
         assert number == 1
         torch.testing.assert_close(found, torch.nn.functional.linear(torch.where(executor.select(x), x, 0), linear.weight))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("recorded", [False, True])
+def test_a_prompt_is_dense_on_what_is_kept_and_leaves_its_input_alone(recorded):
+    model, _ = thinned(level=0.5, first_dense=2)
+    executor, linear = a_layer(model)
+    x = torch.randn(2, 40, executor.site.d_in)
+    kept = torch.where((x.abs() >= 0.5) | (torch.arange(40) < 2)[:, None], x, 0)
+    before = x.clone()
+    with record_channels(model) if recorded else nullcontext():
+        found = linear(x)
+    assert torch.equal(x, before)
+    torch.testing.assert_close(found, torch.nn.functional.linear(kept, linear.weight, linear.bias))
 
 
 @needs_library
