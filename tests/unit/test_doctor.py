@@ -1,6 +1,7 @@
 """What the report is made of."""
 
 import pytest
+from ffn_cases import needs_library
 
 from moeify import doctor
 from moeify.evaluate import Latency
@@ -31,3 +32,11 @@ def test_linear_kernels_say_that_the_compiled_one_is_for_decoding(monkeypatch):
     assert [sum(row["chosen"] for row in rows if row["tokens"] == tokens) for tokens in (1, 512)] == [1, 1]
     prompt = next(row for row in rows if (row["tokens"], row["name"]) == (512, "cpu"))
     assert not prompt["chosen"] and "made for decoding" in prompt["reason"]
+
+
+@needs_library
+def test_doctor_says_that_a_gated_ffn_is_one_call_and_else_why_not(monkeypatch):
+    monkeypatch.setattr(doctor, "_speed", dict)
+    assert "one call; activations: relu, silu" in doctor.doctor()["linear_ffn"]
+    monkeypatch.setattr(doctor, "gated_refusal", lambda *_, **__: "the compiled library is missing")
+    assert doctor.doctor()["linear_ffn"] == "the compiled library is missing"
