@@ -204,6 +204,8 @@ class SparseInput(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SparseInput":
         # Seen as integers, levels are moved with the model and never rounded: a change of dtype is for floating tensors only.
         self._native = None
+        if self.gated is not None:
+            self.gated._native = None  # it would keep the weights from before the move or cast in memory
         self.level_K = self.level_K.view(torch.int32)
         try:
             super()._apply(fn, recurse)
