@@ -23,6 +23,7 @@ int run_ffn(const moeify_ffn &, const void *, int64_t, const uint8_t *, int64_t,
 int route_tokens(const moeify_ffn &, const moeify_router &, const void *, int64_t, int64_t, uint8_t *, int);
 int run_linear(const moeify_linear &, const void *, int64_t, int64_t, void *, int64_t, int);
 int run_gated(const moeify_gated &, const void *, int64_t, int64_t, void *, int64_t, int);
+int run_mask(const void *, const float *, int64_t, int64_t, int32_t, void *, int);
 }  // namespace moeify_avx512_bf16
 
 namespace MOEIFY_NAMESPACE {
@@ -57,5 +58,9 @@ int run_linear(const moeify_linear &f, const void *x, int64_t x_stride, int64_t 
 
 int run_gated(const moeify_gated &g, const void *x, int64_t x_stride, int64_t num_tokens, void *y, int64_t y_stride, int num_threads) {
   return moeify_avx512_bf16::run_gated(g, x, x_stride, num_tokens, y, y_stride, num_threads);
+}
+
+int run_mask(const void *x, const float *level, int64_t num_tokens, int64_t channels, int32_t dtype, void *y, int num_threads) {
+  return moeify_avx512_bf16::run_mask(x, level, num_tokens, channels, dtype, y, num_threads);
 }
 }  // namespace MOEIFY_NAMESPACE

@@ -334,6 +334,52 @@ static int run_gated_of(const moeify_gated &g, const void *x, int64_t x_stride, 
   return MOEIFY_OK;
 }
 
+// -- the mask alone ---------------------------------------------------------------------------------------------------------------------
+
+// to = |from| < level ? 0 : from, W at a time; returns how many that were. With the numbers' types left to it, GCC makes branches for bf16.
+static inline int64_t mask_vectors(const float *from, const float *level, int64_t channels, float *to) {
+  int64_t k = 0;
+  for (; k + W <= channels; k += W) {
+    const vf v = load(from + k);
+    store(to + k, (v < 0.0f ? -v : v) < load(level + k) ? vf{} : v);
+  }
+  return k;
+}
+static inline int64_t mask_vectors(const bf16 *from, const float *level, int64_t channels, bf16 *to) {
+  int64_t k = 0;
+  for (; k + W <= channels; k += W) {
+    const vf v = load(from + k);
+    const vi below = (v < 0.0f ? -v : v) < load(level + k);
+    *reinterpret_cast<vh_mem *>(to + k) = *reinterpret_cast<const vh_mem *>(from + k) & ~__builtin_convertvector(below, vh);
+  }
+  return k;
+}
+
+// For whoever multiplies by the whole weight: x with its skipped channels at zero, in one pass over it.
+template <class IO>
+struct Mask {
+  const IO *x;
+  const float *level;
+  int64_t tokens, channels;
+  IO *y;
+
+  static void task(void *self, int thread, int number) { static_cast<const Mask *>(self)->run(thread, number); }
+
+  void run(int thread, int number) const {
+    for (int64_t t = tokens * thread / number; t < tokens * (thread + 1) / number; t++) {
+      const IO *from = x + t * channels;
+      IO *to = y + t * channels;
+      for (int64_t k = mask_vectors(from, level, channels, to); k < channels; k++) to[k] = fabsf(to_float(from[k])) < level[k] ? IO{} : from[k];
+    }
+  }
+};
+
+template <class IO>
+static void mask_of(const void *x, const float *level, int64_t tokens, int64_t channels, void *y, int num_threads) {
+  Mask<IO> job{(const IO *)x, level, tokens, channels, (IO *)y};
+  parallel((int)max64(1, min64(num_threads, tokens * channels * (int64_t)sizeof(IO) / THREAD_BYTES)), Mask<IO>::task, &job);
+}
+
 // -- entry -------------------------------------------------------------------------------------------------------------------------------
 
 template <class Layer>
@@ -366,4 +412,9 @@ int run_gated(const moeify_gated &g, const void *x, int64_t x_stride, int64_t nu
                           num_threads);
   return in_turn<bf16>(is_int8 ? run_gated_of<bf16, int8_t> : run_gated_of<bf16, bf16>, g, x, x_stride, num_tokens, y, y_stride,
                        num_threads);
+}
+
+int run_mask(const void *x, const float *level, int64_t num_tokens, int64_t channels, int32_t dtype, void *y, int num_threads) {
+  (dtype == MOEIFY_FP32 ? mask_of<float> : mask_of<bf16>)(x, level, num_tokens, channels, y, num_threads);
+  return MOEIFY_OK;
 }

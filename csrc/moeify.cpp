@@ -31,6 +31,7 @@
   int route_tokens(const moeify_ffn &, const moeify_router &, const void *, int64_t, int64_t, uint8_t *, int);            \
   int run_linear(const moeify_linear &, const void *, int64_t, int64_t, void *, int64_t, int);                            \
   int run_gated(const moeify_gated &, const void *, int64_t, int64_t, void *, int64_t, int);                              \
+  int run_mask(const void *, const float *, int64_t, int64_t, int32_t, void *, int);                                      \
   }
 DECLARE(moeify_portable)
 #if defined(__x86_64__)
@@ -232,6 +233,12 @@ static int run_gated(const moeify_gated &g, const void *x, int64_t x_stride, int
   FOR_ISA(run_gated(g, x, x_stride, num_tokens, y, y_stride, num_threads))
 }
 
+static int run_mask(const void *x, const float *level, int64_t num_tokens, int64_t channels, int32_t dtype, void *y, int32_t isa,
+                    int num_threads) {
+  (void)isa;
+  FOR_ISA(run_mask(x, level, num_tokens, channels, dtype, y, num_threads))
+}
+
 extern "C" {
 
 int moeify_linear_run(const moeify_linear *linear, const void *x, int64_t x_stride, int64_t num_tokens, void *y, int64_t y_stride,
@@ -255,6 +262,15 @@ int moeify_gated_run(const moeify_gated *gated, const void *x, int64_t x_stride,
   if (!num_tokens) return MOEIFY_OK;
   if (!x || !y) return MOEIFY_BAD_ARGUMENT;
   return run_gated(g, x, x_stride, num_tokens, y, y_stride, isa, num_threads);
+}
+
+int moeify_mask_run(const void *x, const float *level, int64_t num_tokens, int64_t channels, int32_t dtype, void *y, int32_t isa,
+                    int32_t num_threads) {
+  if (num_tokens < 0 || channels < 1 || num_threads < 1 || (dtype != MOEIFY_FP32 && dtype != MOEIFY_BF16)) return MOEIFY_BAD_ARGUMENT;
+  if (!moeify_has_isa(isa)) return MOEIFY_NO_ISA;
+  if (!num_tokens) return MOEIFY_OK;
+  if (!x || !level || !y) return MOEIFY_BAD_ARGUMENT;
+  return run_mask(x, level, num_tokens, channels, dtype, y, isa, num_threads);
 }
 
 int moeify_ffn_run(const moeify_ffn *ffn, const void *x, int64_t x_stride, const uint8_t *mask, int64_t num_tokens, void *y,

@@ -16,7 +16,7 @@ extern "C" {
 #endif
 #pragma GCC visibility push(default)
 
-#define MOEIFY_ABI 5
+#define MOEIFY_ABI 6
 
 enum moeify_isa { MOEIFY_PORTABLE = 0, MOEIFY_AVX2 = 1, MOEIFY_AVX512 = 2, MOEIFY_AVX512_BF16 = 3, MOEIFY_AMX_BF16 = 4 };
 enum moeify_dtype { MOEIFY_FP32 = 0, MOEIFY_BF16 = 1, MOEIFY_INT8 = 2 };
@@ -81,6 +81,10 @@ typedef struct {
 
 int moeify_gated_run(const moeify_gated *gated, const void *x, int64_t x_stride, int64_t num_tokens, void *y, int64_t y_stride,
                      int32_t isa, int32_t num_threads);
+
+/* y = x where not |x_tk| < level_k, elsewhere 0; x and y (T, K) contiguous, of dtype fp32 or bf16. */
+int moeify_mask_run(const void *x, const float *level, int64_t num_tokens, int64_t channels, int32_t dtype, void *y, int32_t isa,
+                    int32_t num_threads);
 
 /* Whether this processor and operating system run an instruction set; in moeify_isa's order, so the last 1 is the best. */
 int moeify_has_isa(int32_t isa);

@@ -22,7 +22,7 @@ import matplotlib
 import torch
 from torch import Tensor
 
-from bench.cases.generate_cpu import _Side, _take_turns
+from bench.cases.generate_cpu import Side, take_turns
 from bench.common import numbers, words
 from bench.pruning import Pruned, prune
 from bench.tiny import save_tiny
@@ -301,8 +301,8 @@ class _Bench:
     def _speed(self) -> dict[str, Any]:
         if not self.rounds:
             return {}
-        sides = {"dense": _Side(self.timed), "ours": _Side(self.net)}
-        times = _take_turns(sides, self.prompt, new_tokens=_NEW_TOKENS, rounds=self.rounds)
+        sides = {"dense": Side(self.timed), "ours": Side(self.net)}
+        times = take_turns(sides, self.prompt, new_tokens=_NEW_TOKENS, rounds=self.rounds)
         steps = {name: statistics.median(t.step_s for t in found) for name, found in times.items()}
         return {"speed": steps["dense"] / steps["ours"]}
 

@@ -216,21 +216,21 @@ def _decoding(
 ) -> Iterator[dict[str, Any]]:
     batch, prompt_tokens = ids_BS.shape
     tuned = _tuned(pair, ids_BS, fractions, new_tokens=new_tokens, counted=batch)
-    sides = {"dense": _Side(pair.dense)} | {f"ours {f}": _Side(pair.ours, rules) for f, (rules, _) in tuned.items()}
+    sides = {"dense": Side(pair.dense)} | {f"ours {f}": Side(pair.ours, rules) for f, (rules, _) in tuned.items()}
     status = NOT_COMPILED
     if compiled:
         torch.compiler.reset()  # every batch size is a compilation of its own, of which there is a limit
-        side = _Side(pair.dense, options={"cache_implementation": "static", "compile_config": _on_this_device()})
+        side = Side(pair.dense, options={"cache_implementation": "static", "compile_config": _on_this_device()})
         if (status := _why_not(side, ids_BS, new_tokens)) == STATIC:
             sides["compiled"] = side
-    times = _take_turns(sides, ids_BS, new_tokens=new_tokens, rounds=rounds)
+    times = take_turns(sides, ids_BS, new_tokens=new_tokens, rounds=rounds)
     first = {name: statistics.median(t.first_s for t in found) for name, found in times.items()}
     step = {name: [t.step_s for t in found] for name, found in times.items()}
     speed = doctor()["speed"] if batch == 1 else None  # more sequences share what they read
     labels = {"regime": "decode", "batch": batch, "prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "tokens": batch}
     for wanted, (_, active) in tuned.items():
         ours = f"ours {wanted}"
-        row = labels | {"wanted_f": wanted, "f": active} | _compared(step, ours) | {"compiled": status}
+        row = labels | {"wanted_f": wanted, "f": active} | compared(step, ours) | {"compiled": status}
         seconds = {"dense": row["dense_us"] / 1e6, "ours": row["ours_us"] / 1e6}
         row |= {f"{name}_tokens_per_s": batch / s for name, s in seconds.items()}
         row |= {"dense_ttft_ms": first["dense"] * 1e3, "ours_ttft_ms": first[ours] * 1e3}
@@ -242,17 +242,18 @@ def _decoding(
 def _first_token(pair: _Pair, ids_BS: Tensor, fractions: Sequence[float], *, rounds: int) -> Iterator[dict[str, Any]]:
     batch, prompt_tokens = ids_BS.shape
     tuned = _tuned(pair, ids_BS, fractions, new_tokens=1, counted=ids_BS.numel())
-    sides = {"dense": _Side(pair.dense)} | {f"ours {f}": _Side(pair.ours, rules) for f, (rules, _) in tuned.items()}
-    times = _take_turns(sides, ids_BS, new_tokens=1, rounds=rounds)
+    sides = {"dense": Side(pair.dense)} | {f"ours {f}": Side(pair.ours, rules) for f, (rules, _) in tuned.items()}
+    times = take_turns(sides, ids_BS, new_tokens=1, rounds=rounds)
     first = {name: [t.first_s for t in found] for name, found in times.items()}
     labels = {"regime": "first token", "batch": batch, "prompt_tokens": prompt_tokens, "new_tokens": 1, "tokens": ids_BS.numel()}
     for wanted, (_, active) in tuned.items():
-        row = labels | {"wanted_f": wanted, "f": active} | _compared(first, f"ours {wanted}")
+        row = labels | {"wanted_f": wanted, "f": active} | compared(first, f"ours {wanted}")
         row["compiled"] = "generate compiles decoding steps only"
         yield row | {"dense_ttft_ms": row["dense_us"] / 1e3, "ours_ttft_ms": row["ours_us"] / 1e3}
 
 
-def _compared(seconds: Mapping[str, Sequence[float]], ours: str) -> dict[str, Any]:
+def compared(seconds: Mapping[str, Sequence[float]], ours: str) -> dict[str, Any]:
+    """What rows say of the side ``ours`` beside the others, from seconds a step."""
     medians = {name: statistics.median(found) * 1e6 for name, found in seconds.items()}
     compiled_us = medians.get("compiled")
     return {
@@ -283,7 +284,7 @@ def _roofline(model: nn.Module, ids_BS: Tensor, active: float, speed: Mapping[st
 
 
 @dataclass(frozen=True)
-class _Times:
+class Times:
     """One call of `generate`."""
 
     first_s: float
@@ -293,7 +294,7 @@ class _Times:
 
 
 @dataclass(frozen=True)
-class _Side:
+class Side:
     """A model as it is timed."""
 
     model: Any
@@ -307,7 +308,7 @@ class _Side:
             set_rule(self.model, self.rules)
             self.model(ids_BS[:, :1])
 
-    def __call__(self, ids_BS: Tensor, new_tokens: int) -> _Times:
+    def __call__(self, ids_BS: Tensor, new_tokens: int) -> Times:
         marks: list[float] = []
 
         def clock(_: Tensor, scores: Tensor) -> Tensor:
@@ -329,12 +330,12 @@ class _Side:
             **self.options,
         )
         assert len(marks) == new_tokens
-        return _Times(marks[0] - start, (marks[-1] - marks[0]) / (new_tokens - 1) if new_tokens > 1 else math.nan)
+        return Times(marks[0] - start, (marks[-1] - marks[0]) / (new_tokens - 1) if new_tokens > 1 else math.nan)
 
 
-def _take_turns(sides: Mapping[str, _Side], ids_BS: Tensor, *, new_tokens: int, rounds: int) -> dict[str, list[_Times]]:
+def take_turns(sides: Mapping[str, Side], ids_BS: Tensor, *, new_tokens: int, rounds: int) -> dict[str, list[Times]]:
     """Times of each side: one round of warm-up, then rounds that each begin with another side."""
-    times: dict[str, list[_Times]] = {name: [] for name in sides}
+    times: dict[str, list[Times]] = {name: [] for name in sides}
     names = list(sides)
     for i in range(-1, rounds):
         for name in names[i % len(names) :] + names[: i % len(names)]:
@@ -351,7 +352,7 @@ def _on_this_device() -> CompileConfig:
     return config
 
 
-def _why_not(side: _Side, ids_BS: Tensor, new_tokens: int) -> str:
+def _why_not(side: Side, ids_BS: Tensor, new_tokens: int) -> str:
     """Compile; what the rows say of it."""
     try:
         side(ids_BS, new_tokens)
@@ -397,7 +398,7 @@ def _tuned(
 
     def measured(share: float) -> tuple[Mapping[str, Rule], float]:
         rules = calibrator.solve(share).rules
-        side, active = _Side(pair.ours, rules), _Active(counted)
+        side, active = Side(pair.ours, rules), _Active(counted)
         side.prepare(ids_BS)
         with _recording(pair.ours, active):
             side(ids_BS, new_tokens)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from bench.cases.generate_cpu import SMOLLM2, TINY, TOLERANCE, _compared, _Side, _take_turns
+from bench.cases.generate_cpu import SMOLLM2, TINY, TOLERANCE, Side, compared, take_turns
 from bench.common import DTYPES, numbers, whole_numbers, words
 from moeify import find_linear_sites, record_channels, set_mode
 from moeify._config import lookup
@@ -70,19 +70,19 @@ def run(
             ids_BS = torch.randint(shape["vocab_size"], (batch, prompt_tokens), generator=torch.Generator().manual_seed(1))
             _check_same(dense, ours, ids_BS)
             levels = {share: _levels(ours, ids_BS, share) for share in skip}
-            sides = {"dense": _Side(dense)} | {f"ours {share}": _Sparse(ours, levels[share]) for share in skip}
-            times = _take_turns(sides, ids_BS, new_tokens=new_tokens, rounds=rounds)
+            sides = {"dense": Side(dense)} | {f"ours {share}": _Sparse(ours, levels[share]) for share in skip}
+            times = take_turns(sides, ids_BS, new_tokens=new_tokens, rounds=rounds)
             step = {side: [t.step_s for t in found] for side, found in times.items()}
             first = {side: statistics.median(t.first_s for t in found) * 1e3 for side, found in times.items()}
             for share in skip:
                 side = f"ours {share}"
                 row = {"dtype": name, "batch": batch, "prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "wanted_skip": share}
-                row |= {"skipped": _recorded(sides[side], ids_BS, new_tokens)} | _compared(step, side)
+                row |= {"skipped": _recorded(sides[side], ids_BS, new_tokens)} | compared(step, side)
                 yield row | {"dense_ttft_ms": first["dense"], "ours_ttft_ms": first[side]}
         del dense, ours, sides  # before the next ones are made
 
 
-class _Sparse(_Side):
+class _Sparse(Side):
     """A model with these levels."""
 
     def __init__(self, model: Any, levels: dict[str, float]) -> None:
@@ -134,7 +134,7 @@ def _levels(model: nn.Module, ids_BS: Tensor, share: float) -> dict[str, float]:
     return levels
 
 
-def _recorded(side: _Side, ids_BS: Tensor, new_tokens: int) -> float:
+def _recorded(side: Side, ids_BS: Tensor, new_tokens: int) -> float:
     side.prepare(ids_BS)
     with record_channels(side.model) as recorder:
         side(ids_BS, new_tokens)

@@ -13,11 +13,13 @@ A few tokens (decoding) run by a compiled kernel, the CPU's or a GPU's, that rea
 memory is ordered by input channel (`SparseInput.lay_out`), while its name, shape and values stay. Anything else runs as the layer's own
 forward on a masked input, at dense cost: many tokens, gradients, autocast, training, and weights that must not be read directly (decision
 D7). `SparseInput.masked_reason` says which of these.
+
+The layers of a gated FFN run as one native call where each would run by the kernel and nobody looks in between (`GatedFFN`).
 """
 
-import functools
 import logging
 import math
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -28,11 +30,12 @@ import torch
 from torch import Tensor, nn
 
 from .errors import ConfigError, KernelError, UnsupportedModelError
-from .kernels.cpu import is_recorded
-from .kernels.cpu_linear import LinearWeights
-from .kernels.linear import call_objection, compiled_for, keeps, reads_rows
+from .kernels import cpu_linear
+from .kernels.cpu import ACTIVATIONS, is_recorded
+from .kernels.cpu_linear import LinearWeights, SparseGated, gated_refusal
+from .kernels.linear import call_objection, compiled_for, keeps, reads_rows, skip
 from .select import Rule, Threshold
-from .sites import LinearSite, linear_weight, not_plain_reason, store_by_input, token_mask_of
+from .sites import FFNSite, LinearSite, linear_weight, not_plain_reason, store_by_input, token_mask_of
 
 _log = logging.getLogger(__name__)
 
@@ -96,6 +99,8 @@ class SparseInput(nn.Module):
         self.impl = "auto"
         """What computes it: a key of `moeify.kernels.linear.IMPLS`, or "auto"; `moeify.set_impl` sets it."""
         self.recorder: ChannelRecorder | None = None
+        self.gated: GatedFFN | None = None
+        """The FFN whose layers may run as one, this one among them; `attach_channels` sets it."""
         self._native: _Native | None = None
         self.register_buffer("level_K", torch.zeros(site.d_in, dtype=torch.float32))
 
@@ -116,12 +121,23 @@ class SparseInput(nn.Module):
             self.recorder.add(self.site, keep)
         return keep
 
+    def _skip(self, x: Tensor) -> Tensor:
+        """``x`` with what is not kept at zero."""
+        if self.recorder is not None or self.rule != AT_LEVEL:
+            return torch.where(self.select(x), x, 0)
+        kept = skip(x, self.level_K)
+        if self._has_start(x):
+            kept[:, : self.first_dense] = x[:, : self.first_dense]
+        return kept
+
     def _has_start(self, x: Tensor) -> bool:
         return self.first_dense > 0 and x.dim() == 3 and x.shape[1] > 1
 
     def _forward(self, linear: nn.Module, x: Tensor) -> Tensor:
         if self.mode == "dense":
             return cast(Tensor, type(linear).forward(linear, x))
+        if self.gated is not None and (y := self.gated.run(self, x)) is not None:
+            return y
         if self.impl != "masked":
             kernel, why_not = compiled_for(x, impl=self.impl), self._call_objection(linear, x)
             if why_not is None and not (recorded := is_recorded(x)):
@@ -129,17 +145,17 @@ class SparseInput(nn.Module):
                 if native is not None and native.holds(linear, self._buffers["level_K"], x.dtype, kernel):
                     return self._by_kernel(x, native.at_level, native.of_masked)
             if why_not is None and (why_not := self._layer_objection(linear, x)) is None:
-                layer = self._layer(linear)
-                layers = (layer, layer._replace(level_K=None))
                 if recorded:  # an operator takes the tensors themselves
-                    return self._by_kernel(x, *(partial(kernel.sparse_linear, layer=one) for one in layers))
-                native = self._native = self._make_native(linear, kernel, *layers, dtype=x.dtype)
+                    layer = self._layer(linear)
+                    operators = (partial(kernel.sparse_linear, layer=one) for one in (layer, layer._replace(level_K=None)))
+                    return self._by_kernel(x, *operators)
+                native = self._make_native(linear, kernel, x.dtype)
                 return self._by_kernel(x, native.at_level, native.of_masked)
             if self.impl != "auto":
                 raise KernelError(f"'{self.site.name}': impl {self.impl!r}: {why_not}.")
             if x.numel() > kernel.MOST_TOKENS.get(x.dtype, math.inf) * self.site.d_in and not torch.compiler.is_compiling():
                 _tell_of_prefill(why_not)
-        return cast(Tensor, type(linear).forward(linear, torch.where(self.select(x), x, 0)))
+        return cast(Tensor, type(linear).forward(linear, self._skip(x)))
 
     # -- the compiled kernel ------------------------------------------------------------------------------------------------------------
 
@@ -172,20 +188,24 @@ class SparseInput(nn.Module):
         bias = linear._parameters.get("bias")
         return LinearWeights(linear_weight(linear).detach().t(), self.level_K, None if bias is None else bias.detach())
 
-    def _make_native(self, linear: nn.Module, kernel: ModuleType, *layers: LinearWeights, dtype: torch.dtype) -> _Native:
+    def _make_native(self, linear: nn.Module, kernel: ModuleType, dtype: torch.dtype) -> _Native:
+        layer = self._layer(linear)
+        at_level, of_masked = (kernel.SparseLinear(one, dtype=dtype) for one in (layer, layer._replace(level_K=None)))
         tensors = (linear._parameters.get("weight"), linear._parameters.get("bias"), self.level_K)
         places = tuple((t, *((0, ()) if t is None else (t.data_ptr(), t.stride()))) for t in tensors)
-        at_level, of_masked = (kernel.SparseLinear(layer, dtype=dtype) for layer in layers)
-        return _Native(at_level, of_masked, dtype, kernel, type(linear), places)
+        self._native = _Native(at_level, of_masked, dtype, kernel, type(linear), places)
+        return self._native
 
     def _by_kernel(self, x: Tensor, at_level: Callable[[Tensor], Tensor], of_masked: Callable[[Tensor], Tensor]) -> Tensor:
         if self.recorder is None and self.rule == AT_LEVEL and not self._has_start(x):
             return at_level(x)
-        return of_masked(torch.where(self.select(x), x, 0))
+        return of_masked(self._skip(x))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SparseInput":
         # Seen as integers, levels are moved with the model and never rounded: a change of dtype is for floating tensors only.
         self._native = None
+        if self.gated is not None:
+            self.gated._native = None  # it would keep the weights from before the move or cast in memory
         self.level_K = self.level_K.view(torch.int32)
         try:
             super()._apply(fn, recurse)
@@ -197,9 +217,172 @@ class SparseInput(nn.Module):
         return {**self.__dict__, "_native": None}  # pointers are of this process and these tensors
 
 
-@functools.lru_cache(maxsize=1)
+class _Part(NamedTuple):
+    """What hangs in the place of one projection."""
+
+    path: str
+    linear: nn.Module
+    executor: SparseInput | None
+
+
+class GatedFFN:
+    """Runs the layers of one gated FFN as one native call: ``y = down(act(gate(x)) * up(x))``, each with its own levels.
+
+    As in `moeify.layers`: the first projections remember x and return a stand-in of width 1, the down projection ignores what became of it
+    and returns the FFN of x, so that the code between and around stays the family's own. That begins with the forward of the host and
+    happens once in it: a projection that somebody calls by itself computes itself.
+
+    Args:
+        host: the module that holds the projections.
+        site: the FFN.
+    """
+
+    def __init__(self, host: nn.Module, site: FFNSite) -> None:
+        self._host, self._site = host, site
+        cut = len(site.name) + 1 if site.name else 0
+        self._paths = tuple(path[cut:] for path in (*site.first, site.down))
+        self._find_parts()
+        leaves = [part.linear for part in self._parts]
+        inside = (m for m in host.modules() if m is not host and next(m.children(), None) is None)
+        self._others = tuple(m for m in inside if not isinstance(m, SparseInput) and all(m is not leaf for leaf in leaves))
+        # One a thread: None from when the host's forward begins, then x, the call that it will be, and what stands in for its parts.
+        self._calls: dict[int, tuple[Tensor, SparseGated, Tensor] | None] = {}
+        self._native: tuple[SparseGated, tuple[_Native, ...]] | None = None
+        self._hook = host.register_forward_pre_hook(self._enter)
+
+    def remove(self) -> None:
+        """Leave the layers to themselves."""
+        self._hook.remove()
+        self._find_parts()
+        for part in self._parts:
+            if part.executor is not None and part.executor.gated is self:
+                part.executor.gated = None
+
+    def join(self) -> None:
+        """Make this the FFN of the executors that its layers have now."""
+        self._find_parts()
+        for part in self._parts:
+            if part.executor is not None:
+                part.executor.gated = self
+
+    def separate_reason(self, x: Tensor) -> str | None:
+        """Why the layers of an FFN that reads ``x`` (..., D) run one by one; None if as one. Runs nothing."""
+        self._find_parts()
+        return self._call_objection(x) or self._layer_objection(x.dtype)
+
+    def run(self, executor: SparseInput, x: Tensor) -> Tensor | None:
+        """What the layer of ``executor`` returns for its input; None where it computes itself."""
+        if torch.compiler.is_compiling() or (thread := threading.get_ident()) not in self._calls:
+            return None
+        call, is_down = self._calls.pop(thread), executor.site.ffn is not None
+        if is_down:
+            return None if call is None else call[1](call[0]).reshape(*x.shape[:-1], self._site.d_out)
+        if call is None:
+            if (native := self._ready(x)) is None:
+                return None
+            width = self._site.d_ff if self._site.explicit_width else 1
+            call = x, native, x.new_zeros((*x.shape[:-1], 2 * width if self._site.fused else width))
+        self._calls[thread] = call
+        return call[2]
+
+    def _enter(self, *_: object) -> None:
+        if not torch.compiler.is_compiling():
+            self._calls[threading.get_ident()] = None
+
+    def _find_parts(self) -> None:
+        parts, places = [], []
+        for path in self._paths:
+            module = self._host
+            for name in path.split("."):
+                parent, module = module, getattr(module, name)
+                places.append((parent, name, module))
+            executor = module._modules.get(CHILD)
+            places.append((module, CHILD, executor))
+            parts.append(_Part(path, module, executor if isinstance(executor, SparseInput) else None))
+        self._parts, self._places = tuple(parts), tuple(places)
+
+    def _ready(self, x: Tensor) -> SparseGated | None:
+        """The native call; None where the layers run one by one. Flat loops, for every FFN asks for every token."""
+        for parent, name, child in self._places:
+            if parent._modules.get(name) is not child:
+                self._find_parts()
+                self._native = None
+                break
+        if self._call_objection(x) is not None:
+            return None
+        if self._native is not None:
+            call, made_for = self._native
+            for native, (_, linear, executor) in zip(made_for, self._parts, strict=True):
+                if not native.holds(linear, cast(SparseInput, executor)._buffers["level_K"], x.dtype, cpu_linear):
+                    break
+            else:
+                return call
+        if self._layer_objection(x.dtype) is not None:
+            return None
+        call = SparseGated(*self._weights(), activation=self._site.activation, dtype=x.dtype)
+        self._native = call, tuple(cast(SparseInput, part.executor)._make_native(part.linear, cpu_linear, x.dtype) for part in self._parts)
+        return call
+
+    def _call_objection(self, x: Tensor) -> str | None:
+        if not x.is_cpu:
+            return f"it runs on the CPU, x is on {x.device}"
+        if is_recorded(x):
+            return "a tracer must see what each layer computes"
+        tensors: list[Tensor | None] = []
+        for path, linear, executor in self._parts:
+            if executor is None or executor.gated is not self:
+                return f"'{path}' skips no input channels, or another module stands in its place"
+            if executor.mode == "dense":
+                return f"'{path}' runs dense"
+            if executor.rule is not AT_LEVEL and executor.rule != AT_LEVEL:
+                return f"'{path}' has the rule {executor.rule}"
+            if executor.recorder is not None:
+                return "somebody records what is skipped"
+            if executor.impl not in ("auto", "cpu"):
+                return f"impl {executor.impl!r} was asked for by name"
+            if executor._has_start(x):
+                return "the first positions keep all channels"
+            if linear.training or linear._forward_hooks or linear._forward_pre_hooks or "_hf_hook" in linear.__dict__:
+                return f"'{path}' trains or has a hook"
+            tensors += (linear._parameters.get("weight"), linear._parameters.get("bias"))
+        for module in (self._host, *self._others):
+            if module.training or (module is not self._host and (module._forward_hooks or module._forward_pre_hooks)):
+                return "a module beside the projections trains or has a hook"
+        if self._site.activation not in ACTIVATIONS:
+            return f"it does not know the activation {self._site.activation!r}"
+        return call_objection(x, tuple(tensors), cpu_linear, training=False)
+
+    def _layer_objection(self, dtype: torch.dtype) -> str | None:
+        for path, linear, _ in self._parts:
+            if why_not := not_plain_reason(linear):
+                return f"'{path}' {why_not}"
+        return gated_refusal(*self._weights(), activation=self._site.activation, dtype=dtype)
+
+    def _weights(self) -> tuple[LinearWeights, LinearWeights, LinearWeights]:
+        """Of gate, up and down."""
+        *first, down = (cast(SparseInput, part.executor)._layer(part.linear) for part in self._parts)
+        if self._site.fused is not None:
+            both, num_neurons = first[0], self._site.d_ff
+            first = [
+                LinearWeights(both.weight_KN[:, half], both.level_K, *(None if t is None else t[half] for t in (both.bias_N, both.scale_N)))
+                for half in (slice(num_neurons), slice(num_neurons, None))
+            ]
+            if self._site.fused == "up_gate":
+                first.reverse()
+        return first[0], first[1], down
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_native": None, "_calls": {}}  # of this process, and of its threads
+
+
+_told: set[str] = set()
+
+
 def _tell_of_prefill(why_not: str) -> None:
     """Once: every prompt would say it."""
+    if _told:
+        return
+    _told.add(why_not)
     _log.info("sparse linear layers run masked, at dense cost, where the compiled kernel does not: %s", why_not)
 
 
@@ -264,6 +447,13 @@ def attach_channels(model: nn.Module, executor: SparseInput) -> None:
     linear.add_module(CHILD, executor)
     linear.forward = partial(executor._forward, linear)
     executor.lay_out(linear)
+    if (ffn := executor.site.ffn) is not None:
+        executor.gated = GatedFFN(model.get_submodule(ffn.name), ffn)
+        executor.gated.join()
+    elif executor.site.role == "ffn_in":  # whose down projection may have been first
+        for other in sparse_inputs(model).values():
+            if other.gated is not None and other.site.ffn is not None and executor.site.name in other.site.ffn.first:
+                other.gated.join()
 
 
 def lay_out_channels(model: nn.Module) -> None:
@@ -277,6 +467,9 @@ def detach_channels(model: nn.Module, names: Iterable[str] | None = None) -> Non
     """Remove the executors of the named layers, of all by default; the layers are what they were."""
     names = set(sparse_inputs(model) if names is None else names)
     for linear in [m for m in model.modules() if isinstance(e := m._modules.get(CHILD), SparseInput) and e.site.name in names]:
+        executor = cast(SparseInput, linear._modules[CHILD])
+        if executor.site.ffn is not None and executor.gated is not None:
+            executor.gated.remove()
         del linear._modules[CHILD]
         if "_old_forward" in linear.__dict__:  # accelerate has put its hook around ours, and keeps it
             linear.__dict__["_old_forward"] = MethodType(type(linear).forward, linear)

@@ -302,6 +302,8 @@ def rebuild(model: nn.Module, manifest: Manifest) -> None:
     for layer in manifest.channels:
         try:
             shape = tuple(linear_weight(model.get_submodule(layer.site.name)).shape)
+            for path in () if layer.site.ffn is None else (layer.site.ffn.name, *layer.site.ffn.first):
+                model.get_submodule(path)
         except AttributeError as error:
             raise CheckpointError(f"manifest names '{layer.site.name}', which this {type(model).__name__} has not: {error}") from error
         if shape != (layer.site.d_out, layer.site.d_in):

@@ -12,7 +12,7 @@ import torch
 from . import kernels
 from .evaluate import measure_ms
 from .hf.checkpoint import library_versions
-from .kernels.cpu_linear import LinearWeights
+from .kernels.cpu_linear import LinearWeights, gated_refusal
 from .kernels.linear import explain_linear
 from .sites import FFNWeights
 
@@ -33,6 +33,7 @@ def doctor() -> dict[str, Any]:
         "compiled_kernels": kernels.cpu.describe(),
         "kernels": _kernels(),
         "linear_kernels": _linear_kernels(),
+        "linear_ffn": _linear_ffn(),
         "extras": {extra: _missing(packages) or "installed" for extra, packages in EXTRAS.items()},
         "caches": {"hub": _cache("HF_HUB_CACHE", "hub"), "datasets": _cache("HF_DATASETS_CACHE", "datasets")},
         "offline": os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"),
@@ -97,6 +98,13 @@ def _linear_kernels() -> list[dict[str, Any]]:
             candidates = explain_linear(torch.zeros(num_tokens, 64, device=device), layer)
             rows += [{"device": device, "tokens": num_tokens, **dataclasses.asdict(candidate)} for candidate in candidates]
     return rows
+
+
+def _linear_ffn() -> str:
+    """Whether the layers of a gated FFN run as one native call while decoding."""
+    layer = LinearWeights(torch.zeros(64, 64), torch.zeros(64))
+    why_not = gated_refusal(layer, layer, layer, activation="silu", dtype=torch.float32)
+    return why_not or f"gate, up and down are one call; activations: {', '.join(kernels.cpu.ACTIVATIONS)}"
 
 
 def _missing(packages: tuple[str, ...]) -> str | None:

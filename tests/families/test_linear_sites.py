@@ -33,6 +33,8 @@ def test_every_ffn_has_its_layers_and_each_reads_what_another_of_its_block_reads
     sites = {site.name: site for site in find_linear_sites(model, inputs, ffn_sites=ffns)}
     for ffn in ffns:
         assert sites[ffn.down].role == "ffn_hidden"
+        assert sites[ffn.down].ffn == (ffn if ffn.is_gated else None)
+        assert not any(sites[path].ffn for path in ffn.first)
         assert {sites[path].reads for path in ffn.first} == {ffn.first[0]}
     for site in sites.values():
         assert site.name.startswith(f"{site.block}.") or site.block == site.name

@@ -152,7 +152,7 @@ def test_tuned_rules_run_near_the_wanted_fraction_of_decoding_steps_alone(pair, 
     seen = []
     for wanted, (rules, active) in tuned.items():
         counted = generate_cpu._Active(2)
-        side = generate_cpu._Side(pair.ours, rules)
+        side = generate_cpu.Side(pair.ours, rules)
         side.prepare(prompt)
         with generate_cpu._recording(pair.ours, counted):
             side(prompt, 6)
@@ -167,10 +167,10 @@ def test_side_sets_its_rules_and_times_the_first_token_apart(pair, prompt, monke
     clock = iter([10.0, 13.0, 14.0, 15.0, 16.5])
     monkeypatch.setattr(generate_cpu.time, "perf_counter", lambda: next(clock))
     rules = {name: Threshold(theta=0.5) for name in moe_layers(pair.ours)}
-    side = generate_cpu._Side(pair.ours, rules)
+    side = generate_cpu.Side(pair.ours, rules)
     side.prepare(prompt)
     times = side(prompt, 4)
-    assert times == generate_cpu._Times(first_s=3.0, step_s=3.5 / 3)
+    assert times == generate_cpu.Times(first_s=3.0, step_s=3.5 / 3)
     assert {layer.rule for layer in moe_layers(pair.ours).values()} == {Threshold(theta=0.5)}
 
 
@@ -189,7 +189,7 @@ def test_sides_take_turns_and_the_warm_up_is_not_counted(prompt):
             calls[-1] = self.name
             return len(calls)
 
-    times = generate_cpu._take_turns({"a": Side("a"), "b": Side("b")}, prompt, new_tokens=2, rounds=2)
+    times = generate_cpu.take_turns({"a": Side("a"), "b": Side("b")}, prompt, new_tokens=2, rounds=2)
     assert calls == ["b", "a", "a", "b", "b", "a"]
     assert times == {"a": [3, 6], "b": [4, 5]}
 

@@ -1,21 +1,25 @@
 """The executor of channel sparsity in real models."""
 
 import copy
+import dataclasses
 import math
 import pickle
+import threading
+from contextlib import nullcontext
 
 import pytest
 import torch
 from ffn_cases import needs_library
+from numerics import assert_as_accurate_as_torch
 from tiny import tiny_inputs, tiny_llama
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moeify import channels
 from moeify.channels import SparseInput, attach_channels, detach_channels, record_channels, sparse_inputs
 from moeify.errors import ConfigError, KernelError, UnsupportedModelError
-from moeify.kernels.cpu_linear import SparseLinear
+from moeify.kernels.cpu_linear import SparseGated, SparseLinear
 from moeify.layers import set_impl, set_mode, token_mask
-from moeify.select import TopK
+from moeify.select import Threshold, TopK
 from moeify.sites import find_linear_sites
 
 
@@ -174,6 +178,20 @@ def test_other_rules_and_starts_of_sequences_call_the_kernel_on_what_they_leave(
         torch.testing.assert_close(found, torch.nn.functional.linear(torch.where(executor.select(x), x, 0), linear.weight))
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("recorded", [False, True])
+def test_a_prompt_is_dense_on_what_is_kept_and_leaves_its_input_alone(recorded):
+    model, _ = thinned(level=0.5, first_dense=2)
+    executor, linear = a_layer(model)
+    x = torch.randn(2, 40, executor.site.d_in)
+    kept = torch.where((x.abs() >= 0.5) | (torch.arange(40) < 2)[:, None], x, 0)
+    before = x.clone()
+    with record_channels(model) if recorded else nullcontext():
+        found = linear(x)
+    assert torch.equal(x, before)
+    torch.testing.assert_close(found, torch.nn.functional.linear(kept, linear.weight, linear.bias))
+
+
 @needs_library
 @pytest.mark.parametrize("why", ["made for decoding", "no gradient", "while training", "autocast", "adapter", "float16", "parametrised"])
 def test_what_the_kernel_is_not_for_runs_masked_and_says_why(calls, why):
@@ -205,7 +223,7 @@ def test_what_the_kernel_is_not_for_runs_masked_and_says_why(calls, why):
 @needs_library
 @torch.no_grad()
 def test_a_prompt_that_runs_masked_is_told_of_once(caplog):
-    channels._tell_of_prefill.cache_clear()
+    channels._told.clear()
     model, _ = thinned(level=0.5)
     with caplog.at_level("INFO", logger="moeify.channels"):
         for _ in range(2):
@@ -332,3 +350,288 @@ def test_errors_say_what_is_wrong():
     other.get_submodule(site.name).forward = lambda x: x
     with pytest.raises(UnsupportedModelError, match="forward of its own"):
         attach_channels(other, SparseInput(site))
+
+
+# -- a gated FFN as one native call -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fused(monkeypatch):
+    """Names of the calls: "gated" for a whole FFN, "linear" for one layer."""
+    made = []
+    call = SparseLinear.__call__
+
+    def noted(native, x):
+        made.append("gated" if isinstance(native, SparseGated) else "linear")
+        return call(native, x)
+
+    monkeypatch.setattr(SparseLinear, "__call__", noted)
+    return made
+
+
+def mlp_of(model):
+    return model.get_submodule("model.layers.0.mlp")
+
+
+def projections(mlp):
+    return mlp.gate_proj, mlp.up_proj, mlp.down_proj
+
+
+def by_hand(mlp, x, level=0.5):
+    """The definition, in x's dtype."""
+    gate, up, down = (projection.weight.to(x.dtype) for projection in projections(mlp))
+    x = torch.where(x.abs() >= level, x, 0)
+    h = torch.relu(torch.nn.functional.linear(x, gate)) * torch.nn.functional.linear(x, up)
+    return torch.nn.functional.linear(torch.where(h.abs() >= mlp.down_proj.channels.level_K, h, 0), down)
+
+
+def thinned_mlp(*, of_neurons=0.1, **options):
+    model, _ = thinned(level=0.5, **options)
+    for executor in sparse_inputs(model).values():
+        if executor.site.role == "ffn_hidden":
+            executor.level_K.fill_(of_neurons)
+    return model, mlp_of(model)
+
+
+@needs_library
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 1), (16,), (1, 1, 2), ()], ids=str)
+def test_decoding_runs_a_gated_ffn_as_one_call(fused, dtype, shape):
+    model, mlp = thinned_mlp(of_neurons=0.0, first_dense=1)  # a level there would skip other neurons wherever sums round differently
+    model, x = model.to(dtype), torch.randn(*shape, 32).to(dtype)
+    found = mlp(x)
+    assert fused == ["gated"] and mlp.down_proj.channels.gated.separate_reason(x) is None
+    set_impl(model, "masked")
+    baseline = mlp(x)
+    assert fused == ["gated"] and "'masked' was asked for" in mlp.down_proj.channels.gated.separate_reason(x)
+    assert_as_accurate_as_torch(found, oracle=by_hand(mlp, x.double()), baseline=baseline)
+    set_impl(model, "cpu")
+    assert torch.equal(mlp(x), found) and fused == ["gated"] * 2
+
+
+@needs_library
+@torch.no_grad()
+def test_neurons_below_their_level_are_skipped_in_one_call(fused):
+    _, mlp = thinned_mlp()
+    x = torch.randn(5, 32)
+    torch.testing.assert_close(mlp(x), by_hand(mlp, x))
+    mlp.down_proj.channels.level_K.fill_(math.inf)
+    assert mlp(x).eq(0).all() and fused == ["gated"] * 2
+
+
+def stand_in_the_way(model, mlp, what):
+    gate, up, down = projections(mlp)
+    if what == "hook":
+        up.register_forward_hook(lambda *_: None)
+    elif what == "hook between":
+        mlp.act_fn.register_forward_pre_hook(lambda _module, args: assert_wide(args[0]))
+    elif what == "rule":
+        down.channels.rule = Threshold(theta=2.0)
+    elif what == "dense layer":
+        gate.channels.mode = "dense"
+    elif what == "replaced":
+        mlp.gate_proj = Doubled(gate)
+    elif what == "detached":
+        detach_channels(model, [up.channels.site.name])
+    elif what == "layout":
+        up.weight.data = up.weight.data.contiguous()
+    elif what == "training between":
+        mlp.act_fn.train()
+    elif what == "training":
+        mlp.train()
+    elif what == "dtype":
+        down.double()
+        mlp.down_proj.register_forward_pre_hook(lambda _module, args: args[0].double())
+    elif what == "unknown activation":
+        down.channels.gated._site = dataclasses.replace(down.channels.gated._site, activation="mish")
+
+
+def assert_wide(h):
+    assert h.shape[-1] > 1
+
+
+class Doubled(torch.nn.Module):
+    """An adapter: what it wraps, and as much again."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base = base
+
+    def forward(self, x):
+        return 2 * self.base(x)
+
+
+@needs_library
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("what", "reason"),
+    [
+        ("hook", "has a hook"),
+        ("hook between", "has a hook"),
+        ("rule", "has the rule"),
+        ("dense layer", "runs dense"),
+        ("replaced", "another module stands in its place"),
+        ("detached", "skips no input channels"),
+        ("layout", "store_by_input"),
+        ("training between", "trains or"),
+        ("training", "trains or"),
+        ("dtype", "has a hook"),
+        ("unknown activation", "does not know the activation 'mish'"),
+        ("prompt", "made for decoding"),
+        ("start", "the first positions"),
+        ("recorder", "records"),
+        ("autocast", "autocast"),
+    ],
+)
+def test_a_gated_ffn_whose_layers_must_run_one_by_one_does_and_says_why(fused, what, reason):
+    model, mlp = thinned_mlp(first_dense=2 if what == "start" else 0)
+    x = torch.randn(1, {"prompt": 65, "start": 3}.get(what, 1), 32)
+    mlp(x[:, :1])
+    fused.clear()
+    gated = mlp.down_proj.channels.gated
+    stand_in_the_way(model, mlp, what)
+    assert reason in (gated.separate_reason(x) or "") or what in ("recorder", "autocast")
+    with (
+        torch.autocast("cpu", torch.bfloat16, enabled=what == "autocast"),
+        record_channels(model) if what == "recorder" else nullcontext(),
+    ):
+        assert reason in gated.separate_reason(x)
+        found = mlp(x)
+        assert "gated" not in fused
+        for executor in sparse_inputs(model).values():
+            executor.gated = None
+        assert torch.equal(found, mlp(x)) and found.shape == x.shape
+
+
+@needs_library
+def test_gradients_go_through_a_gated_ffn(fused):
+    _, mlp = thinned_mlp()
+    x = torch.randn(1, 1, 32, requires_grad=True)
+    found = mlp(x)
+    torch.testing.assert_close(found, by_hand(mlp, x))
+    found.sum().backward()
+    assert not fused and x.grad.abs().sum() > 0 and all(p.weight.grad is not None for p in projections(mlp))
+
+
+@needs_library
+@torch.no_grad()
+def test_a_projection_that_is_called_by_itself_computes_itself(fused):
+    _, mlp = thinned_mlp()
+    x = torch.randn(1, 1, 32)
+    expected = torch.nn.functional.linear(torch.where(x.abs() >= 0.5, x, 0), mlp.gate_proj.weight)
+    for _ in range(2):
+        torch.testing.assert_close(mlp.gate_proj(x), expected)
+        mlp(x)
+    assert fused == ["linear", "gated"] * 2
+    mlp.register_forward_pre_hook(lambda *_: [mlp.down_proj(torch.zeros(1, 48))].clear())  # somebody runs down first
+    torch.testing.assert_close(mlp(x), by_hand(mlp, x))
+
+
+@needs_library
+@torch.no_grad()
+@pytest.mark.parametrize("change", ["values", "weight", "data", "level", "dtype", "mode", "executor", "place"])
+def test_no_gated_ffn_reads_what_was_there_before_a_change(fused, change):
+    model, mlp = thinned_mlp(of_neurons=0.0)
+    x = torch.randn(1, 1, 32)
+    mlp(x)
+    up = mlp.up_proj
+    if change == "values":
+        up.weight.mul_(2)
+    elif change == "weight":
+        up.weight = torch.nn.Parameter(torch.randn_like(up.weight))
+    elif change == "data":
+        up.weight.data = torch.randn_like(up.weight)
+    elif change == "level":
+        for projection in (up, mlp.gate_proj):
+            projection.channels.level_K = torch.full_like(projection.channels.level_K, 1.0)
+    elif change == "dtype":
+        model, x = model.bfloat16(), x.bfloat16()
+    elif change == "mode":
+        set_mode(model, "dense")
+        assert torch.equal(mlp(x), mlp.down_proj(mlp.act_fn(mlp.gate_proj(x)) * up(x)))
+        set_mode(model, "moe")
+    elif change == "executor":
+        site = up.channels.site
+        detach_channels(model, [site.name])
+        mlp(x)
+        executor = SparseInput(site)
+        executor.level_K.fill_(0.5)
+        attach_channels(model, executor)
+    elif change == "place":
+        other = mlp_of(thinned_mlp()[0]).up_proj
+        other.weight.mul_(-3)
+        mlp.up_proj = other
+    fused.clear()
+    found = mlp(x)
+    assert fused == (["linear"] * 3 if change == "place" else ["gated"])  # what comes from elsewhere is not asked
+    set_impl(model, "masked")
+    assert_as_accurate_as_torch(found, oracle=by_hand(mlp, x.double(), 1.0 if change == "level" else 0.5), baseline=mlp(x))
+
+
+@needs_library
+@torch.no_grad()
+@pytest.mark.parametrize("way", ["deepcopy", "pickle"])
+def test_a_copied_ffn_runs_as_one_call_on_its_own_weights(fused, way):
+    model, mlp = thinned_mlp()
+    x = torch.randn(1, 1, 32)
+    expected = mlp(x)
+    copied = mlp_of(copy.deepcopy(model)) if way == "deepcopy" else pickle.loads(pickle.dumps(mlp))
+    mlp.up_proj.weight.zero_()
+    mlp.register_forward_hook(lambda *_: pytest.fail("the copy must not call the original"))
+    fused.clear()
+    assert torch.equal(copied(x), expected) and fused == ["gated"]
+    alone = copy.deepcopy(copied.gate_proj)
+    assert torch.equal(alone(x), copied.gate_proj(x))
+
+
+@needs_library
+@torch.no_grad()
+def test_detach_leaves_no_trace_in_the_ffn():
+    model, _ = thinned(level=0.5)
+    detach_channels(model)
+    mlp, plain = mlp_of(model), mlp_of(tiny_llama())
+    assert not mlp._forward_pre_hooks and set(mlp.__dict__) == set(plain.__dict__)
+    torch.testing.assert_close(mlp(torch.ones(1, 1, 32)), plain(torch.ones(1, 1, 32)))
+
+
+@needs_library
+@torch.no_grad()
+def test_the_order_in_which_layers_are_attached_does_not_matter(fused):
+    model, inputs = tiny_llama().eval(), tiny_inputs()
+    for site in reversed(find_linear_sites(model, inputs)):
+        attach_channels(model, SparseInput(site))
+    mlp_of(model)(torch.randn(1, 1, 32))
+    assert fused == ["gated"]
+
+
+@needs_library
+@torch.no_grad()
+def test_threads_do_not_mix_their_tokens():
+    _, mlp = thinned_mlp()
+    xs = [torch.randn(1, 1, 32) for _ in range(4)]
+    expected = [mlp(x) for x in xs]
+    wrong = []
+
+    def many(i):
+        with torch.no_grad():  # a setting of the thread
+            wrong.extend(i for _ in range(50) if not torch.equal(mlp(xs[i]), expected[i]))
+
+    threads = [threading.Thread(target=many, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+@needs_library
+@torch.no_grad()
+def test_a_compiled_ffn_gives_the_same(fused):
+    _, mlp = thinned_mlp()
+    compiled = torch.compile(mlp, backend="aot_eager", fullgraph=True)
+    for tokens in (1, 70):
+        x = torch.randn(1, tokens, 32)
+        torch.testing.assert_close(compiled(x), mlp(x))
+    x = torch.randn(2, 1, 32)
+    torch.testing.assert_close(torch.func.vmap(mlp)(x), mlp(x))

@@ -1,6 +1,7 @@
 """What the report is made of."""
 
 import pytest
+from ffn_cases import needs_library
 
 from moeify import doctor
 from moeify.evaluate import Latency
@@ -37,3 +38,11 @@ def test_linear_kernels_name_the_gpus_kernel_and_why_it_does_not_run(monkeypatch
     monkeypatch.setattr(doctor, "_speed", dict)
     rows = [row for row in doctor.doctor()["linear_kernels"] if (row["device"], row["name"]) == ("cpu", "triton")]
     assert [(row["chosen"], row["reason"]) for row in rows] == [(False, "it runs on a GPU, x is on cpu")] * 2
+
+
+@needs_library
+def test_doctor_says_that_a_gated_ffn_is_one_call_and_else_why_not(monkeypatch):
+    monkeypatch.setattr(doctor, "_speed", dict)
+    assert "one call; activations: relu, silu" in doctor.doctor()["linear_ffn"]
+    monkeypatch.setattr(doctor, "gated_refusal", lambda *_, **__: "the compiled library is missing")
+    assert doctor.doctor()["linear_ffn"] == "the compiled library is missing"

@@ -21,6 +21,7 @@ from ..channels import CHILD, lay_out_channels, sparse_inputs
 from ..convert import ChannelRecord, Manifest, SiteRecord, check_levels, manifest_of, rebuild, to_dense
 from ..errors import CheckpointError
 from ..layers import moe_layers
+from ..sites import FFNSite
 from ..sites.int8 import Int8Linear
 from ..sparsity.activation import restore_activations
 from .registration import AUTO, QUANT_METHOD, is_loading, register
@@ -186,14 +187,18 @@ def _moved(record: SiteRecord | ChannelRecord, *, drop: str, add: str) -> SiteRe
     def move(path: str) -> str:
         return (add + f"{path}.".lstrip(".")[len(drop) :]).rstrip(".")
 
+    def move_ffn(site: FFNSite) -> FFNSite:
+        gate = None if site.gate is None else move(site.gate)
+        return replace(site, name=move(site.name), up=move(site.up), down=move(site.down), gate=gate)
+
     if not f"{record.site.name}.".startswith(drop):
         return None
     if isinstance(record, ChannelRecord):
         linear = record.site
-        return replace(record, site=replace(linear, name=move(linear.name), reads=move(linear.reads), block=move(linear.block)))
-    site = record.site
-    gate = None if site.gate is None else move(site.gate)
-    return replace(record, site=replace(site, name=move(site.name), up=move(site.up), down=move(site.down), gate=gate))
+        ffn = None if linear.ffn is None else move_ffn(linear.ffn)
+        moved = replace(linear, name=move(linear.name), reads=move(linear.reads), block=move(linear.block), ffn=ffn)
+        return replace(record, site=moved)
+    return replace(record, site=move_ffn(record.site))
 
 
 def _check_own_tensors(model: nn.Module, checkpoint_files: Iterable[str], *, is_whole: bool) -> None:

@@ -26,7 +26,7 @@ from ..sites.site import FFNWeights
 
 T = TypeVar("T")
 
-_ABI = 5
+_ABI = 6
 ISAS = ("portable", "avx2", "avx512", "avx512_bf16", "amx_bf16")
 """Instruction sets of the library, each better than those before; the index is what the library calls it."""
 ACTIVATIONS = ("relu", "silu", "gelu", "gelu_tanh", "quick_gelu", "relu2")
@@ -440,6 +440,7 @@ def _library() -> Any:
     library.moeify_routed_run.argtypes = [pointer, pointer, pointer, i64, i64, pointer, pointer, i64, i32, i32]
     for function in (library.moeify_linear_run, library.moeify_gated_run):
         function.argtypes = [pointer, pointer, i64, i64, pointer, i64, i32, i32]
+    library.moeify_mask_run.argtypes = [pointer, pointer, i64, i64, i32, pointer, i32, i32]
     library.moeify_use_openmp.argtypes = [pointer] * 3
     library.moeify_use_openmp.restype = None
     if (openmp := _openmp()) is not None:

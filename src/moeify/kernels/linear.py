@@ -22,7 +22,7 @@ def masked(x: Tensor, layer: LinearWeights) -> Tensor:
     """
     weight_KN, level_K, bias_N, scale_N = layer
     if level_K is not None:
-        x = torch.where(keeps(x, level_K), x, 0)
+        x = skip(x, level_K)
     if scale_N is not None:
         weight_KN = (weight_KN.float() * scale_N).to(x.dtype)
     return F.linear(x, weight_KN.t(), bias_N)
@@ -31,6 +31,13 @@ def masked(x: Tensor, layer: LinearWeights) -> Tensor:
 def keeps(x: Tensor, level_K: Tensor) -> Tensor:
     """Which channels of ``x`` (..., K) reach their level; what is no number does."""
     return ~(x.detach().abs().float() < level_K)
+
+
+def skip(x: Tensor, level_K: Tensor) -> Tensor:
+    """``x`` (..., K) with the channels that do not reach their level at zero; differentiable, any device."""
+    if cpu_linear.can_mask(x, level_K):
+        return cpu_linear.mask(x, level_K)
+    return torch.where(keeps(x, level_K), x, 0)
 
 
 COMPILED: dict[str, ModuleType] = {"cpu": cpu_linear, "triton": gpu_linear}

@@ -7,12 +7,13 @@ As with FFNs no names are involved: a forward shows which layers run and which o
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
 
+from .._config import LATER
 from ..errors import UnsupportedModelError
 from .discover import find_ffn_sites
 from .probe import Call, Probe, eval_mode, linear_leaves
@@ -40,6 +41,8 @@ class LinearSite:
     """Number K of input channels."""
     d_out: int
     """Number N of outputs."""
+    ffn: FFNSite | None = field(default=None, metadata=LATER)
+    """Of the down projection of a gated FFN the FFN, whose layers may run as one; None in all others."""
 
 
 def find_linear_sites(
@@ -66,6 +69,7 @@ def find_linear_sites(
     with torch.no_grad(), eval_mode(model):
         calls = probe.run().calls
     roles: dict[str, tuple[Role, str]] = {}
+    gated = {site.down: site for site in ffn_sites if site.is_gated}
     blocks = _blocks(ffn_sites)
     block_of = {path: next((block for block in blocks if path.startswith(f"{block}.")), "") for path in calls}
     for site in ffn_sites:
@@ -86,7 +90,8 @@ def find_linear_sites(
         if leaf.problem:
             raise UnsupportedModelError(f"'{path}' {leaf.problem}; its input cannot be made sparse. Merge or remove it first.")
         role, reads = roles[path]
-        found.append(LinearSite(name=path, role=role, reads=reads, block=block_of[path], d_in=leaf.d_in, d_out=leaf.d_out))
+        sizes = {"d_in": leaf.d_in, "d_out": leaf.d_out}
+        found.append(LinearSite(name=path, role=role, reads=reads, block=block_of[path], **sizes, ffn=gated.get(path)))
     return found
 
 

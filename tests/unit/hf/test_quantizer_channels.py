@@ -7,6 +7,7 @@ import sys
 import pytest
 import tiny
 import torch
+from ffn_cases import needs_library
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, LlamaModel
 
@@ -57,6 +58,33 @@ def test_half_precision_keeps_levels_in_fp32(saved):
     with record_channels(loaded) as recorder:
         logits(loaded)
     assert recorder.skipped_frac() == pytest.approx(0.4, abs=0.1)
+
+
+@needs_library
+@pytest.mark.parametrize("model_class", [LlamaForCausalLM, LlamaModel])
+def test_a_loaded_model_runs_its_ffns_as_one_call(saved, model_class):
+    loaded = model_class.from_pretrained(saved)
+    gated = [executor.gated for executor in sparse_inputs(loaded).values() if executor.site.ffn is not None]
+    assert len(gated) == 2
+    with torch.no_grad():
+        assert all(ffn.separate_reason(torch.zeros(1, 1, 32)) is None for ffn in gated)
+
+
+def test_a_checkpoint_that_names_no_ffn_runs_layer_by_layer_and_a_wrong_name_is_an_error(saved):
+    def edit(change):
+        config = json.loads((saved / "config.json").read_text())
+        for record in config["quantization_config"]["channels"]:
+            if "ffn" in record["site"]:
+                change(record["site"])
+        (saved / "config.json").write_text(json.dumps(config))
+
+    edit(lambda site: site["ffn"].update(gate="model.layers.0.mlp.nothing"))
+    with pytest.raises(CheckpointError, match="which this LlamaForCausalLM has not"):
+        LlamaForCausalLM.from_pretrained(saved)
+    edit(lambda site: site.pop("ffn"))
+    loaded = LlamaForCausalLM.from_pretrained(saved)
+    assert not any(executor.gated for executor in sparse_inputs(loaded).values())
+    torch.testing.assert_close(logits(loaded), logits(thinned()))
 
 
 def test_a_process_without_moeify_reads_the_dense_model(saved, tmp_path):

@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from moeify.errors import ConfigError, KernelError
 from moeify.kernels import cpu, cpu_linear
 from moeify.kernels.cpu_linear import LinearWeights, SparseGated, SparseLinear, gated_refusal, refusal
-from moeify.kernels.linear import explain_linear, masked, sparse_linear
+from moeify.kernels.linear import explain_linear, keeps, masked, skip, sparse_linear
 from moeify.sites.formula import ACTIVATIONS
 
 pytestmark = [pytest.mark.usefixtures("poisoned_empty"), needs_library]
@@ -124,6 +124,29 @@ def test_three_layers_in_one_call_are_as_accurate_as_one_by_one(isa, threads, dt
         # levels of down skip what stays below them
         high = down._replace(level_K=torch.full((F,), math.inf))
         assert SparseGated(gate, up, high, activation=activation, dtype=dtype)(x).eq(0).all()
+
+
+@DTYPES
+@pytest.mark.parametrize("shape", [(1,), (3, 5), (2, 7, 33), (300, 100), (0, 8)], ids=str)
+def test_the_mask_keeps_what_reaches_its_level_bit_for_bit(isa, threads, dtype, shape):
+    x = torch.randn(shape).to(dtype)
+    x[..., 0] = math.nan
+    x[..., -1] = -math.inf
+    level = torch.rand(shape[-1])
+    level[shape[-1] // 2] = 0.0
+    expected = torch.where(keeps(x, level), x, 0)
+    assert cpu_linear.can_mask(x, level)
+    for strided in (x, x.transpose(0, -1).contiguous().transpose(0, -1)):
+        torch.testing.assert_close(skip(strided, level), expected, rtol=0, atol=0, equal_nan=True)
+    with pytest.raises(KernelError, match="levels must be"):
+        cpu_linear.mask(x, torch.rand(shape[-1] + 1))
+
+
+def test_a_mask_that_wants_gradients_is_pytorchs():
+    x, level = torch.randn(4, 6, requires_grad=True), torch.full((6,), 0.5)
+    assert not cpu_linear.can_mask(x, level) and not cpu_linear.can_mask(x.detach().double(), level)
+    skip(x, level).sum().backward()
+    assert torch.equal(x.grad, keeps(x, level).float())
 
 
 def test_refusals_name_what_is_wrong():
