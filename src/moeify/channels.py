@@ -35,7 +35,7 @@ from .kernels.cpu import ACTIVATIONS, is_recorded
 from .kernels.cpu_linear import LinearWeights, SparseGated, gated_refusal
 from .kernels.linear import call_objection, compiled_for, keeps, reads_rows, skip
 from .select import Rule, Threshold
-from .sites import FFNSite, LinearSite, linear_weight, not_plain_reason, store_by_input, token_mask_of
+from .sites import FFNSite, Int8DownLinear, LinearSite, linear_weight, not_plain_reason, store_by_input, token_mask_of
 
 _log = logging.getLogger(__name__)
 
@@ -56,14 +56,14 @@ class _Native(NamedTuple):
     kernel: ModuleType
     kind: type[nn.Module]
     tensors: tuple[tuple[Tensor | None, int, tuple[int, ...]], ...]
-    """Weight, bias and levels that were there, where their values lay, and their strides."""
+    """Weight, its scales, bias and levels that were there, where their values lay, and their strides."""
 
     def holds(self, linear: nn.Module, level_K: Tensor | None, dtype: torch.dtype, kernel: ModuleType) -> bool:
         """Whether nothing of it has changed. Every layer asks for every token."""
         if self.dtype is not dtype or self.kernel is not kernel or type(linear) is not self.kind:
             return False
         parameters = linear._parameters
-        now = (parameters.get("weight"), parameters.get("bias"), level_K)
+        now = (parameters.get("weight"), parameters.get("weight_scale"), parameters.get("bias"), level_K)
         for tensor, (was, pointer, strides) in zip(now, self.tensors, strict=True):
             if tensor is not was or (tensor is not None and (tensor.data_ptr() != pointer or tensor.stride() != strides)):
                 return False
@@ -171,6 +171,8 @@ class SparseInput(nn.Module):
         `attach_channels` does this; after loading into a skeleton, moving to another device or changing the dtype, it is done again.
         """
         self._native = None
+        if isinstance(linear, Int8DownLinear):  # lies so already
+            return
         if not_plain_reason(linear) is None and reads_rows(linear_weight(linear)):
             store_by_input(linear)
 
@@ -186,12 +188,15 @@ class SparseInput(nn.Module):
 
     def _layer(self, linear: nn.Module) -> LinearWeights:
         bias = linear._parameters.get("bias")
-        return LinearWeights(linear_weight(linear).detach().t(), self.level_K, None if bias is None else bias.detach())
+        bias_N = None if bias is None else bias.detach()
+        if isinstance(linear, Int8DownLinear):
+            return LinearWeights(linear.weight.detach()[0], self.level_K, bias_N, linear.weight_scale.detach())
+        return LinearWeights(linear_weight(linear).detach().t(), self.level_K, bias_N)
 
     def _make_native(self, linear: nn.Module, kernel: ModuleType, dtype: torch.dtype) -> _Native:
         layer = self._layer(linear)
         at_level, of_masked = (kernel.SparseLinear(one, dtype=dtype) for one in (layer, layer._replace(level_K=None)))
-        tensors = (linear._parameters.get("weight"), linear._parameters.get("bias"), self.level_K)
+        tensors = (*(linear._parameters.get(name) for name in ("weight", "weight_scale", "bias")), self.level_K)
         places = tuple((t, *((0, ()) if t is None else (t.data_ptr(), t.stride()))) for t in tensors)
         self._native = _Native(at_level, of_masked, dtype, kernel, type(linear), places)
         return self._native

@@ -49,7 +49,7 @@ app = typer.Typer(
 )
 
 Model = Annotated[str, typer.Argument(help="Hub id, folder or .gguf file of a dense model.")]
-Converted = Annotated[Path, typer.Argument(help="Folder that `moeify convert` wrote.")]
+Converted = Annotated[Path, typer.Argument(help="Folder that `moeify convert` or `moeify thin` wrote.")]
 DType = Annotated[str, typer.Option(metavar="float32|bfloat16|float16", help="Type of the weights.")]
 Device = Annotated[str, typer.Option(metavar="cpu|cuda|cuda:N", help="Where the model runs.")]
 Seed = Annotated[
@@ -426,7 +426,7 @@ def quantize(
     ] = "auto",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier conversion in the output folder.")] = False,
 ) -> Any:
-    """Give the experts of a converted model int8 weights; the result loads with moeify only, not as a dense model."""
+    """Give the experts of a converted model, or the layers of a thinned one, int8 weights; the result loads with moeify only."""
     from .pipeline import quantize_checkpoint
 
     return quantize_checkpoint(directory, out, dtype=dtype, overwrite=overwrite, progress=make_progress())

@@ -23,6 +23,7 @@ from .routers import NormRouterConfig, RouterConfig, build_router, check_router
 from .select import RuleConfig, Threshold
 from .sites import (
     FFNSite,
+    Int8Linear,
     LinearSite,
     check_patterns,
     check_policy,
@@ -31,8 +32,10 @@ from .sites import (
     linear_weight,
     options_for,
     permute_neurons,
+    quantize_linear,
     quantize_site,
     site_weights,
+    to_float,
 )
 from .sparsity.activation import mark
 from .split import BalancedKMeans, Coactivation, ContiguousSplit, ExpertSplit, SplitConfig, parameter_features, split_neurons
@@ -117,6 +120,8 @@ class ChannelRecord:
     """Norm of the weight that the levels were saved with."""
     weight_projection: float
     """Its entries summed up with fixed signs: with the norm, tells other weights from these, rounded."""
+    weights: Literal["float", "int8"] = field(default="float", metadata=_config.LATER)
+    """Type of the weight: the model's own, or int8 with a scale for each output."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,8 +137,9 @@ class Manifest:
 
     @property
     def has_int8(self) -> bool:
-        """Whether any FFN has int8 weights; then no equal dense checkpoint exists (decision D2)."""
-        return any(record.weights == "int8" for record in self.sites)
+        """Whether any FFN or layer has int8 weights; then no equal dense checkpoint exists (decision D2)."""
+        kinds = [record.weights for record in self.sites] + [record.weights for record in self.channels]
+        return "int8" in kinds
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON value."""
@@ -315,6 +321,8 @@ def rebuild(model: nn.Module, manifest: Manifest) -> None:
             quantize_site(model, record.site)
         apply_site(model, record, order_F=None)
     for layer in manifest.channels:
+        if layer.weights == "int8":
+            quantize_linear(model.get_submodule(layer.site.name))
         attach_channels(model, SparseInput(layer.site, rule=layer.rule, first_dense=layer.first_dense))
 
 
@@ -373,14 +381,18 @@ def to_dense(model: nn.Module) -> None:
     Int8 weights become floating ones of the model's dtype: the numbers that they stood for, not those from before they were quantised.
     """
     sites = [moe.site for moe in moe_layers(model).values()]
+    linears = [model.get_submodule(name) for name in sparse_inputs(model)]
     for site in sites:
         detach(model, site.name)
     detach_channels(model)
     int8 = [site for site in sites if has_int8(model, site)]
+    int8_linears = [linear for linear in linears if isinstance(linear, Int8Linear)]
     dtype = _float_dtype(model)
     for site in int8:
         dequantize_site(model, site, dtype=dtype)
-    if int8 and hasattr(model, "is_quantized"):
+    for linear in int8_linears:
+        to_float(linear, dtype=dtype)
+    if (int8 or int8_linears) and hasattr(model, "is_quantized"):
         cast(Any, model).is_quantized = False
     if getattr(getattr(model, "config", None), "quantization_config", None) is not None:
         del cast(Any, model).config.quantization_config
@@ -414,13 +426,15 @@ def manifest_of(model: nn.Module) -> Manifest:
 
 
 def _channel_record(model: nn.Module, executor: SparseInput) -> ChannelRecord:
-    norm, projection = _fingerprint(linear_weight(model.get_submodule(executor.site.name)))
+    linear = model.get_submodule(executor.site.name)
+    norm, projection = _fingerprint(linear_weight(linear))
     return ChannelRecord(
         site=executor.site,
         rule=cast(RuleConfig, executor.rule),
         first_dense=executor.first_dense,
         weight_norm=norm,
         weight_projection=projection,
+        weights="int8" if isinstance(linear, Int8Linear) else "float",
     )
 
 

@@ -13,14 +13,14 @@ module that computes attention (it runs a softmax over scores, or a fused attent
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .sites import FFNSite, linear_weight
+from .sites import FFNSite
 
 Active = float | Mapping[str, float]
 """Active fraction in [0, 1]: one for all MoE layers and all linear layers that skip channels, or by name (a layer that is not named runs
@@ -336,7 +336,7 @@ def estimate_weights(
             row_bytes += size // p.shape[0]
         else:
             rest = (rest[0] + count, rest[1] + size)
-    weights = {name: linear_weight(model.get_submodule(name)) for name in channels}
+    weights = {name: cast(Tensor, model.get_submodule(name).weight) for name in channels}
     return WeightCost(
         ffn=ffn,
         router=router,

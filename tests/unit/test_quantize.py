@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, LlamaModel
 
 from moeify import kernels
+from moeify.channels import SparseInput, attach_channels, sparse_inputs
 from moeify.convert import ConvertConfig, Manifest, convert, manifest_of, to_dense
 from moeify.errors import CheckpointError, UnsupportedModelError
 from moeify.evaluate import model_weights
@@ -19,7 +20,7 @@ from moeify.layers import moe_layers, record_active, set_impl, set_mode, set_rul
 from moeify.quantize import quantize
 from moeify.routers import NormRouterConfig, OracleRouterConfig
 from moeify.select import DynKMax, Threshold, TopK
-from moeify.sites import find_ffn_sites, site_weights
+from moeify.sites import Int8Linear, find_ffn_sites, find_linear_sites, site_weights
 
 INPUTS = tiny.tiny_inputs()
 HERE = [impl for impl in kernels.IMPLS if impl != "cpu" or kernels.cpu.unavailable() is None]
@@ -418,6 +419,113 @@ def test_convert_of_an_int8_model_is_refused():
     model = int8_llama()
     with pytest.raises(UnsupportedModelError, match="converted already"):
         convert(model, ConvertConfig(expert_size=8), sites=[moe.site for moe in moe_layers(model).values()])
+
+
+# -- layers that skip input channels -------------------------------------------------------------------------------------------------
+
+
+def thinned_llama(level=0.3, dtype=torch.float32):
+    model = tiny.tiny_llama().eval()
+    for site in find_linear_sites(model, INPUTS):
+        executor = SparseInput(site, first_dense=1)
+        executor.level_K.fill_(level)
+        attach_channels(model, executor)
+    return model.to(dtype)
+
+
+def rounded(model):
+    """The same model with the floating weights that its integers stand for, made from the definition alone."""
+    twin = thinned_llama()
+    for name in sparse_inputs(twin):
+        int8 = model.get_submodule(name)
+        twin.get_submodule(name).weight.data.copy_((int8.weight[0].float() * int8.weight_scale).t())
+    return twin
+
+
+def test_int8_layers_that_skip_channels_compute_what_their_dequantised_weights_compute():
+    model = thinned_llama()
+    errors = quantize(model)
+    assert list(errors) == list(sparse_inputs(model)) and all(1e-4 < error < 0.02 for error in errors.values())
+    twin = rounded(model)
+    for ids in (INPUTS["input_ids"], INPUTS["input_ids"][:1, :1]):  # masked and by the compiled kernel, where there is one
+        torch.testing.assert_close(logits(model, input_ids=ids), logits(twin, input_ids=ids), rtol=1e-4, atol=1e-5)
+    assert (logits(model) - logits(thinned_llama())).abs().max() > 1e-5
+    set_mode(model, "dense")
+    set_mode(twin, "dense")
+    torch.testing.assert_close(logits(model), logits(twin), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.skipif(kernels.cpu.unavailable() is not None, reason="no compiled library")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_token_of_int8_layers_that_skip_channels_runs_by_the_compiled_kernel(dtype):
+    model = thinned_llama(dtype=dtype)
+    quantize(model)
+    ids = {"input_ids": INPUTS["input_ids"][:1, :1]}
+    by_default = logits(model, **ids)
+    for name, executor in sparse_inputs(model).items():
+        linear = model.get_submodule(name)
+        assert executor.masked_reason(linear, torch.zeros(1, 1, executor.site.d_in, dtype=dtype)) is None
+    set_impl(model, "cpu")
+    by_name = logits(model, **ids)
+    set_impl(model, "masked")
+    tolerance = {"rtol": 1e-4, "atol": 1e-5} if dtype is torch.float32 else {"rtol": 0.05, "atol": 0.05}
+    for found in (by_default, by_name):
+        torch.testing.assert_close(found, logits(model, **ids), **tolerance)
+    linear = model.get_submodule(next(name for name in sparse_inputs(model) if name.endswith("v_proj")))
+    set_impl(model, "cpu")
+    before = logits(model, **ids)
+    linear.weight_scale = torch.nn.Parameter(linear.weight_scale.detach() * 2, requires_grad=False)  # a new tensor in the old one's place
+    assert not torch.equal(logits(model, **ids), before)
+
+
+def test_a_thinned_model_with_int8_weights_is_saved_loaded_and_made_dense_again(tmp_path):
+    model = thinned_llama()
+    quantize(model)
+    expected, twin = logits(model), rounded(model)
+    model.save_pretrained(tmp_path / "int8")
+    assert manifest_of(model).has_int8 and {record.weights for record in manifest_of(model).channels} == {"int8"}
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "int8")
+    assert torch.equal(logits(loaded), expected)
+    assert loaded.is_quantized and all(isinstance(loaded.get_submodule(name), Int8Linear) for name in sparse_inputs(loaded))
+    half = AutoModelForCausalLM.from_pretrained(tmp_path / "int8", dtype=torch.bfloat16)
+    linear = half.get_submodule(next(iter(sparse_inputs(half))))
+    assert linear.weight.dtype is torch.int8 and linear.weight_scale.dtype is torch.float32
+    read = model_weights(loaded).channels
+    assert sum(read.values()) == sum(e.site.d_in * e.site.d_out for e in sparse_inputs(loaded).values())  # a byte each
+    to_dense(loaded)
+    to_dense(twin)
+    assert not loaded.is_quantized and type(loaded.get_submodule(linear_name(twin))) is torch.nn.Linear
+    torch.testing.assert_close(logits(loaded), logits(twin), rtol=1e-4, atol=1e-5)
+
+
+def linear_name(model):
+    return next(name for name, module in model.named_modules() if name.endswith("q_proj"))
+
+
+def test_a_thinned_int8_checkpoint_without_moeify_or_with_other_weights_is_refused(tmp_path):
+    model = thinned_llama()
+    quantize(model)
+    model.save_pretrained(tmp_path / "int8")
+    config = LlamaForCausalLM.from_pretrained(tmp_path / "int8").config
+    del config.quantization_config
+    with pytest.raises(RuntimeError, match="mismatch"):  # what a loader without the manifest sees
+        LlamaForCausalLM.from_pretrained(tmp_path / "int8", config=config)
+    with torch.no_grad():
+        model.get_submodule(linear_name(model)).weight_scale.mul_(3)
+    stored = manifest_of(thinned_llama())
+    model.config.quantization_config = {"quant_method": "moeify", **stored.to_dict()}
+    with pytest.raises(UnsupportedModelError, match="has int8 weights already"):
+        quantize(model)
+
+
+def test_quantize_of_layers_that_skip_channels_and_are_not_plain_changes_nothing():
+    model = thinned_llama()
+    name = linear_name(model)
+    with torch.no_grad():
+        model.get_submodule(name).weight[0, 0] = float("nan")
+    with pytest.raises(UnsupportedModelError, match=f"'{name}' has NaN"):
+        quantize(model)
+    assert not any(isinstance(module, Int8Linear) for module in model.modules())
 
 
 def test_importing_the_module_does_not_import_transformers():

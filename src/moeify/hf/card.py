@@ -14,6 +14,7 @@ from ..layers import moe_layers
 _TAGS = ("moeify", "mixture-of-experts", "dynamic-k", "activation-sparsity")
 _TRAINED_TAGS = ("moeify", "activation-sparsity")
 _AS_DENSE = "without it the same files load as the equal dense model"
+_NOT_INT8 = "no other loader takes its int8 weights"
 
 
 def model_card(
@@ -36,7 +37,7 @@ def model_card(
     rules = sorted({str(moe.rule) for moe in layers.values()})
     rule = rules[0] if len(rules) == 1 else f"{rules[0]} ... {rules[-1]} (one a layer)"
     has_int8 = manifest_of(model).has_int8
-    without = "no other loader takes its int8 weights" if has_int8 else _AS_DENSE
+    without = _NOT_INT8 if has_int8 else _AS_DENSE
     rows = {
         "FFNs converted": str(len(layers)),
         "experts per FFN": " or ".join(map(str, experts)),
@@ -76,6 +77,7 @@ def thinned_card(model: nn.Module, *, name: str, record: Mapping[str, Any], resu
         Text of ``README.md``.
     """
     cls, config, skipped = type(model).__name__, record["config"], record["skipped"]
+    has_int8 = manifest_of(model).has_int8
     inputs = sorted({executor.site.role for executor in sparse_inputs(model).values()})
     rows = {
         "linear layers that skip input channels": f"{len(skipped)} ({', '.join(inputs)})",
@@ -85,6 +87,7 @@ def thinned_card(model: nn.Module, *, name: str, record: Mapping[str, Any], resu
         **_transform_row(config["transform"], untied_head=record["untied_head"]),
         "calibrated on": f"{record['tokens']} tokens of `{record['data']}`",
         "channels skipped, least and most of a layer": f"{min(skipped.values()):.4g}, {max(skipped.values()):.4g}",
+        **({"weights of these layers": "int8, one scale an output"} if has_int8 else {}),
         **results,
     }
     return "\n".join(
@@ -95,7 +98,7 @@ def thinned_card(model: nn.Module, *, name: str, record: Mapping[str, Any], resu
             f"`{record['source']}`, whose linear layers skip input channels that matter little to a token (`moeify thin`).",
             "Nothing was trained.",
             "",
-            *_usage(cls, name, without=_AS_DENSE),
+            *_usage(cls, name, without=_NOT_INT8 if has_int8 else _AS_DENSE),
             *_measured(rows),
             "`moeify.json` holds the same numbers by layer; `moeify sweep` measures quality against cost.",
             "",

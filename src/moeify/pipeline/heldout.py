@@ -76,7 +76,7 @@ def int8_rows(record: Mapping[str, Any]) -> dict[str, str]:
     if record.get("weights") != "int8":
         return {}
     errors = record["int8_errors"].values()
-    rows = {"relative error of the int8 weights": f"{sum(errors) / len(errors):.2g}, largest of an FFN {max(errors):.2g}"}
+    rows = {"relative error of the int8 weights": f"{sum(errors) / len(errors):.2g}, largest of one {max(errors):.2g}"}
     if (before := record["measured_float"]) is not None:
         rows[f"held-out {before['metric']} with floating weights"] = f"{before['quality']:.4g} (dense {before['dense_quality']:.4g})"
     return rows

@@ -1,4 +1,4 @@
-"""From a converted checkpoint to the same with int8 weights."""
+"""From a converted or thinned checkpoint to the same with int8 weights."""
 
 from pathlib import Path
 from typing import Any
@@ -6,26 +6,29 @@ from typing import Any
 from .._progress import NO_PROGRESS, Progress
 from ..errors import CheckpointError, UnsupportedModelError
 from ..hf.checkpoint import check_output, load_model, read_calibration, read_manifest, save_checkpoint
+from ..layers import moe_layers
 from ..quantize import quantize
 from .convert import card_of
 from .names import torch_dtype
+from .thin import thin_card_of
 
 
 def quantize_checkpoint(
     directory: str | Path, out: Path, *, dtype: str = "auto", overwrite: bool = False, progress: Progress = NO_PROGRESS
 ) -> dict[str, Any]:
-    """Give the experts of a converted checkpoint int8 weights, everything else unchanged.
+    """Give the experts of a converted checkpoint, or the sparse layers of a thinned one, int8 weights; everything else is unchanged.
 
     Args:
-        directory: folder that `moeify convert` wrote; never written to, unless it is ``out``.
+        directory: folder that `moeify convert` or `moeify thin` wrote; never written to, unless it is ``out``.
         out: new folder; written whole or not at all.
         dtype: of all other weights, "float32", "bfloat16" or "float16"; "auto" as they are.
         overwrite: replace an earlier conversion at ``out``.
         progress: told of loading and saving.
 
     Returns:
-        What ``moeify.json`` holds under "calibration": that of ``directory`` with "weights", "int8_errors" by FFN (`quantize`), and
-        "measured" under "measured_float", for quality was measured with floating weights; `moeify sweep` measures again.
+        What ``moeify.json`` holds under "calibration": that of ``directory`` with "weights", "int8_errors" by FFN or layer
+        (`quantize`), and "measured" under "measured_float", for quality was measured with floating weights; `moeify sweep` measures
+        again.
 
     Raises:
         CheckpointError: no converted checkpoint, or ``out`` is in the way or cannot be written.
@@ -44,6 +47,7 @@ def quantize_checkpoint(
     model, processor = load_model(directory, dtype="auto" if dtype == "auto" else torch_dtype(dtype), progress=progress)
     errors = quantize(model)
     record = {**calibration, "weights": "int8", "int8_errors": errors, "measured_float": calibration["measured"], "measured": None}
-    card = card_of(model, record, name=out.name)
+    is_thinned = not moe_layers(model)
+    card = thin_card_of(model, record, name=out.name) if is_thinned else card_of(model, record, name=out.name)
     save_checkpoint(model, processor, out, calibration=record, card=card, overwrite=overwrite, progress=progress)
     return record

@@ -27,7 +27,7 @@ from ..thin import ThinConfig, check_costs, check_skip_frac, thin
 from ..train.calibration import TARGETS
 from ..train.capture import fast_dtype
 from .convert import CalibrationConfig, convert_checkpoint
-from .heldout import card_rows, measure_converted
+from .heldout import card_rows, int8_rows, measure_converted
 from .inputs import calibration_batches, hold_out
 from .names import torch_device, torch_dtype
 
@@ -142,9 +142,15 @@ def thin_checkpoint(
         "versions": library_versions(),
         "measured": measure_converted(model, held_out, progress=progress),
     }
-    card = thinned_card(model, name=out.name, record=record, results=card_rows(record["measured"]))
+    card = thin_card_of(model, record, name=out.name)
     save_checkpoint(model, processor, out, calibration=record, card=card, overwrite=overwrite, progress=progress)
     return record
+
+
+def thin_card_of(model: nn.Module, record: Mapping[str, Any], *, name: str) -> str:
+    """The model card of a model that skips input channels, with its calibration record."""
+    results = {**card_rows(record["measured"]), **int8_rows(record)}
+    return thinned_card(model, name=name, record=record, results=results)
 
 
 def _thin_neurons(source: str, out: Path, *, data: DataConfig, config: NeuronConfig, **options: Any) -> dict[str, Any]:

@@ -8,6 +8,9 @@ from .formula import ACTIVATIONS as ACTIVATIONS
 from .formula import ShiftedReLU as ShiftedReLU
 from .formula import ffn_dense as ffn_dense
 from .formula import ffn_hidden as ffn_hidden
+from .int8 import Int8DownLinear as Int8DownLinear
+from .int8 import Int8Linear as Int8Linear
+from .int8 import to_float as to_float
 from .linear import ROLES as ROLES
 from .linear import LinearSite as LinearSite
 from .linear import Role as Role
@@ -26,6 +29,7 @@ from .site import linear_weight as linear_weight
 from .site import mask_name as mask_name
 from .site import not_plain_reason as not_plain_reason
 from .site import permute_neurons as permute_neurons
+from .site import quantize_linear as quantize_linear
 from .site import quantize_site as quantize_site
 from .site import site_weights as site_weights
 from .site import store_by_input as store_by_input

@@ -137,7 +137,9 @@ def site_weights(model: nn.Module, site: FFNSite) -> FFNWeights:
 
 
 def linear_weight(linear: nn.Module) -> Tensor:
-    """The (out, in) view of a plain layer's floating weight; no copy."""
+    """The (out, in) view of a plain layer's floating weight, no copy; of int8 weights the fp32 numbers that they stand for."""
+    if isinstance(linear, Int8DownLinear):
+        return linear.rows(torch.float32).t()
     weight = cast(Tensor, linear.weight)
     return weight.t() if is_transposed(linear) else weight
 
@@ -243,6 +245,12 @@ def store_by_input(linear: nn.Module) -> None:
     if rows_KN.is_meta or rows_KN.is_contiguous() or parameter.untyped_storage().nbytes() != parameter.nbytes:
         return
     parameter.data = parameter.data.t().contiguous().t()
+
+
+@torch.no_grad()
+def quantize_linear(linear: nn.Module) -> None:
+    """Give one plain layer int8 weights with one scale per output and a row for each input channel, in place."""
+    to_int8(linear, linear_weight(linear), cls=Int8DownLinear)
 
 
 def has_int8(model: nn.Module, site: FFNSite) -> bool:
