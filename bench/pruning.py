@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from moeify.errors import UnsupportedModelError
 from moeify.sites import FFNSite
 from moeify.sparsity.allocation import block_keeps
-from moeify.sparsity.blocks import BlockCalls
+from moeify.sparsity.blocks import block_influence
 
 
 @torch.no_grad()
@@ -38,8 +38,8 @@ def prune(
         if not all(type(model.get_submodule(path)) is nn.Linear for path in (*site.first, site.down)):
             raise UnsupportedModelError(f"'{site.name}' cannot be pruned: its projections are not linear layers of their own.")
     blocks = {site.name: site.name.rpartition(".")[0] for site in sites}
-    calls = BlockCalls(model, list(blocks.values()), batches[0])
-    influence = {name: calls.influence(block) for name, block in blocks.items()}
+    of_blocks = block_influence(model, list(blocks.values()), batches)
+    influence = {name: of_blocks[block] for name, block in blocks.items()}
     keeps = block_keeps(influence, {site.name: float(site.d_ff) for site in sites}, keep_frac=keep_frac)
     norms = _hidden_norms(model, sites, batches)
     pruned = Pruned(model)

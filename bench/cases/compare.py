@@ -104,7 +104,8 @@ METHODS: dict[str, Method] = {
 _SMALL = ("teal", "sensitivity", "chess", "cfsp", "oracle")
 _PROMPT_TOKENS, _NEW_TOKENS = 32, 24
 _COLUMNS = {
-    "skip": "skipped of its own",
+    "skip": "wanted",
+    "reached": "skipped",
     "block_weights": "block weights",
     "bytes": "bytes a token",
     "flops": "FLOPs",
@@ -166,7 +167,8 @@ def run(
     window = window or (64 if model is None else 1024)
     tasks = {} if zeroshot is None else read_questions(zeroshot, most=questions)
     shared: dict[str, Any] = {"model": model or "random Llama", "calibration": calibration, "calibration_tokens": calibration_tokens}
-    shared |= {"data": data, "split": split, "tokens": tokens, "window": window, "questions": len(tasks) * questions}
+    shared |= {"data": data, "split": split, "tokens": tokens, "window": window, "questions": len(tasks) * questions, "rounds": rounds}
+    shared |= {"threads": torch.get_num_threads()}
     known = _earlier(done, shared)
     with tempfile.TemporaryDirectory() as folder:
         net, tokenizer = load_model(model or save_tiny(Path(folder) / "dense"), dtype=torch.float32)
@@ -201,11 +203,15 @@ def _earlier(path: Path | None, shared: Mapping[str, Any]) -> dict[tuple[str, fl
     """Rows of a file by method and wanted share.
 
     Raises:
-        ConfigError: they were measured otherwise.
+        ConfigError: they were measured otherwise, or the file holds something else. A last line that was cut short is left out.
     """
     if path is None:
         return {}
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    try:
+        rows = [json.loads(line) for line in lines if line.endswith("\n")]
+    except ValueError as error:
+        raise ConfigError(f"--done: '{path}' does not hold rows of this case: {error}.") from error
     for row in rows:
         if wrong := next((key for key, value in shared.items() if row.get(key) != value), None):
             raise ConfigError(f"--done: '{path}' was measured with {wrong} {row.get(wrong)!r}, and this is {shared[wrong]!r}.")
@@ -341,7 +347,7 @@ def _plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
             points = [(row[column], row["ratio"]) for row in rows if row["method"] == name and column in row]
             color, line = f"C{i % 10}", ("-", "--", ":")[i // 10]
             axes.plot(*zip(*points, strict=True), marker="o", markersize=4, label=name, color=color, linestyle=line)
-        axes.set(xlabel=label, ylabel="perplexity / dense", ylim=(0.98, 2.0))
+        axes.set(xlabel=label, ylabel="perplexity / dense", yscale="log")
         axes.grid(alpha=0.3)
     panels[0, 0].legend(fontsize=7)
     figure.savefig(path, bbox_inches="tight")

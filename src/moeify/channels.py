@@ -39,6 +39,8 @@ from .sites import FFNSite, Int8DownLinear, LinearSite, linear_weight, not_plain
 
 _log = logging.getLogger(__name__)
 
+_FEW_TOKENS = 16  # that count as decoding in a dtype which no kernel takes
+
 CHILD = "channels"
 """Name of the executor in its layer."""
 AT_LEVEL = Threshold(theta=1.0)
@@ -75,8 +77,8 @@ class SparseInput(nn.Module):
 
     Args:
         site: the layer.
-        rule: selection rule on ``|x| / level``. `AT_LEVEL`, the default, keeps exactly the channels that reach their level, which may be
-            none; any other keeps at least one.
+        rule: selection rule on ``|x| / level``. A `Threshold` keeps exactly the channels that reach theta times their level, which may be
+            none; theta is 1 by default. Any other rule keeps at least one.
         first_dense: positions at the start of each sequence that keep all channels, where the layer reads (B, S, K) with S > 1: the first
             tokens of a text have activations and consequences of their own. Padding on the left counts as positions; a forward of one
             token (decoding) is never the start.
@@ -102,6 +104,7 @@ class SparseInput(nn.Module):
         self.gated: GatedFFN | None = None
         """The FFN whose layers may run as one, this one among them; `attach_channels` sets it."""
         self._native: _Native | None = None
+        self._scaled: tuple[float, Tensor, int, Tensor] | None = None
         self.register_buffer("level_K", torch.zeros(site.d_in, dtype=torch.float32))
 
     def extra_repr(self) -> str:
@@ -109,8 +112,8 @@ class SparseInput(nn.Module):
 
     def select(self, x: Tensor) -> Tensor:
         """Which channels of ``x`` (..., K) are kept; recorded if a recorder listens."""
-        if self.rule == AT_LEVEL:
-            keep = keeps(x, self.level_K)
+        if isinstance(self.rule, Threshold):
+            keep = keeps(x, self.levels())
         else:
             size = x.detach().abs().float()
             ratio = torch.where(self.level_K > 0, size / self.level_K, math.inf)
@@ -121,11 +124,23 @@ class SparseInput(nn.Module):
             self.recorder.add(self.site, keep)
         return keep
 
+    def levels(self) -> Tensor:
+        """What |x_k| is compared with by a `Threshold`: ``theta * level_K`` (K,), the same tensor until one of the two changes."""
+        level_K, theta = cast(Tensor, self._buffers["level_K"]), cast(Threshold, self.rule).theta
+        if theta == 1:
+            return level_K
+        if torch.compiler.is_compiling():
+            return level_K * theta
+        version = 0 if level_K.is_inference() else level_K._version
+        if (made := self._scaled) is None or made[:1] + made[2:3] != (theta, version) or made[1] is not level_K:
+            made = self._scaled = theta, level_K, version, level_K * theta
+        return made[3]
+
     def _skip(self, x: Tensor) -> Tensor:
         """``x`` with what is not kept at zero."""
-        if self.recorder is not None or self.rule != AT_LEVEL:
+        if self.recorder is not None or not isinstance(self.rule, Threshold):
             return torch.where(self.select(x), x, 0)
-        kept = skip(x, self.level_K)
+        kept = skip(x, self.levels())
         if self._has_start(x):
             kept[:, : self.first_dense] = x[:, : self.first_dense]
         return kept
@@ -142,7 +157,7 @@ class SparseInput(nn.Module):
             kernel, why_not = compiled_for(x, impl=self.impl), self._call_objection(linear, x)
             if why_not is None and not (recorded := is_recorded(x)):
                 native = self._native
-                if native is not None and native.holds(linear, self._buffers["level_K"], x.dtype, kernel):
+                if native is not None and native.holds(linear, self._level_of_kernel(), x.dtype, kernel):
                     return self._by_kernel(x, native.at_level, native.of_masked)
             if why_not is None and (why_not := self._layer_objection(linear, x)) is None:
                 if recorded:  # an operator takes the tensors themselves
@@ -153,8 +168,9 @@ class SparseInput(nn.Module):
                 return self._by_kernel(x, native.at_level, native.of_masked)
             if self.impl != "auto":
                 raise KernelError(f"'{self.site.name}': impl {self.impl!r}: {why_not}.")
-            if x.numel() > kernel.MOST_TOKENS.get(x.dtype, math.inf) * self.site.d_in and not torch.compiler.is_compiling():
-                _tell_of_prefill(why_not)
+            if not torch.compiler.is_compiling():
+                is_prompt = x.numel() > kernel.MOST_TOKENS.get(x.dtype, _FEW_TOKENS) * self.site.d_in
+                _tell_once(why_not, is_decoding=not is_prompt and not torch.is_grad_enabled())
         return cast(Tensor, type(linear).forward(linear, self._skip(x)))
 
     # -- the compiled kernel ------------------------------------------------------------------------------------------------------------
@@ -171,6 +187,8 @@ class SparseInput(nn.Module):
         `attach_channels` does this; after loading into a skeleton, moving to another device or changing the dtype, it is done again.
         """
         self._native = None
+        if self.gated is not None:
+            self.gated.forget()
         if isinstance(linear, Int8DownLinear):  # lies so already
             return
         if not_plain_reason(linear) is None and reads_rows(linear_weight(linear)):
@@ -189,20 +207,24 @@ class SparseInput(nn.Module):
     def _layer(self, linear: nn.Module) -> LinearWeights:
         bias = linear._parameters.get("bias")
         bias_N = None if bias is None else bias.detach()
+        level_K = self._level_of_kernel()
         if isinstance(linear, Int8DownLinear):
-            return LinearWeights(linear.weight.detach()[0], self.level_K, bias_N, linear.weight_scale.detach())
-        return LinearWeights(linear_weight(linear).detach().t(), self.level_K, bias_N)
+            return LinearWeights(linear.weight.detach()[0], level_K, bias_N, linear.weight_scale.detach())
+        return LinearWeights(linear_weight(linear).detach().t(), level_K, bias_N)
+
+    def _level_of_kernel(self) -> Tensor:
+        return self.levels() if isinstance(self.rule, Threshold) else cast(Tensor, self._buffers["level_K"])
 
     def _make_native(self, linear: nn.Module, kernel: ModuleType, dtype: torch.dtype) -> _Native:
         layer = self._layer(linear)
         at_level, of_masked = (kernel.SparseLinear(one, dtype=dtype) for one in (layer, layer._replace(level_K=None)))
-        tensors = (*(linear._parameters.get(name) for name in ("weight", "weight_scale", "bias")), self.level_K)
+        tensors = (*(linear._parameters.get(name) for name in ("weight", "weight_scale", "bias")), layer.level_K)
         places = tuple((t, *((0, ()) if t is None else (t.data_ptr(), t.stride()))) for t in tensors)
         self._native = _Native(at_level, of_masked, dtype, kernel, type(linear), places)
         return self._native
 
     def _by_kernel(self, x: Tensor, at_level: Callable[[Tensor], Tensor], of_masked: Callable[[Tensor], Tensor]) -> Tensor:
-        if self.recorder is None and self.rule == AT_LEVEL and not self._has_start(x):
+        if self.recorder is None and isinstance(self.rule, Threshold) and not self._has_start(x):
             return at_level(x)
         return of_masked(self._skip(x))
 
@@ -219,7 +241,7 @@ class SparseInput(nn.Module):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_native": None}  # pointers are of this process and these tensors
+        return {**self.__dict__, "_native": None, "_scaled": None}  # pointers are of this process and these tensors
 
 
 class _Part(NamedTuple):
@@ -248,16 +270,22 @@ class GatedFFN:
         self._paths = tuple(path[cut:] for path in (*site.first, site.down))
         self._find_parts()
         leaves = [part.linear for part in self._parts]
-        inside = (m for m in host.modules() if m is not host and next(m.children(), None) is None)
-        self._others = tuple(m for m in inside if not isinstance(m, SparseInput) and all(m is not leaf for leaf in leaves))
+        # What was between the projections when the FFN was found; another activation in its place is another function.
+        self._others = tuple(
+            (parent, name, child)
+            for parent in host.modules()
+            for name, child in parent.named_children()
+            if not isinstance(child, SparseInput) and all(child is not leaf for leaf in leaves)
+        )
         # One a thread: None from when the host's forward begins, then x, the call that it will be, and what stands in for its parts.
         self._calls: dict[int, tuple[Tensor, SparseGated, Tensor] | None] = {}
         self._native: tuple[SparseGated, tuple[_Native, ...]] | None = None
-        self._hook = host.register_forward_pre_hook(self._enter)
+        self._hooks = host.register_forward_pre_hook(self._enter), host.register_forward_hook(self._leave, always_call=True)
 
     def remove(self) -> None:
         """Leave the layers to themselves."""
-        self._hook.remove()
+        for hook in self._hooks:
+            hook.remove()
         self._find_parts()
         for part in self._parts:
             if part.executor is not None and part.executor.gated is self:
@@ -269,6 +297,10 @@ class GatedFFN:
         for part in self._parts:
             if part.executor is not None:
                 part.executor.gated = self
+
+    def forget(self) -> None:
+        """Drop the native call, which holds the weights that it was made for."""
+        self._native = None
 
     def separate_reason(self, x: Tensor) -> str | None:
         """Why the layers of an FFN that reads ``x`` (..., D) run one by one; None if as one. Runs nothing."""
@@ -294,6 +326,11 @@ class GatedFFN:
         if not torch.compiler.is_compiling():
             self._calls[threading.get_ident()] = None
 
+    def _leave(self, *_: object) -> None:
+        """Whatever happened in the forward: a call that nobody took is not for the next one."""
+        if not torch.compiler.is_compiling():
+            self._calls.pop(threading.get_ident(), None)
+
     def _find_parts(self) -> None:
         parts, places = [], []
         for path in self._paths:
@@ -318,7 +355,7 @@ class GatedFFN:
         if self._native is not None:
             call, made_for = self._native
             for native, (_, linear, executor) in zip(made_for, self._parts, strict=True):
-                if not native.holds(linear, cast(SparseInput, executor)._buffers["level_K"], x.dtype, cpu_linear):
+                if not native.holds(linear, cast(SparseInput, executor).levels(), x.dtype, cpu_linear):
                     break
             else:
                 return call
@@ -339,7 +376,7 @@ class GatedFFN:
                 return f"'{path}' skips no input channels, or another module stands in its place"
             if executor.mode == "dense":
                 return f"'{path}' runs dense"
-            if executor.rule is not AT_LEVEL and executor.rule != AT_LEVEL:
+            if not isinstance(executor.rule, Threshold):
                 return f"'{path}' has the rule {executor.rule}"
             if executor.recorder is not None:
                 return "somebody records what is skipped"
@@ -350,9 +387,13 @@ class GatedFFN:
             if linear.training or linear._forward_hooks or linear._forward_pre_hooks or "_hf_hook" in linear.__dict__:
                 return f"'{path}' trains or has a hook"
             tensors += (linear._parameters.get("weight"), linear._parameters.get("bias"))
-        for module in (self._host, *self._others):
-            if module.training or (module is not self._host and (module._forward_hooks or module._forward_pre_hooks)):
-                return "a module beside the projections trains or has a hook"
+        if self._host.training or len(self._host._forward_pre_hooks) > 1:
+            return "the FFN trains or has another hook"
+        for parent, name, module in self._others:
+            if parent._modules.get(name) is not module:
+                return f"'{name}' beside the projections is not the module that was there"
+            if module.training or module._forward_hooks or module._forward_pre_hooks:
+                return f"'{name}' beside the projections trains or has a hook"
         if self._site.activation not in ACTIVATIONS:
             return f"it does not know the activation {self._site.activation!r}"
         return call_objection(x, tuple(tensors), cpu_linear, training=False)
@@ -380,15 +421,15 @@ class GatedFFN:
         return {**self.__dict__, "_native": None, "_calls": {}}  # of this process, and of its threads
 
 
-_told: set[str] = set()
+_told: set[bool] = set()
 
 
-def _tell_of_prefill(why_not: str) -> None:
-    """Once: every prompt would say it."""
-    if _told:
-        return
-    _told.add(why_not)
-    _log.info("sparse linear layers run masked, at dense cost, where the compiled kernel does not: %s", why_not)
+def _tell_once(why_not: str, *, is_decoding: bool) -> None:
+    """Once a process of prompts, gradients and training, which is as it should be, and once of decoding, which is slower than it could."""
+    if is_decoding not in _told:
+        _told.add(is_decoding)
+        level = logging.WARNING if is_decoding else logging.INFO
+        _log.log(level, "sparse linear layers run masked, at dense cost, where the compiled kernel does not: %s", why_not)
 
 
 class ChannelRecorder:

@@ -4,6 +4,8 @@ Letters: K input channels, N outputs, R sampled tokens.
 """
 
 import math
+import statistics
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,7 +22,7 @@ from .errors import ConfigError, DataError, UnsupportedModelError
 from .layers import moe_layers
 from .sites import ROLES, FFNSite, LinearSite, Role, find_linear_sites, linear_weight
 from .sparsity.allocation import ALLOCATIONS, Budget
-from .sparsity.blocks import BlockCalls
+from .sparsity.blocks import BlockCalls, block_influence
 from .sparsity.channel import (
     SCORES,
     ChannelStats,
@@ -33,6 +35,8 @@ from .sparsity.channel import (
 from .sparsity.channel_profile import profile_channels
 from .sparsity.transform import TRANSFORMS, transformed
 
+COSTS = ("parameters", "time")
+"""What a layer may count."""
 _SOME = 8  # one batch of so many
 
 
@@ -48,6 +52,8 @@ class ThinConfig:
     allocate: str = "shared"
     """How layers share the budget: 'shared', one level for all, with 'sensitivity' only; 'uniform', the same share in each; 'greedy', in
     each block by the error of the block's output; 'block_influence', more is kept in blocks that change their input more."""
+    cost: str = "parameters"
+    """What a layer counts in the budget: its 'parameters', or the 'time' that it takes for one token on this machine, measured."""
     roles: tuple[Role, ...] = ROLES
     """Which inputs: 'attn_in' (q, k, v), 'attn_out' (o), 'ffn_in' (gate, up), 'ffn_hidden' (down)."""
     first_dense: int = 1
@@ -71,6 +77,7 @@ class ThinConfig:
             raise ConfigError(
                 f"allocate='shared' compares layers, and {self.score!r} is no measure for that; use 'sensitivity' or 'uniform'."
             )
+        lookup(dict.fromkeys(COSTS), self.cost, where="cost")
         if not self.roles or (bad := next((role for role in self.roles if role not in ROLES), None)):
             raise ConfigError(f"roles must be some of {', '.join(ROLES)}, got {bad if self.roles else 'none'!r}.")
         if self.transform != "none" and set(self.roles) == {"ffn_hidden"}:
@@ -100,7 +107,7 @@ def thin(
         batches: calibration data, keyword arguments of the model.
         config: what to skip.
         ffn_sites: what `find_ffn_sites` found; None looks.
-        costs: what a layer counts in the mean by its name, > 0: bytes or measured time; None: its parameters.
+        costs: what a layer counts in the budget by its name, > 0: bytes or time; None: what ``config.cost`` says.
         compute: dtype of the model's matrix products during calibration (autocast); None leaves the model's own.
         progress: told of every calibration batch.
 
@@ -123,7 +130,7 @@ def thin(
     sites = [site for site in all_sites if site.role in config.roles]
     for site in sites:
         check_attachable(model, site.name)
-    costs = check_costs(sites, costs)
+    costs = check_costs(sites, layer_seconds(model, sites) if costs is None and config.cost == "time" else costs)
     if config.transform != "none" and (sparse_inputs(model) or moe_layers(model)):
         raise UnsupportedModelError("levels and routers are for the weights as they are; transform a dense model, see to_dense(model).")
     with transformed(model, config.transform, first, all_sites):
@@ -147,7 +154,7 @@ def _attach_levels(
     below = None
     if has_slopes := config.score == "sensitivity":
         # what skipping costs is asked of the tokens that skip; which these are, roughly, a few batches tell
-        some = score_samples(model, sites, profile(batches[::_SOME], slopes=True), config)
+        some = score_samples(model, sites, profile(batches[::_SOME], slopes=True), costs, config)
         shares = None if config.allocate == "shared" else dict.fromkeys(costs, config.skip_frac)
         below, _ = plan_levels(*some, costs, config, shares=shares)
     stats = profile(batches, slopes=has_slopes, below=below)
@@ -157,10 +164,10 @@ def _attach_levels(
         for name, level_K in levels.items():
             executors[name].level_K.copy_(level_K)
 
-    for executor in executors.values():
-        attach_channels(model, executor)
     try:
-        weights, samples = score_samples(model, sites, stats, config)
+        for executor in executors.values():
+            attach_channels(model, executor)
+        weights, samples = score_samples(model, sites, stats, costs, config)
         block_of = {site.name: site.block for site in sites}
         calls = BlockCalls(model, list(block_of.values()), batches[0], compute=compute)
 
@@ -171,13 +178,14 @@ def _attach_levels(
             level_K.zero_()
             return found
 
-        budget = Budget(skip_frac=config.skip_frac, costs=costs, blocks=block_of, error=error, influence=calls.influence)
+        influence = partial(block_influence, model, list(block_of.values()), batches, compute=compute)
+        budget = Budget(skip_frac=config.skip_frac, costs=costs, blocks=block_of, error=error, influence=influence)
         shares = ALLOCATIONS[config.allocate](budget)
         levels, expected = plan_levels(weights, samples, costs, config, shares=shares)
         set_levels(levels)
         for _ in range(config.refine if config.skip_frac else 0):
             stats = {name: replace(stats[name], rows_RK=found.rows_RK) for name, found in profile(batches).items()}
-            levels, expected = plan_levels(*score_samples(model, sites, stats, config), costs, config, shares=shares)
+            levels, expected = plan_levels(*score_samples(model, sites, stats, costs, config), costs, config, shares=shares)
             set_levels(levels)
     except BaseException:  # Ctrl-C, too: half a calibration is none
         detach_channels(model, executors)
@@ -195,6 +203,27 @@ def check_skip_frac(skip_frac: float) -> None:
         raise ConfigError(f"skip_frac (--target) must be in [0, 1), got {skip_frac}.")
 
 
+@torch.no_grad()
+def layer_seconds(model: nn.Module, sites: Sequence[LinearSite], *, rounds: int = 20) -> dict[str, float]:
+    """Time of each dense layer for one token, by name: the median of ``rounds`` turns, in each of which all layers run once."""
+    layers = {site.name: model.get_submodule(site.name) for site in sites}
+    inputs = {site.name: linear_weight(layers[site.name]).new_ones(1, site.d_in) for site in sites}
+    device = next(iter(inputs.values())).device
+    times: dict[str, list[float]] = {name: [] for name in layers}
+    with all_channels(model):
+        for i in range(rounds + 2):
+            for name, layer in layers.items():
+                if device.type == "cuda":
+                    torch.cuda.synchronize(device)
+                start = time.perf_counter()
+                layer(inputs[name])
+                if device.type == "cuda":
+                    torch.cuda.synchronize(device)
+                if i >= 2:  # the first are to warm up
+                    times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(found) for name, found in times.items()}
+
+
 def check_costs(sites: Sequence[LinearSite], costs: Mapping[str, float] | None) -> dict[str, float]:
     """The cost of every layer; parameters where none are given.
 
@@ -209,12 +238,13 @@ def check_costs(sites: Sequence[LinearSite], costs: Mapping[str, float] | None) 
 
 
 def score_samples(
-    model: nn.Module, sites: Sequence[LinearSite], stats: Mapping[str, ChannelStats], config: ThinConfig
+    model: nn.Module, sites: Sequence[LinearSite], stats: Mapping[str, ChannelStats], costs: Mapping[str, float], config: ThinConfig
 ) -> tuple[dict[str, Tensor], dict[str, ScoreSample]]:
     """weight_K of every layer's channels, and its scores on the sample, by name.
 
-    Scores are taken over the root of a column's parameters, |x_k| weight_k / sqrt(N). With 'sensitivity' its square is what skipping costs
-    of the loss for each parameter saved, so that one level for all layers is the best allocation; elsewhere the factor cancels.
+    Scores are taken over the root of a column's cost (its parameters, N, by default), |x_k| weight_k / sqrt(cost / K). With 'sensitivity'
+    the square is what skipping costs of the loss for each parameter saved, so that one level for all layers is the best allocation;
+    elsewhere the factor cancels.
 
     Raises:
         ConfigError, DataError: as `channel_weights` and `ScoreSample`.
@@ -223,7 +253,7 @@ def score_samples(
     for site in sites:
         try:
             weight_K = channel_weights(config.score, linear_weight(model.get_submodule(site.name)).detach(), stats[site.name])
-            weights[site.name] = weight_K / math.sqrt(site.d_out)
+            weights[site.name] = weight_K / math.sqrt(costs[site.name] / site.d_in)
             samples[site.name] = ScoreSample(channel_scores(stats[site.name].rows_RK, weights[site.name]))
         except DataError as error:
             raise DataError(f"'{site.name}': {error}") from error

@@ -31,15 +31,15 @@ def test_every_method_reaches_its_budget_and_costs_what_it_keeps(rows):
     for row in others:
         assert row["reached"] == pytest.approx(row["skip"], abs=0.12), row
         assert row["ratio"] > 0.9 and row["kl"] > 0 and 0 < row["top1"] < 1, row
-        assert row["block_weights"] > 0.3 and row["bytes"] > 0.3 and row["flops"] > 0.3, row
+        assert row["block_weights"] > 0.4 and row["bytes"] > 0.4 and row["flops"] > 0.4, row  # no more than half is skipped
     teal = [row for row in others if row["method"] == "teal"]
     assert [row["block_weights"] for row in teal] == pytest.approx([1 - row["reached"] for row in teal], abs=0.01)
     ffn = [row for row in others if row["method"] == "ffn sensitivity"]
     assert all(row["block_weights"] > 1 - row["reached"] + 0.05 for row in ffn)  # attention stays whole
     chess = [row for row in others if row["method"] == "chess"]
-    assert all(row["block_weights"] > 1 - row["reached"] + 0.05 for row in chess)  # and so does the gate
-    cfsp = [row for row in others if row["method"] == "cfsp"]
     ffn_share = 3 * 48 / (3 * 48 + 2 * 32 + 2 * 16)  # of the tiny Llama's block
+    assert [row["block_weights"] for row in chess] == pytest.approx([1 - 2 / 3 * ffn_share * row["reached"] for row in chess], abs=1e-3)
+    cfsp = [row for row in others if row["method"] == "cfsp"]
     assert [row["block_weights"] for row in cfsp] == pytest.approx([1 - ffn_share * row["reached"] for row in cfsp], abs=1e-3)
     assert all(row["speed"] > 0 for row in rows)
 

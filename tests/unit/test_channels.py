@@ -222,6 +222,61 @@ def test_what_the_kernel_is_not_for_runs_masked_and_says_why(calls, why):
 
 @needs_library
 @torch.no_grad()
+def test_decoding_that_runs_masked_is_warned_of_once(caplog):
+    channels._told.clear()
+    model, _ = thinned(level=0.5)
+    model.half()
+    for _ in range(2):
+        model(input_ids=torch.zeros(1, 1, dtype=torch.long))
+    assert [(record.levelname, "float16" in record.getMessage()) for record in caplog.records] == [("WARNING", True)]
+
+
+@needs_library
+@torch.no_grad()
+def test_a_threshold_scales_the_levels_that_the_compiled_kernel_reads(fused):
+    model, mlp = thinned_mlp(of_neurons=0.0)
+    x = torch.randn(1, 32)
+    at_level = mlp(x)
+    for executor in sparse_inputs(model).values():
+        executor.rule = Threshold(theta=2.0)
+    scaled = mlp(x)
+    assert fused == ["gated"] * 2 and not torch.equal(scaled, at_level)
+    executor = mlp.up_proj.channels
+    assert executor.levels() is executor.levels() and torch.equal(executor.levels(), executor.level_K * 2)
+    assert torch.equal(executor.select(x), x.abs() >= executor.level_K * 2)
+    set_impl(model, "masked")
+    torch.testing.assert_close(mlp(x), scaled, rtol=1e-5, atol=1e-6)
+    set_impl(model, "auto")
+    for other in sparse_inputs(model).values():
+        other.level_K.mul_(0.5)  # in place: what was made for the old levels must not be used
+    torch.testing.assert_close(mlp(x), at_level, rtol=1e-5, atol=1e-6)
+    for other in sparse_inputs(model).values():
+        other.rule = Threshold(theta=0.0)
+    torch.testing.assert_close(mlp(x), by_hand(mlp, x, level=0), rtol=1e-5, atol=1e-6)
+
+
+@needs_library
+@torch.no_grad()
+def test_a_forward_that_fails_between_the_projections_leaves_nothing_behind(fused):
+    _, mlp = thinned_mlp()
+    x, h = torch.randn(1, 32), torch.randn(1, mlp.down_proj.in_features)
+    alone = mlp.down_proj(h), mlp.gate_proj(x)
+    handle = mlp.act_fn.forward
+    mlp.act_fn.forward = _fails
+    with pytest.raises(ZeroDivisionError):
+        mlp(x)
+    mlp.act_fn.forward = handle
+    assert "gated" not in fused and torch.equal(mlp.down_proj(h), alone[0]) and torch.equal(mlp.gate_proj(x), alone[1])
+    mlp(x)
+    assert fused[-1] == "gated"
+
+
+def _fails(*_):
+    raise ZeroDivisionError
+
+
+@needs_library
+@torch.no_grad()
 def test_a_prompt_that_runs_masked_is_told_of_once(caplog):
     channels._told.clear()
     model, _ = thinned(level=0.5)
@@ -427,7 +482,11 @@ def stand_in_the_way(model, mlp, what):
     elif what == "hook between":
         mlp.act_fn.register_forward_pre_hook(lambda _module, args: assert_wide(args[0]))
     elif what == "rule":
-        down.channels.rule = Threshold(theta=2.0)
+        down.channels.rule = TopK(k=2)
+    elif what == "another activation":
+        mlp.act_fn = torch.nn.ReLU().eval()
+    elif what == "hook on the FFN":
+        mlp.register_forward_pre_hook(lambda _module, args: assert_wide(mlp.gate_proj(args[0])))
     elif what == "dense layer":
         gate.channels.mode = "dense"
     elif what == "replaced":
@@ -470,6 +529,8 @@ class Doubled(torch.nn.Module):
         ("hook", "has a hook"),
         ("hook between", "has a hook"),
         ("rule", "has the rule"),
+        ("hook on the FFN", "has another hook"),
+        ("another activation", "is not the module that was there"),
         ("dense layer", "runs dense"),
         ("replaced", "another module stands in its place"),
         ("detached", "skips no input channels"),

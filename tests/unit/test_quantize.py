@@ -8,6 +8,7 @@ import sys
 import pytest
 import tiny
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, LlamaModel
 
 from moeify import kernels
@@ -510,10 +511,13 @@ def test_a_thinned_int8_checkpoint_without_moeify_or_with_other_weights_is_refus
     del config.quantization_config
     with pytest.raises(RuntimeError, match="mismatch"):  # what a loader without the manifest sees
         LlamaForCausalLM.from_pretrained(tmp_path / "int8", config=config)
-    with torch.no_grad():
-        model.get_submodule(linear_name(model)).weight_scale.mul_(3)
-    stored = manifest_of(thinned_llama())
-    model.config.quantization_config = {"quant_method": "moeify", **stored.to_dict()}
+    path = tmp_path / "int8" / "model.safetensors"
+    tensors = load_file(path)
+    name = linear_name(model)
+    tensors[f"{name}.weight_scale"] = tensors[f"{name}.weight_scale"] * 3
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=f"levels of '{name}' were calibrated for other weights"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "int8")
     with pytest.raises(UnsupportedModelError, match="has int8 weights already"):
         quantize(model)
 

@@ -11,11 +11,11 @@ from moeify.convert import ConvertConfig, convert, to_dense
 from moeify.errors import ConfigError, DataError, UnsupportedModelError
 from moeify.evaluate import default_metric
 from moeify.layers import moe_layers, set_mode
-from moeify.sites import find_ffn_sites
+from moeify.sites import find_ffn_sites, find_linear_sites
 from moeify.sparsity.blocks import BlockCalls
 from moeify.sparsity.channel import SCORES
 from moeify.sparsity.channel_profile import profile_channels
-from moeify.thin import ThinConfig, thin
+from moeify.thin import ThinConfig, layer_seconds, thin
 
 
 def batches(count, *, seed):
@@ -127,6 +127,26 @@ def test_greedy_gives_the_larger_share_to_the_layer_whose_skipping_its_block_doe
     assert all(greedy < uniform for greedy, uniform in zip(block_error["greedy"], block_error["uniform"], strict=True))
 
 
+def thin_and_back(model, data, costs):
+    expected = thin(model, data, ThinConfig(skip_frac=0.5), costs=costs)
+    to_dense(model)
+    return expected
+
+
+def test_measured_time_is_a_cost_and_every_layer_has_one(monkeypatch):
+    model, data = tiny_llama().eval(), batches(2, seed=0)
+    sites = find_linear_sites(model, data[0])
+    seconds = layer_seconds(model, sites, rounds=3)
+    assert seconds.keys() == {site.name for site in sites} and all(0 < found < 1 for found in seconds.values())
+    of_time = {name: 100.0 if name.endswith("o_proj") else 1.0 for name in seconds}
+    monkeypatch.setattr(sys.modules["moeify.thin"], "layer_seconds", lambda *_: of_time)
+    expected = thin(model, data, ThinConfig(skip_frac=0.5, cost="time", refine=0))
+    mean = sum(of_time[name] * share for name, share in expected.items()) / sum(of_time.values())
+    assert mean == pytest.approx(0.5, abs=0.01)
+    with pytest.raises(ConfigError, match="unknown name 'bytes'"):
+        ThinConfig(skip_frac=0.5, cost="bytes")
+
+
 @pytest.mark.parametrize("allocate", ["shared", "greedy"])
 def test_costs_are_what_the_mean_is_weighted_by(allocate):
     model, data = tiny_llama(hidden_act="silu").eval(), batches(4, seed=0)
@@ -137,6 +157,12 @@ def test_costs_are_what_the_mean_is_weighted_by(allocate):
     mean = sum(costs[name] * share for name, share in expected.items()) / sum(costs.values())
     assert mean == pytest.approx(0.5, abs=0.01)
     to_dense(model)
+    if allocate == "shared":  # what saves more for the same loss is skipped more
+        parameters = {name: float(model.get_submodule(name).weight.numel()) for name in names}
+        name = next(name for name in names if name.endswith("o_proj"))
+        dear = parameters | {name: 4 * parameters[name]}
+        shares = [thin_and_back(model, data, costs)[name] for costs in (parameters, dear)]
+        assert shares[1] > shares[0] + 0.05
     with pytest.raises(ConfigError, match=r"cost of 'model.layers.0.self_attn.q_proj' must be finite and greater than 0, got 0"):
         thin(model, data, ThinConfig(skip_frac=0.5), costs=costs | {"model.layers.0.self_attn.q_proj": 0.0})
     assert not sparse_inputs(model)

@@ -84,7 +84,7 @@ def thinned_card(model: nn.Module, *, name: str, record: Mapping[str, Any], resu
         "wanted share of channels skipped": _cell(config["skip_frac"]),
         "a channel's worth": record["method"],
         "budget over layers": config["allocate"],
-        **_transform_row(config["transform"], untied_head=record["untied_head"]),
+        **_transform_row(config.get("transform", "none"), untied_head=record.get("untied_head", False)),
         "calibrated on": f"{record['tokens']} tokens of `{record['data']}`",
         "channels skipped, least and most of a layer": f"{min(skipped.values()):.4g}, {max(skipped.values()):.4g}",
         **({"weights of these layers": "int8, one scale an output"} if has_int8 else {}),

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .. import _config
 from .._progress import NO_PROGRESS, Progress
-from ..channels import sparse_inputs
+from ..channels import all_channels, sparse_inputs
 from ..convert import ConvertConfig
 from ..data import DataConfig, check_source
 from ..hf.card import thinned_card
@@ -19,11 +19,11 @@ from ..hf.inputs import example_inputs
 from ..layers import check_dense
 from ..routers import GateRouterConfig, LowRankRouterConfig, OracleRouterConfig, RouterConfig
 from ..select import Rule, RuleConfig, Threshold, TopK
-from ..sites import find_ffn_sites
+from ..sites import find_ffn_sites, find_linear_sites
 from ..sparsity.channel import ScoreSample, shared_level
 from ..sparsity.channel_profile import profile_channels
 from ..split import ContiguousSplit
-from ..thin import ThinConfig, check_costs, check_skip_frac, thin
+from ..thin import ThinConfig, check_costs, check_skip_frac, layer_seconds, thin
 from ..train.calibration import TARGETS
 from ..train.capture import fast_dtype
 from .convert import CalibrationConfig, convert_checkpoint
@@ -187,18 +187,27 @@ def thin_model(
     from ..hf.quantizer import adopt  # here, and not on top: it imports transformers' model code, which takes seconds
 
     compute = fast_dtype(next(model.parameters()).device)
-    ffn_sites = find_ffn_sites(model, batches[0] if not hasattr(model, "config") else example_inputs(model)) if batches else None
+    with all_channels(model):
+        ffn_sites = find_ffn_sites(model, batches[0] if not hasattr(model, "config") else example_inputs(model)) if batches else None
     was_tied = _has_tied_head(model)
-    skipped = thin(model, batches, config, ffn_sites=ffn_sites, compute=compute, progress=progress)
+    costs = None
+    if config.cost == "time" and batches:  # here, so that the record and the knobs have the times that the levels were set with
+        device = next(model.parameters()).device
+        example = {key: value[:1].to(device) for key, value in batches[0].items() if key != "labels"}
+        with all_channels(model):
+            sites = [site for site in find_linear_sites(model, example, ffn_sites=ffn_sites) if site.role in config.roles]
+        costs = layer_seconds(model, sites)
+    skipped = thin(model, batches, config, ffn_sites=ffn_sites, costs=costs, compute=compute, progress=progress)
     few = batches[:: max(1, len(batches) // _KNOB_BATCHES)]
-    knobs = level_knobs(model, few, uniform=config.allocate == "uniform", compute=compute, seed=config.seed)
+    knobs = level_knobs(model, few, uniform=config.allocate == "uniform", costs=costs, compute=compute, seed=config.seed)
     adopt(model)
     return {
         "method": config.score,
         "skips": "input channels of linear layers",
         "config": _config.to_dict(config),
-        "tokens": sum(next(iter(batch.values())).shape[:2].numel() for batch in batches),
+        "tokens": sum(next(iter(batch.values())).shape[:2].numel() for batch in batches),  # positions, padding among them
         "skipped": skipped,
+        **({} if costs is None else {"costs": costs}),
         "untied_head": was_tied and not _has_tied_head(model),
         "scope": "layer" if config.allocate == "uniform" else "global",
         "targets": list(TARGETS),
@@ -216,6 +225,7 @@ def level_knobs(
     batches: Sequence[Mapping[str, Tensor]],
     *,
     uniform: bool = False,
+    costs: Mapping[str, float] | None = None,
     compute: torch.dtype | None = None,
     seed: int = 0,
 ) -> dict[str, list[float]]:
@@ -224,6 +234,7 @@ def level_knobs(
     Args:
         model: thinned model; its layers read what they read at their present levels, so other budgets come out near, not exactly.
         batches: inputs.
+        costs: what a layer counts by its name; None: its parameters.
         uniform: a factor for each layer, which keeps the same share as all; else one factor for all, which keeps it on average.
         compute: dtype of matrix products; None leaves the model's own.
         seed: of the sample of tokens.
@@ -242,6 +253,6 @@ def level_knobs(
         samples[name] = ScoreSample(ratio_RK.nan_to_num(posinf=torch.finfo(torch.float32).max))  # 0 / 0 is never kept, x / 0 always
     if uniform:
         return {name: [sample.level(1 - target) for target in TARGETS] for name, sample in samples.items()}
-    costs = check_costs(list(sites.values()), None)
+    costs = check_costs(list(sites.values()), costs)
     shared = [shared_level(samples, costs, skip_frac=1 - target) for target in TARGETS]
     return dict.fromkeys(samples, shared)

@@ -204,6 +204,8 @@ def set_activation(
             continue
         if hasattr(model.get_submodule(site.name), "moe"):
             raise UnsupportedModelError(f"'{site.name}' is converted: change its activation before, or call to_dense(model) first.")
+        if hasattr(model.get_submodule(site.down), "channels"):
+            raise UnsupportedModelError(f"'{site.name}' is thinned: change its activation before, or call to_dense(model) first.")
         path = find_activation(model, site)
         if path is None:
             raise UnsupportedModelError(

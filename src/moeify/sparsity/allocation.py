@@ -30,8 +30,8 @@ class Budget:
     """Block of each layer."""
     error: Callable[[str, float], float]
     """(layer, share) -> squared error of its block's output where that layer alone skips the share; a forward of the block."""
-    influence: Callable[[str], float]
-    """How far a block turns its input, in [0, 1]: mean angle between its input and its output over pi."""
+    influence: Callable[[], Mapping[str, float]]
+    """How far each block turns its input, in [0, 1]: mean angle between its input and its output over pi; a forward of all batches."""
 
 
 Allocation = Callable[[Budget], dict[str, float] | None]
@@ -97,7 +97,7 @@ def block_influence(budget: Budget) -> dict[str, float]:
     """
     layers = _by_block(budget)
     costs = {block: sum(budget.costs[name] for name in names) for block, names in layers.items()}
-    influence = {block: budget.influence(block) for block in layers}
+    influence = budget.influence()
     keeps = block_keeps(influence, costs, keep_frac=1 - budget.skip_frac)
     return {name: 1 - keeps[block] for block, names in layers.items() for name in names}
 

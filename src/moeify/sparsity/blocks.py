@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..errors import UnsupportedModelError
 from ..sites.probe import eval_mode
 
+_NO_BLOCK = "'{}' is not run as one module from hidden states to hidden states; use allocate='uniform' or 'shared'."
 _SEQUENCES, _POSITIONS = 2, 128
 """Of the batch that are kept: every measurement runs a block on them, and a search makes thousands."""
 
@@ -22,7 +23,6 @@ _SEQUENCES, _POSITIONS = 2, 128
 class _Call(NamedTuple):
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
-    input: Tensor
     output: Tensor
 
 
@@ -44,16 +44,6 @@ class BlockCalls:
         self._calls: dict[str, _Call] = {}
         self._entered: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
 
-    def influence(self, name: str) -> float:
-        """Mean angle between a block's input and output over pi, in [0, 1]: arccos(cos(h_in, h_out)) / pi.
-
-        Raises:
-            UnsupportedModelError: as `error`.
-        """
-        call = self._call(name)
-        cosine_BS = nn.functional.cosine_similarity(call.input.float(), call.output.float(), dim=-1)
-        return cosine_BS.clamp(-1, 1).acos().mean().item() / math.pi
-
     def error(self, name: str) -> float:
         """Squared distance of what a block gives now from what it gave when it was watched.
 
@@ -73,9 +63,7 @@ class BlockCalls:
         if not self._calls:
             self._watch()
         if name not in self._calls:
-            raise UnsupportedModelError(
-                f"'{name}' is not run as one module from hidden states to hidden states; use allocate='uniform' or 'shared'."
-            )
+            raise UnsupportedModelError(_NO_BLOCK.format(name))
         return self._calls[name]
 
     @torch.no_grad()
@@ -102,11 +90,57 @@ class BlockCalls:
         after, (args, kwargs) = _hidden(output), self._entered.pop(name)
         before = next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.shape == after.shape), None)
         if before is not None and name not in self._calls:
-            self._calls[name] = _Call(args, kwargs, before, after.clone())
+            self._calls[name] = _Call(args, kwargs, after.clone())
 
     def _autocast(self) -> Any:
         device = next(self._model.parameters()).device.type
         return nullcontext() if self._compute is None else torch.autocast(device, dtype=self._compute)
+
+
+@torch.no_grad()
+def block_influence(
+    model: nn.Module, names: Sequence[str], batches: Sequence[Mapping[str, Tensor]], *, compute: torch.dtype | None = None
+) -> dict[str, float]:
+    """Mean angle between each block's input and output over pi, over all tokens: arccos(cos(h_in, h_out)) / pi, in [0, 1]; by name.
+
+    Args:
+        model: runs in eval mode.
+        names: module paths of the blocks.
+        batches: keyword arguments of the model; padding counts.
+        compute: dtype of matrix products (autocast); None leaves the model's own.
+
+    Raises:
+        UnsupportedModelError: a block is not run as one module from hidden states to hidden states.
+    """
+    device = next(model.parameters()).device
+    entered: dict[str, list[Tensor]] = {}
+    sums = dict.fromkeys(names, 0.0)
+    tokens = dict.fromkeys(names, 0)
+
+    def enter(_block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> None:
+        entered[name] = [value.clone() for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.is_floating_point()]
+
+    def leave(_block: nn.Module, _args: tuple[Any, ...], output: Any, name: str) -> None:
+        after = _hidden(output)
+        before = next((value for value in entered.pop(name) if value.shape == after.shape), None)
+        if before is not None:
+            cosine = nn.functional.cosine_similarity(before.float(), after.float(), dim=-1)
+            sums[name] += cosine.clamp(-1, 1).acos().sum().item() / math.pi
+            tokens[name] += cosine.numel()
+
+    with ExitStack() as stack:
+        stack.enter_context(eval_mode(model))
+        for name in sums:
+            block = model.get_submodule(name)
+            stack.callback(block.register_forward_pre_hook(partial(enter, name=name), with_kwargs=True).remove)
+            stack.callback(block.register_forward_hook(partial(leave, name=name)).remove)
+        if compute is not None:
+            stack.enter_context(torch.autocast(device.type, dtype=compute))
+        for batch in batches:
+            model(**{key: value.to(device) for key, value in batch.items() if key != "labels"})
+    if missing := next((name for name in sums if not tokens[name]), None):
+        raise UnsupportedModelError(_NO_BLOCK.format(missing))
+    return {name: sums[name] / tokens[name] for name in sums}
 
 
 def _copied(values: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -16,7 +16,7 @@ def budget(skip_frac, *, error=None, influence=None):
         costs=COSTS,
         blocks={name: name[0] for name in COSTS},
         error=error or (lambda name, share: len(name) * share**2),
-        influence=influence or {"a": 0.3, "b": 0.1}.__getitem__,
+        influence=lambda: influence or {"a": 0.3, "b": 0.1},
     )
 
 

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel
 
 from moeify.errors import UnsupportedModelError
-from moeify.sparsity.blocks import BlockCalls
+from moeify.sparsity.blocks import BlockCalls, block_influence
 
 
 def gpt2():
@@ -64,11 +64,25 @@ def test_influence_is_the_mean_angle_between_input_and_output():
         def forward(self, x):
             return self.third(self.second(self.first(x), scale=2.0))
 
-    calls = BlockCalls(Model(), ["first", "second", "third"], {"x": torch.randn(2, 3, 2)})
-    assert calls.influence("first") == pytest.approx(0.25, abs=1e-4)
-    assert calls.influence("second") == pytest.approx(1.0, abs=1e-3)
+    model, batches = Model(), [{"x": torch.randn(2, 3, 2)}, {"x": torch.randn(1, 5, 2)}]
+    found = block_influence(model, ["first", "second", "first"], batches)
+    assert found == {"first": pytest.approx(0.25, abs=1e-4), "second": pytest.approx(1.0, abs=1e-3)}
     with pytest.raises(UnsupportedModelError, match="'third' is not run as one module from hidden states to hidden states"):
-        calls.influence("third")
+        block_influence(model, ["first", "third"], batches)
+    assert sum(len(module._forward_hooks) for module in model.modules()) == 0
+
+
+def test_influence_is_the_mean_over_all_tokens_of_all_batches():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(1))
+
+        def forward(self, hidden_states):
+            return -hidden_states if len(hidden_states) == 1 else hidden_states * 2
+
+    found = block_influence(nn.Sequential(Block()), ["0"], [{"input": torch.randn(2, 3, 4)}, {"input": torch.randn(1, 2, 4)}])
+    assert found["0"] == pytest.approx(2 / 8, abs=1e-3)  # two tokens of eight are turned around
 
 
 def test_a_few_positions_of_a_few_sequences_are_enough():
