@@ -103,6 +103,7 @@ METHODS: dict[str, Method] = {
 """A method joins by a line. Routers are fitted to the calibration tokens; nothing else is trained."""
 _SMALL = ("teal", "sensitivity", "chess", "cfsp", "oracle")
 _PROMPT_TOKENS, _NEW_TOKENS = 32, 24
+_LEAST, _WORST = 1e-3, 20.0  # of a picture: what is lost below is lost in the noise, and a ratio above is no model any more
 _COLUMNS = {
     "skip": "wanted",
     "reached": "skipped",
@@ -344,11 +345,14 @@ def _plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     figure, panels = pyplot.subplots(1, len(labels), figsize=(7 * len(labels), 5), squeeze=False)
     for axes, (column, label) in zip(panels[0], labels.items(), strict=True):
         for i, name in enumerate(dict.fromkeys(row["method"] for row in rows[1:])):
-            points = [(row[column], row["ratio"]) for row in rows if row["method"] == name and column in row]
+            chosen = [row for row in rows if row["method"] == name and column in row and row["ratio"] < _WORST]
+            points = [(row[column], max(row["ratio"] - 1, _LEAST)) for row in chosen]
+            if not points:
+                continue
             color, line = f"C{i % 10}", ("-", "--", ":")[i // 10]
             axes.plot(*zip(*points, strict=True), marker="o", markersize=4, label=name, color=color, linestyle=line)
-        axes.set(xlabel=label, ylabel="perplexity / dense", yscale="log")
+        axes.set(xlabel=label, ylabel="perplexity / dense - 1", yscale="log")
         axes.grid(alpha=0.3)
-    panels[0, 0].legend(fontsize=7)
+    panels[0, -1].legend(fontsize=7, handlelength=3.5, loc="upper left", bbox_to_anchor=(1.01, 1))
     figure.savefig(path, bbox_inches="tight")
     pyplot.close(figure)
