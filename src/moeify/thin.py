@@ -48,7 +48,7 @@ class ThinConfig:
     """Wanted share of skipped channels, in [0, 1): mean over layers, weighted by their parameters. With 'uniform' a layer that reads more
     zeros than that skips them all."""
     score: str = "sensitivity"
-    """What a channel is worth: 'magnitude' (TEAL), 'wina', or 'sensitivity', which differentiates the loss once."""
+    """What a channel is worth: 'magnitude' (TEAL), 'wina', or 'sensitivity', which differentiates the loss."""
     allocate: str = "shared"
     """How layers share the budget: 'shared', one level for all, with 'sensitivity' only; 'uniform', the same share in each; 'greedy', in
     each block by the error of the block's output; 'block_influence', more is kept in blocks that change their input more."""
