@@ -532,8 +532,8 @@ def no_loading(monkeypatch):
         pytest.param(convert(data=["--data", "./texts"]), "no such file or folder: './texts'", id="convert: no such data"),
         pytest.param(convert(data=["--data", "rows.jsonl", "--column", "txt"]), "no column 'txt'", id="convert: no such column"),
         pytest.param(
-            convert(out="dense/config.json/out"),
-            ("dense/config.json' is not a folder", "choose another --out"),
+            convert(out="rows.jsonl/out"),
+            ("rows.jsonl' is not a folder", "choose another --out"),
             id="convert: a file as folder",
         ),
         pytest.param(["profile", "dense", "--data", "./texts"], "no such file or folder: './texts'", id="profile: no such data"),

@@ -351,7 +351,7 @@ def unchanged(model, before):
 
 
 def test_quantize_of_a_dense_model_is_refused():
-    with pytest.raises(UnsupportedModelError, match="is dense; convert it first"):
+    with pytest.raises(UnsupportedModelError, match="is dense; convert it, or thin it, first"):
         quantize(tiny.tiny_llama())
 
 

@@ -83,7 +83,7 @@ def thinned_card(model: nn.Module, *, name: str, record: Mapping[str, Any], resu
         "linear layers that skip input channels": f"{len(skipped)} ({', '.join(inputs)})",
         "wanted share of channels skipped": _cell(config["skip_frac"]),
         "a channel's worth": record["method"],
-        "budget over layers": config["allocate"],
+        "budget over layers": f"{config['allocate']}, by {config.get('cost', 'parameters')}",
         **_transform_row(config.get("transform", "none"), untied_head=record.get("untied_head", False)),
         "calibrated on": f"{record['tokens']} tokens of `{record['data']}`",
         "channels skipped, least and most of a layer": f"{min(skipped.values()):.4g}, {max(skipped.values()):.4g}",
