@@ -35,10 +35,8 @@ from moeify.errors import ConfigError
 from moeify.evaluate import DenseReference, measure_quality
 from moeify.hf.checkpoint import load_model
 from moeify.layers import moe_layers, record_active, set_rule
-from moeify.pipeline import convert_model, thin_model
+from moeify.pipeline import NeuronConfig, convert_model, thin_model
 from moeify.routers import (
-    GateRouterConfig,
-    LowRankRouterConfig,
     MLPRouterConfig,
     NormRouterConfig,
     OracleRouterConfig,
@@ -79,6 +77,11 @@ class Static:
     score: str
 
 
+def _neurons(name: str) -> Experts:
+    method = NeuronConfig(method=name, skip_frac=0.0).chosen()
+    return Experts(router=method.router, rule=method.rule)
+
+
 Method = Channels | Experts | Static
 METHODS: dict[str, Method] = {
     "teal": Channels(score="magnitude", allocate="uniform"),
@@ -89,10 +92,10 @@ METHODS: dict[str, Method] = {
     "ffn teal": Channels(score="magnitude", allocate="uniform", roles=FFN),
     "ffn wina": Channels(score="wina", allocate="uniform", roles=FFN),
     "ffn sensitivity": Channels(score="sensitivity", allocate="shared", roles=FFN),
-    "cats": Experts(router=GateRouterConfig(scale="none")),
-    "chess": Experts(router=GateRouterConfig(scale="up")),
-    "low rank": Experts(router=LowRankRouterConfig(rank=128)),
-    "top-k activation": Experts(router=OracleRouterConfig(of="activation"), rule=TopK),
+    "cats": _neurons("cats"),
+    "chess": _neurons("chess"),
+    "low rank": _neurons("predictor"),
+    "top-k activation": _neurons("topk"),
     "d2dmoe": Experts(router=NormRouterConfig(width=128), expert_size=8, rule=DynKMax, split=BalancedKMeans()),
     "moefication": Experts(router=MLPRouterConfig(), expert_size=32, rule=TopK, split=BalancedKMeans()),
     "cfsp": Static(score="activation"),

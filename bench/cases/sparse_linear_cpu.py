@@ -14,7 +14,7 @@ Letters: T tokens, K input channels, N outputs, f fraction of channels that a to
 import argparse
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import product
 from typing import Any
@@ -73,13 +73,7 @@ def run(
     if (missing := cpu.unavailable()) is not None:
         raise ConfigError(f"there is nothing to measure: {missing}.")
     fractions = fractions or (QUICK["fractions"] if quick else FRACTIONS)
-    if wrong := [f for f in fractions if not 0 < f <= 1]:
-        raise ConfigError(f"--fractions must be in (0, 1], got {wrong[0]}.")
-    if min(tokens) < 1:
-        raise ConfigError(f"--tokens must be at least 1, got {min(tokens)}.")
-    sizes = {name: lookup(SHAPES, name, where="--shapes") for name in shapes or (QUICK["shapes"] if quick else tuple(SHAPES))}
-    types = {name: lookup(DTYPES, name, where="--dtypes") for name in dtypes}
-    kinds = [lookup(dict(zip(WEIGHTS, WEIGHTS, strict=True)), name, where="--weights") for name in weights]
+    sizes, types, kinds = chosen(shapes or (QUICK["shapes"] if quick else tuple(SHAPES)), dtypes, weights, tokens, fractions, known=DTYPES)
     for (name, (K, N)), (dtype_name, dtype), kind in product(sizes.items(), types.items(), kinds):
         for T, fraction in product(tokens, fractions):
             same = {
@@ -95,6 +89,29 @@ def run(
             make = _gated if gated else _plain
             with torch.no_grad():
                 yield same | make(K, N, T, dtype, fraction, is_int8=kind == "int8", calls=1 if quick else LEAST_CALLS)
+
+
+def chosen(
+    shapes: Sequence[str],
+    dtypes: Sequence[str],
+    weights: Sequence[str],
+    tokens: Sequence[int],
+    fractions: Sequence[float],
+    *,
+    known: Mapping[str, torch.dtype],
+) -> tuple[dict[str, tuple[int, int]], dict[str, torch.dtype], list[str]]:
+    """(K, N) by shape, dtypes by name and kinds of weights that the options name.
+
+    Raises:
+        ConfigError: one is unknown or out of range.
+    """
+    if wrong := [f for f in fractions if not 0 < f <= 1]:
+        raise ConfigError(f"--fractions must be in (0, 1], got {wrong[0]}.")
+    if min(tokens) < 1:
+        raise ConfigError(f"--tokens must be at least 1, got {min(tokens)}.")
+    sizes = {name: lookup(SHAPES, name, where="--shapes") for name in shapes}
+    types = {name: lookup(known, name, where="--dtypes") for name in dtypes}
+    return sizes, types, [lookup(dict(zip(WEIGHTS, WEIGHTS, strict=True)), name, where="--weights") for name in weights]
 
 
 def _layers(K: int, N: int, dtype: torch.dtype, *, level: float, is_int8: bool) -> list[LinearWeights]:

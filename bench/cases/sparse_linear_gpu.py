@@ -20,10 +20,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bench.cases import sparse_linear_cpu as on_cpu
-from bench.cases.sparse_linear_cpu import NUM_INPUTS, SHAPES, WEIGHTS, Side
+from bench.cases.sparse_linear_cpu import NUM_INPUTS, SHAPES, Side
 from bench.common import DTYPES as COMMON_DTYPES
 from bench.common import numbers, whole_numbers, words
-from moeify._config import lookup
 from moeify.errors import ConfigError
 from moeify.kernels import gpu_linear
 from moeify.kernels.cpu_linear import LinearWeights
@@ -57,13 +56,8 @@ def run(
 ) -> Iterator[dict[str, Any]]:
     """Rows: medians of microseconds a call; ratio is dense over ours, of_bound that times f, read what the tokens keep between them."""
     fractions = fractions or (QUICK["fractions"] if quick else FRACTIONS)
-    if wrong := [f for f in fractions if not 0 < f <= 1]:
-        raise ConfigError(f"--fractions must be in (0, 1], got {wrong[0]}.")
-    if min(tokens) < 1:
-        raise ConfigError(f"--tokens must be at least 1, got {min(tokens)}.")
-    sizes = {name: lookup(SHAPES, name, where="--shapes") for name in shapes or (QUICK["shapes"] if quick else tuple(SHAPES))}
-    types = {name: lookup(DTYPES, name, where="--dtypes") for name in dtypes}
-    kinds = [lookup(dict(zip(WEIGHTS, WEIGHTS, strict=True)), name, where="--weights") for name in weights]
+    shapes = shapes or (QUICK["shapes"] if quick else tuple(SHAPES))
+    sizes, types, kinds = on_cpu.chosen(shapes, dtypes, weights, tokens, fractions, known=DTYPES)
     if (missing := _missing()) is not None:
         raise ConfigError(f"there is nothing to measure: {missing}.")
     for (name, (K, N)), (dtype_name, dtype), kind, T, f in product(sizes.items(), types.items(), kinds, tokens, fractions):

@@ -154,12 +154,13 @@ class SparseInput(nn.Module):
         if self.gated is not None and (y := self.gated.run(self, x)) is not None:
             return y
         if self.impl != "masked":
-            kernel, why_not = compiled_for(x, impl=self.impl), self._call_objection(linear, x)
+            kernel = compiled_for(x, impl=self.impl)
+            why_not = self._call_objection(linear, x, kernel)
             if why_not is None and not (recorded := is_recorded(x)):
                 native = self._native
                 if native is not None and native.holds(linear, self._level_of_kernel(), x.dtype, kernel):
                     return self._by_kernel(x, native.at_level, native.of_masked)
-            if why_not is None and (why_not := self._layer_objection(linear, x)) is None:
+            if why_not is None and (why_not := self._layer_objection(linear, x, kernel)) is None:
                 if recorded:  # an operator takes the tensors themselves
                     layer = self._layer(linear)
                     operators = (partial(kernel.sparse_linear, layer=one) for one in (layer, layer._replace(level_K=None)))
@@ -179,7 +180,8 @@ class SparseInput(nn.Module):
         """Why an input like ``x`` would run masked, at dense cost; None if the compiled kernel computes it. Runs nothing."""
         if self.impl == "masked":
             return "asked for by name"
-        return self._call_objection(linear, x) or self._layer_objection(linear, x)
+        kernel = compiled_for(x, impl=self.impl)
+        return self._call_objection(linear, x, kernel) or self._layer_objection(linear, x, kernel)
 
     def lay_out(self, linear: nn.Module) -> None:
         """Order the layer's weight in memory by input channel, as the compiled kernel reads it; nothing where that need not, or cannot, be.
@@ -194,15 +196,14 @@ class SparseInput(nn.Module):
         if not_plain_reason(linear) is None and reads_rows(linear_weight(linear)):
             store_by_input(linear)
 
-    def _call_objection(self, linear: nn.Module, x: Tensor) -> str | None:
+    def _call_objection(self, linear: nn.Module, x: Tensor, kernel: ModuleType) -> str | None:
         tensors = (linear._parameters.get("weight"), linear._parameters.get("bias"))
-        kernel = compiled_for(x, impl=self.impl)
         return call_objection(x, tensors, kernel, training=linear.training, named=self.impl != "auto")
 
-    def _layer_objection(self, linear: nn.Module, x: Tensor) -> str | None:
+    def _layer_objection(self, linear: nn.Module, x: Tensor, kernel: ModuleType) -> str | None:
         if why_not := not_plain_reason(linear):
             return f"it {why_not}"
-        return cast("str | None", compiled_for(x, impl=self.impl).refusal(self._layer(linear), dtype=x.dtype))
+        return cast("str | None", kernel.refusal(self._layer(linear), dtype=x.dtype))
 
     def _layer(self, linear: nn.Module) -> LinearWeights:
         bias = linear._parameters.get("bias")

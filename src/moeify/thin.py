@@ -4,9 +4,7 @@ Letters: K input channels, N outputs, R sampled tokens.
 """
 
 import math
-import statistics
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -15,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ._config import lookup
+from ._latency import measure_ms
 from ._progress import NO_PROGRESS, Progress
 from .channels import SparseInput, all_channels, attach_channels, check_attachable, detach_channels, sparse_inputs
 from .convert import stamp
@@ -206,22 +205,14 @@ def check_skip_frac(skip_frac: float) -> None:
 @torch.no_grad()
 def layer_seconds(model: nn.Module, sites: Sequence[LinearSite], *, rounds: int = 20) -> dict[str, float]:
     """Time of each dense layer for one token, by name: the median of ``rounds`` turns, in each of which all layers run once."""
-    layers = {site.name: model.get_submodule(site.name) for site in sites}
-    inputs = {site.name: linear_weight(layers[site.name]).new_ones(1, site.d_in) for site in sites}
-    device = next(iter(inputs.values())).device
-    times: dict[str, list[float]] = {name: [] for name in layers}
+    calls: dict[str, Callable[[], object]] = {}
+    for site in sites:
+        layer = model.get_submodule(site.name)
+        calls[site.name] = partial(layer, linear_weight(layer).new_ones(1, site.d_in))
+    on_gpu = next(model.parameters()).device.type == "cuda"
     with all_channels(model):
-        for i in range(rounds + 2):
-            for name, layer in layers.items():
-                if device.type == "cuda":
-                    torch.cuda.synchronize(device)
-                start = time.perf_counter()
-                layer(inputs[name])
-                if device.type == "cuda":
-                    torch.cuda.synchronize(device)
-                if i >= 2:  # the first are to warm up
-                    times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(found) for name, found in times.items()}
+        times = measure_ms(calls, rounds=rounds, sync=torch.cuda.synchronize if on_gpu else None)
+    return {name: time.median_ms / 1e3 for name, time in times.items()}
 
 
 def check_costs(sites: Sequence[LinearSite], costs: Mapping[str, float] | None) -> dict[str, float]:

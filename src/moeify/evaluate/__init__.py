@@ -1,7 +1,7 @@
 """Quality, cost and speed of a converted model."""
 
-from .latency import Latency as Latency
-from .latency import measure_ms as measure_ms
+from .._latency import Latency as Latency
+from .._latency import measure_ms as measure_ms
 from .quality import METRICS as METRICS
 from .quality import Agreement as Agreement
 from .quality import DenseReference as DenseReference
