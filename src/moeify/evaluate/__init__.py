@@ -2,6 +2,7 @@
 
 from .._latency import Latency as Latency
 from .._latency import measure_ms as measure_ms
+from .analysis import BINS as BINS
 from .analysis import AblationRow as AblationRow
 from .analysis import AblationTable as AblationTable
 from .analysis import Distribution as Distribution

@@ -76,6 +76,8 @@ class Distribution:
     """Tokens counted, padding left out; at least 1."""
     num_neurons: int
     """F."""
+    num_values: int
+    """Values above 0 that the share can take, at about equal distances: E where whole experts run, else F."""
     histogram: tuple[int, ...]
     """Tokens in each of `BINS` bins of equal width over [0, 1]; the last one holds 1, too."""
     mean: float
@@ -93,14 +95,19 @@ class Distribution:
     p95: float
     """95 %."""
 
+    def __post_init__(self) -> None:
+        """Refuse what no tokens make."""
+        if len(self.histogram) != BINS or sum(self.histogram) != self.tokens or self.tokens < 1:
+            raise ConfigError(f"histogram must have {BINS} bins with all {self.tokens} tokens in them, at least 1.")
+
     @property
     def relative_deviation(self) -> float | None:
         """deviation / mean; None where every token has none."""
         return self.deviation / self.mean if self.mean else None
 
     @classmethod
-    def of_counts(cls, tokens_F1: Tensor) -> "Distribution":
-        """The distribution of exact counts: ``tokens_F1[n]`` tokens have n neurons, n = 0 ... F; at least one token."""
+    def of_counts(cls, tokens_F1: Tensor, *, num_values: int | None = None) -> "Distribution":
+        """The distribution of exact counts: ``tokens_F1[n]`` tokens have n neurons, n = 0 ... F; at least one token; None is F."""
         tokens_F1 = tokens_F1.cpu().to(torch.int64)
         num_neurons, tokens = len(tokens_F1) - 1, int(tokens_F1.sum())
         count_F1 = torch.arange(num_neurons + 1)
@@ -113,6 +120,7 @@ class Distribution:
         return cls(
             tokens=tokens,
             num_neurons=num_neurons,
+            num_values=num_values or num_neurons,
             histogram=tuple(histogram.tolist()),
             mean=mean,
             deviation=math.sqrt(float(((share_F1 - mean).square() * weight_F1).sum())),
@@ -158,10 +166,12 @@ class _CountRecorder(ActiveRecorder):
     def __init__(self) -> None:
         super().__init__()
         self.tokens_F1: dict[str, Tensor] = {}
+        self.num_experts: dict[str, int] = {}
 
     def add_tokens(self, layer: MoEFFN, active_T: Tensor, keep_T: Tensor | None, *, shape: Sequence[int]) -> None:
         name = layer.site.name
         if name not in self.tokens_F1:
+            self.num_experts[name] = layer.num_experts
             self.tokens_F1[name] = torch.zeros(layer.site.d_ff + 1, dtype=torch.int64, device=active_T.device)
         self.tokens_F1[name].index_add_(0, active_T, torch.ones_like(active_T) if keep_T is None else keep_T.to(active_T.dtype))
 
@@ -173,7 +183,8 @@ class _CountRecorder(ActiveRecorder):
             raise DataError("no token reached a MoE layer: there is no batch, or nothing but padding.")
         if empty:
             warnings.warn(f"no token reached {', '.join(empty)}; it is left out.", stacklevel=4)
-        return {name: Distribution.of_counts(tokens_F1) for name, tokens_F1 in found.items() if name not in empty}
+        real = {name: tokens_F1 for name, tokens_F1 in found.items() if name not in empty}
+        return {name: Distribution.of_counts(tokens_F1, num_values=self.num_experts[name]) for name, tokens_F1 in real.items()}
 
 
 @torch.no_grad()
@@ -506,9 +517,9 @@ def ablation(
 ) -> AblationTable:
     """Compare methods by their measured points.
 
-    Points that another one beats at no more cost are left out, and the rest, the front, is joined by straight lines: between two rules, tokens
-    can be dealt to either. Nothing is said below a row's cheapest point and above its dearest; between its best and its dearest point
-    stands the best.
+    Points that another one beats at no more cost are left out, and the rest, the front, is joined by straight lines: between two rules,
+    tokens can be dealt to either. Nothing is said below a row's cheapest point and above its dearest; between its best and its dearest
+    point stands the best.
 
     Args:
         rows: points by the name of the method, e.g. ``Curve.points``; at least one row, each with a point.

@@ -17,7 +17,7 @@ from torch import nn
 
 from .._config import from_dict, to_dict
 from .._progress import NO_PROGRESS, Progress
-from ..channels import kept, record_channels, sparse_inputs
+from ..channels import SparseInput, kept, record_channels, sparse_inputs
 from ..cost import CostBreakdown, MoECost, WeightCost, estimate_flops, estimate_weights
 from ..errors import ConfigError, DataError
 from ..layers import MoEFFN, moe_layers, record_active, set_mode, set_rule, with_modes
@@ -353,7 +353,8 @@ def _router_flops(layer: MoEFFN) -> float:
 @contextmanager
 def rules_restored(model: nn.Module) -> Iterator[None]:
     """Put back each layer's rule and mode, also after an error; the rule in the model's config, too, which `set_rule` writes."""
-    before = {name: layer.rule for name, layer in {**sparse_inputs(model), **moe_layers(model)}.items()}
+    layers: dict[str, MoEFFN | SparseInput] = {**sparse_inputs(model), **moe_layers(model)}
+    before = {name: layer.rule for name, layer in layers.items()}
     with kept(with_modes(model), "mode"):
         try:
             yield

@@ -2,7 +2,6 @@
 
 import json
 import math
-import warnings
 
 import pytest
 import tiny
@@ -75,7 +74,7 @@ def vit():
 
 
 def watched_masks(model, batch):
-    """Executed neurons of each token, (B, S) by layer, by a plain loop over the masks that `MoEFFN.select` gives for the layer's own input."""
+    """Executed neurons of each token, (B, S) by layer, by a plain loop over the masks that `MoEFFN.select` gives for the layer's input."""
     found = {}
     for name, layer in moe_layers(model).items():
         inputs = []
@@ -112,7 +111,7 @@ def real_counts(model, batch):
 def test_distribution_of_counts_by_hand():
     # of F = 4: one token with 0, two with 1, one with 4
     found = Distribution.of_counts(torch.tensor([1, 2, 0, 0, 1]))
-    assert (found.tokens, found.num_neurons) == (4, 4)
+    assert (found.tokens, found.num_neurons, found.num_values) == (4, 4, 4)
     assert {i: n for i, n in enumerate(found.histogram) if n} == {0: 1, 25: 2, 99: 1}
     assert found.mean == pytest.approx(1.5 / 4)
     assert found.deviation == pytest.approx(math.sqrt((1.5**2 + 2 * 0.5**2 + 2.5**2) / 4) / 4)
@@ -143,6 +142,7 @@ def test_executed_experts_equal_loops_over_masks_of_layers_with_different_expert
             counts = [count for batch in by_batch for count in batch[name]]
             got = found.settings[label][name]
             assert got.tokens == len(counts) == 9 + 6
+            assert (got.num_neurons, got.num_values) == (40, moe_layers(bert)[name].num_experts)
             assert got.mean == pytest.approx(sum(counts) / len(counts) / 40)
             bins = [0] * 100
             for count in counts:
@@ -195,7 +195,7 @@ def test_rules_in_the_config_of_a_model_converted_here_are_restored_too(tmp_path
 
 
 def test_executed_experts_refuse_dense_models_and_nothing_to_run(bert):
-    with pytest.raises(ConfigError, match="no MoE layer.*convert it first"):
+    with pytest.raises(ConfigError, match=r"no MoE layer.*convert it first"):
         executed_experts(torch.nn.Linear(2, 2), [text_batch()])
     with pytest.raises(DataError, match="no batch"):
         executed_experts(bert, [])
@@ -243,11 +243,8 @@ def test_nonzero_activations_equal_a_loop_over_hidden_values(tmp_path):
         handle.remove()
     found = nonzero_activations(model, sites, [{**batch, "labels": torch.tensor([0, 1])}])
     for site in sites:
-        counts = []
-        for b in range(2):
-            for s in range(6):
-                if batch["attention_mask"][b, s]:
-                    counts.append(sum(value != 0 for value in hidden[site.name][b, s].tolist()))
+        real = [(b, s) for b in range(2) for s in range(6) if batch["attention_mask"][b, s]]
+        counts = [sum(value != 0 for value in hidden[site.name][b, s].tolist()) for b, s in real]
         got = found.layers[site.name]
         assert (got.tokens, got.num_neurons) == (9, 40)
         assert got.mean * 40 == pytest.approx(sum(counts) / 9)
@@ -257,9 +254,9 @@ def test_nonzero_activations_equal_a_loop_over_hidden_values(tmp_path):
 
 
 def test_nonzero_activations_of_no_token_say_so(bert):
-    with warnings.catch_warnings(), pytest.raises(DataError, match="no profile has a token"):
-        warnings.simplefilter("ignore")
-        nonzero_activations(bert, [layer.site for layer in moe_layers(bert).values()], [])
+    sites = [layer.site for layer in moe_layers(bert).values()]
+    with pytest.warns(UserWarning, match="no token reached"), pytest.raises(DataError, match="no profile has a token"):
+        nonzero_activations(bert, sites, [])
 
 
 # -- costs by token -------------------------------------------------------------------------------------------------------------------
@@ -341,7 +338,7 @@ def test_token_costs_of_encoder_and_decoder_ask_for_one_of_them():
     )
     batch = {"input_ids": torch.randint(1, 48, (2, 5)), "decoder_input_ids": torch.randint(1, 48, (2, 3))}
     model = convert_unequal(hf.T5Model(config).eval(), batch)
-    with pytest.raises(ConfigError, match="different positions.*one kind"):
+    with pytest.raises(ConfigError, match=r"different positions.*one kind"):
         token_costs(model, batch)
     decoder = next(name for name in moe_layers(model) if name.startswith("decoder"))
     assert token_costs(model, batch, layers=[decoder]).flops_LBS.shape == (1, 2, 3)
