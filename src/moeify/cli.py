@@ -94,7 +94,7 @@ def _option_type(hint: Any) -> tuple[type, Callable[[Any], Any] | None, str | No
 
 
 def takes(
-    parameter: str, config: type, *, skip: Sequence[str] = (), build: Any = None, **names: str
+    parameter: str, config: type, *, skip: Sequence[str] = (), optional: Sequence[str] = (), build: Any = None, **names: str
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Replace a command's ``parameter`` by one option per field of ``config``, helped by the field's docstring.
 
@@ -102,6 +102,7 @@ def takes(
         parameter: keyword of the command that receives the config.
         config: config dataclass whose fields are scalars.
         skip: fields that keep their default.
+        optional: required fields that may be left out; they are None then, and it is for ``build`` to take that.
         build: makes of the dictionary of fields what the command receives; None: the config.
         names: option name of a field where it is not the field's own.
     """
@@ -118,12 +119,26 @@ def takes(
             help_text = " ".join(docs[field.name].split())
             annotation, parser, metavar = _option_type(hints[field.name])
             info = typer.Option("--" + option.replace("_", "-"), help=help_text, parser=parser, metavar=metavar)
-            default = inspect.Parameter.empty if field.default is dataclasses.MISSING else field.default
+            default = field.default
+            if default is dataclasses.MISSING:
+                default = None if field.name in optional else inspect.Parameter.empty
             hint: Any = annotation if default is not None else annotation | None
             options.append(inspect.Parameter(option, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[hint, info]))
         return _signed(command, like=function, drop=(parameter,), add=options)
 
     return decorate
+
+
+def _data_or_none(fields: Mapping[str, Any]) -> DataConfig | None:
+    """The data, or None where none is named and so nothing is said of it."""
+    if fields["data"] is not None:
+        return _config.from_dict(DataConfig, fields)
+    defaults = {f.name: f.default for f in dataclasses.fields(DataConfig)}
+    if given := [name for name, value in fields.items() if name != "data" and value != defaults[name]]:
+        raise ConfigError(
+            f"{_options_text([f'data_{name}' if name == 'split' else name for name in given])} without --data; name the data."
+        )
+    return None
 
 
 def command(
@@ -515,16 +530,30 @@ def generate(
 
 
 @command()
+@takes("data", DataConfig, skip=("seed",), optional=("data",), build=_data_or_none, split="data_split")
 def report(
     directory: Converted,
     *,
+    data: DataConfig | None,
     curve: Annotated[Path | None, typer.Option(help="curve.json of a sweep; by default the one in or beside the folder.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder for report.md, curve.png and curve.svg; by default DIR/report.")] = None,
+    text: Annotated[str | None, typer.Option(help="A text: what each of its tokens costs, as tokens.html.")] = None,
+    image: Annotated[Path | None, typer.Option(help="An image file: what each of its patches costs, as patches.png.")] = None,
+    targets: Annotated[
+        str | None, typer.Option(help="With --data: active fractions, a,b,c, multiples of 0.05; by default 0.25,0.5,0.75.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Windows per forward.")] = 1,
+    dtype: DType = "float32",
+    device: Device = "cpu",
+    out: Annotated[Path | None, typer.Option(help="Folder for report.md and its pictures; by default DIR/report.")] = None,
+    seed: Seed = None,
 ) -> Any:
-    """Write a page with the curve, its picture and the routers' quality."""
-    from .pipeline import report_checkpoint
+    """Write a page with the curve, its picture and the routers' quality; with --data, --text or --image also which experts run."""
+    from .pipeline import PanelRequest, report_checkpoint
 
-    return report_checkpoint(directory, curve=curve, out=out)
+    fractions = None if targets is None else _numbers(targets, option="--targets")
+    request = PanelRequest(data=data and dataclasses.replace(data, seed=seed), text=text, image=image)
+    options: dict[str, Any] = {"batch_size": batch_size, "dtype": dtype, "device": device, "progress": make_progress()}
+    return report_checkpoint(directory, curve=curve, out=out, request=request, targets=fractions, **options)
 
 
 @command()

@@ -463,12 +463,22 @@ class ActiveRecorder:
 
     def add(self, layer: MoEFFN, mask_TE: Tensor, *, shape: Sequence[int]) -> None:
         """Count one forward of one layer over tokens of this shape, (B, S) or (T,); padding is left out where the layer's mask fits it."""
-        name = layer.site.name
         sizes_E = torch.tensor(layer.bounds, device=mask_TE.device).diff()
         active_T = (mask_TE.detach() * sizes_E).sum(1)
-        keep_T = token_mask_of(self.token_masks.get(name), shape)
+        keep_T = token_mask_of(self.token_masks.get(layer.site.name), shape)
+        self.add_tokens(layer, active_T, None if keep_T is None else keep_T.to(active_T.device), shape=shape)
+
+    def add_tokens(self, layer: MoEFFN, active_T: Tensor, keep_T: Tensor | None, *, shape: Sequence[int]) -> None:
+        """What `add` counts, token by token; a recorder that keeps more than sums has its own.
+
+        Args:
+            layer: which ran.
+            active_T: int64, executed neurons of each token, in [0, F].
+            keep_T: bool, False at padding; None where nothing is known of it.
+            shape: of the tokens, (B, S) or (T,).
+        """
+        name = layer.site.name
         if keep_T is not None:
-            keep_T = keep_T.to(active_T.device)
             active, tokens = (active_T * keep_T).sum(), keep_T.sum()
         else:
             active, tokens = active_T.sum(), torch.tensor(active_T.numel(), device=active_T.device)
@@ -594,9 +604,9 @@ def set_impl(model: nn.Module, impl: str) -> None:
 
 
 @contextmanager
-def record_active(model: nn.Module) -> Iterator[ActiveRecorder]:
-    """Count the active fraction of every forward inside the ``with``."""
-    recorder, layers = ActiveRecorder(), list(moe_layers(model).values())
+def record_active(model: nn.Module, recorder: ActiveRecorder | None = None) -> Iterator[ActiveRecorder]:
+    """Count the active fraction of every forward inside the ``with``, or whatever ``recorder`` counts."""
+    recorder, layers = recorder or ActiveRecorder(), list(moe_layers(model).values())
     with kept(layers, "recorder"):
         for layer in layers:
             layer.recorder = recorder

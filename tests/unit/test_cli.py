@@ -20,6 +20,7 @@ from moeify._config import field_docs
 from moeify._progress import NO_PROGRESS
 from moeify.data import AugmentConfig, DataConfig
 from moeify.errors import CheckpointError, TrainingError
+from moeify.evaluate import ExecutedExperts, TokenCosts
 from moeify.layers import moe_layers
 from moeify.pipeline import METHODS, NeuronConfig
 from moeify.sparsity import EnforcementConfig
@@ -83,7 +84,7 @@ def test_run_without_arguments_lists_the_commands(capsys):
     assert all(f"  {command}" in out for command in COMMANDS)
 
 
-@pytest.mark.parametrize("command", ["profile", "convert", "sweep"])
+@pytest.mark.parametrize("command", ["profile", "convert", "sweep", "report"])
 def test_help_has_an_option_with_the_docstring_of_every_data_field(command):
     text = " ".join(CliRunner().invoke(cli.app, [command, "--help"], terminal_width=10_000).output.split())
     for field, doc in field_docs(DataConfig).items():
@@ -572,6 +573,61 @@ def test_report_reads_a_curve_and_draws_it(converted, tmp_path, capsys):
     assert all(part in page for part in ("perplexity", "curve.png", "## Routers", "model.layers.0.mlp"))
     assert files["png"].stat().st_size > 1000
     assert "</svg>" in files["svg"].read_text(encoding="utf-8")
+
+
+def test_report_with_data_and_text_runs_the_checkpoint(converted, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    options = ["--targets", "0.25,1", "--text", "a <b> & | c", "--out", tmp_path / "page", "--json", *SMALL]
+    code, out, err = run(capsys, "report", converted, *options)
+    assert (code, err) == (0, "")
+    files = json.loads(out)
+    assert set(files) == {"page", "analysis", "experts", "active", "tokens"}, "there is no curve, and none is needed"
+    assert sorted(map(str, (tmp_path / "page").iterdir())) == sorted(files.values())
+    found = json.loads((tmp_path / "page" / "analysis.json").read_text())
+    settings = ExecutedExperts.from_json(found["experts"]).active_fraction()
+    assert list(settings) == ["calibrated", "target 0.25", "target 1"]
+    assert list(settings["target 1"].values()) == [1.0, 1.0]
+    for layer in ("model.layers.0.mlp", "model.layers.1.mlp"):
+        assert settings["target 0.25"][layer] < settings["calibrated"][layer] < 1
+    assert "".join(found["text"]["tokens"]) == "a <b> & | c"
+    assert TokenCosts.from_json(found["text"]["costs"]).fraction_BS.shape == (1, 11)
+    page = (tmp_path / "page" / "report.md").read_text(encoding="utf-8")
+    assert all(
+        part in page
+        for part in ("experts.png", "active.png", "(tokens.html)", "| layer | calibrated | target 0.25 | target 1 |", '"\\<"', "## Routers")
+    )
+    assert "<b>" not in (tmp_path / "page" / "tokens.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--text", " "], "--text is empty; give at least one word."),
+        (["--text", "a" * 200], "--text has 200 tokens, LlamaForCausalLM takes 128; give a shorter one."),
+        (["--image", "a.png"], "LlamaForCausalLM does not read images; give --text in place of --image."),
+        (["--window", "32", "--data-split", "train"], "--data-split, --window without --data; name the data."),
+        (["--text", "a", "--targets", "0.5"], "--targets are the active fractions to run --data at; name the data."),
+        (["--data", "builtin:pydoc", "--targets", "0.33"], "no knobs are stored for the active fraction 0.33"),
+        (["--data", "nowhere.txt"], "no such file or folder: 'nowhere.txt'"),
+        (["--text", "a", "--dtype", "int8"], "unknown name 'int8'"),
+    ],
+)
+def test_report_that_cannot_be_run_says_so_in_one_line_and_writes_nothing(converted, tmp_path, capsys, options, message):
+    code, out, err = run(capsys, "report", converted, "--out", tmp_path / "page", *options)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert message in err
+    assert not list(tmp_path.rglob("*.*"))
+
+
+def test_report_of_a_dense_checkpoint_or_one_without_tokenizer_is_one_line(dense, converted, tmp_path, capsys):
+    code, _, err = run(capsys, "report", dense, "--text", "a")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "has no moeify.json" in err
+    bare = tmp_path / "bare"
+    shutil.copytree(converted, bare, ignore=lambda _folder, names: [name for name in names if name.startswith("tokenizer")])
+    code, _, err = run(capsys, "report", bare, "--text", "a")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "LlamaForCausalLM came without a tokenizer or processor" in err
 
 
 def test_profile_with_json_gives_numbers_by_ffn(dense, capsys):

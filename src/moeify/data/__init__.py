@@ -9,6 +9,7 @@ from .batches import seq2seq_batches as seq2seq_batches
 from .config import DataConfig as DataConfig
 from .read import Example as Example
 from .read import check_source as check_source
+from .read import decode_image as decode_image
 from .read import read_examples as read_examples
 from .read import read_images as read_images
 from .read import read_labels as read_labels

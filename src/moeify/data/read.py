@@ -123,19 +123,33 @@ def _as_text(value: Any, config: DataConfig, name: str) -> str:
     return value
 
 
-def _as_image(value: Any, config: DataConfig, name: str) -> Any:
+def decode_image(raw: bytes, *, what: str) -> Any:
+    """The PIL image of an encoded one; ``what`` it is, in errors.
+
+    Raises:
+        DataError: not a readable image, or Pillow is missing.
+    """
+    image = _pillow(what)
     try:
-        from PIL import Image, UnidentifiedImageError
+        decoded = image.open(io.BytesIO(raw))
+        decoded.load()
+    except (image.UnidentifiedImageError, OSError) as error:
+        raise DataError(f"{what}: not a readable image ({first_line(error)}).") from None
+    return decoded
+
+
+def _pillow(what: str) -> Any:
+    try:
+        from PIL import Image
     except ImportError:
-        raise DataError(f"reading the images of '{config.data}' needs Pillow; pip install pillow.") from None
-    if isinstance(value, Image.Image):
+        raise DataError(f"reading {what} needs Pillow; pip install pillow.") from None
+    return Image
+
+
+def _as_image(value: Any, config: DataConfig, name: str) -> Any:
+    if isinstance(value, _pillow(f"the images of '{config.data}'").Image):
         return value
     raw = value.get("bytes") if isinstance(value, Mapping) else value
     if not isinstance(raw, bytes):
         raise DataError(f"'{config.data}', {name}: column '{config.column}' holds {type(value).__name__}, neither text nor image bytes.")
-    try:
-        image = Image.open(io.BytesIO(raw))
-        image.load()
-    except (UnidentifiedImageError, OSError) as error:
-        raise DataError(f"'{config.data}', {name}: not a readable image ({first_line(error)}).") from None
-    return image
+    return decode_image(raw, what=f"'{config.data}', {name}")

@@ -2,6 +2,18 @@
 
 from .._latency import Latency as Latency
 from .._latency import measure_ms as measure_ms
+from .analysis import BINS as BINS
+from .analysis import AblationRow as AblationRow
+from .analysis import AblationTable as AblationTable
+from .analysis import Distribution as Distribution
+from .analysis import ExecutedExperts as ExecutedExperts
+from .analysis import NonzeroActivations as NonzeroActivations
+from .analysis import TokenCosts as TokenCosts
+from .analysis import ablation as ablation
+from .analysis import executed_experts as executed_experts
+from .analysis import nonzero_activations as nonzero_activations
+from .analysis import rules_at as rules_at
+from .analysis import token_costs as token_costs
 from .quality import METRICS as METRICS
 from .quality import Agreement as Agreement
 from .quality import DenseReference as DenseReference

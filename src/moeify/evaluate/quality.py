@@ -159,8 +159,7 @@ def measure_quality(
     tally = _AgreementTally()
     with _evaluating(model), progress.task(metric, total=len(batches)) as task:
         for i, batch in enumerate(batches):
-            with token_mask(model, batch.get("attention_mask"), decoder_mask_BS=batch.get("decoder_attention_mask")):
-                output = _forward(model, batch, hidden=metric == "cosine")
+            output = _forward(model, batch, hidden=metric == "cosine")
             part, rows = METRICS[metric].tally(output, batch)
             total, count = total + part, count + rows
             if reference is not None:
@@ -406,11 +405,18 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def _forward(model: nn.Module, batch: Batch, *, hidden: bool = False) -> Output:
-    """One forward, on the model's device; with ``hidden`` the last hidden states, also of a model with a head."""
-    more: dict[str, Any] = {"output_hidden_states": True} if hidden and hasattr(model, "config") else {}
+def run_batch(model: nn.Module, batch: Batch, **more: Any) -> Any:
+    """What the model returns for a batch without its labels, on the model's device; recorders leave its padding out."""
     device = next((parameter.device for parameter in model.parameters()), None)
-    outputs: Any = model(**{name: value.to(device) for name, value in batch.items() if name != "labels"}, **more)
+    inputs = {name: value.to(device) for name, value in batch.items() if name != "labels"}
+    with token_mask(model, inputs.get("attention_mask"), decoder_mask_BS=inputs.get("decoder_attention_mask")):
+        return model(**inputs, **more)
+
+
+def _forward(model: nn.Module, batch: Batch, *, hidden: bool = False) -> Output:
+    """One forward; with ``hidden`` the last hidden states, also of a model with a head."""
+    more: dict[str, Any] = {"output_hidden_states": True} if hidden and hasattr(model, "config") else {}
+    outputs = run_batch(model, batch, **more)
     logits = outputs if isinstance(outputs, Tensor) else getattr(outputs, "logits", None)
     if logits is not None and not hidden:
         return Output(logits, is_logits=True)

@@ -10,14 +10,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from .._config import from_dict, to_dict
 from .._progress import NO_PROGRESS, Progress
-from ..channels import kept, record_channels, sparse_inputs
+from ..channels import SparseInput, kept, record_channels, sparse_inputs
 from ..cost import CostBreakdown, MoECost, WeightCost, estimate_flops, estimate_weights
 from ..errors import ConfigError, DataError
 from ..layers import MoEFFN, moe_layers, record_active, set_mode, set_rule, with_modes
@@ -172,12 +172,16 @@ class Curve:
             raise DataError(f"'{path}' is not a curve of moeify: {error}") from None
 
 
-def quality_at(points: Iterable[CurvePoint], ffn_flops_fraction: float) -> float | None:
+CostAxis = Literal["ffn_flops_fraction", "flops_fraction"]
+"""What a point costs: its FFNs, or the whole model."""
+
+
+def quality_at(points: Iterable[CurvePoint], fraction: float, *, cost: CostAxis = "ffn_flops_fraction") -> float | None:
     """Quality at a cost between two points of a curve, on the straight line that joins them; None beyond the cheapest and the dearest."""
-    line = sorted((point.ffn_flops_fraction, point.quality) for point in points)
+    line = sorted((float(getattr(point, cost)), point.quality) for point in points)
     for (left, first), (right, second) in zip(line, line[1:], strict=False):
-        if left <= ffn_flops_fraction <= right:
-            return first if left == right else first + (second - first) * (ffn_flops_fraction - left) / (right - left)
+        if left <= fraction <= right:
+            return first if left == right else first + (second - first) * (fraction - left) / (right - left)
     return None
 
 
@@ -242,7 +246,7 @@ def sweep(
     if todo:
         cost = cost or model_cost(model, batches[0])
         reference = reference or DenseReference(model, batches, metric=quality, progress=progress)
-        with _restored(model), progress.task(f"sweep {rule_type.name}", total=len(todo) * len(batches)) as task:
+        with rules_restored(model), progress.task(f"sweep {rule_type.name}", total=len(todo) * len(batches)) as task:
             for i in todo:
                 value, rule = distinct[i]
                 set_mode(model, "moe")
@@ -319,7 +323,7 @@ def model_cost(model: nn.Module, batch: Batch, *, sites: Iterable[FFNSite] = ())
         # 64 positions tell the cost of any number (`CostBreakdown.at_context`), and cost no time to run.
         context = short["input_ids"].shape[1]
         short = {name: value[:, :64] for name, value in short.items()}
-    with _restored(model):
+    with rules_restored(model):
         set_mode(model, "dense")
         sites = list(sites)
         if not layers and not sites:
@@ -347,10 +351,15 @@ def _router_flops(layer: MoEFFN) -> float:
 
 
 @contextmanager
-def _restored(model: nn.Module) -> Iterator[None]:
-    """Put back each layer's rule and mode."""
-    with kept(with_modes(model), "mode", "rule"):
-        yield
+def rules_restored(model: nn.Module) -> Iterator[None]:
+    """Put back each layer's rule and mode, also after an error; the rule in the model's config, too, which `set_rule` writes."""
+    layers: dict[str, MoEFFN | SparseInput] = {**sparse_inputs(model), **moe_layers(model)}
+    before = {name: layer.rule for name, layer in layers.items()}
+    with kept(with_modes(model), "mode"):
+        try:
+            yield
+        finally:
+            set_rule(model, before)
 
 
 class _Forward:

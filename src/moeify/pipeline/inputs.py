@@ -184,17 +184,21 @@ def most_positions(model: nn.Module, processor: Any, window: int) -> int:
 
 def check_window(model: nn.Module, window: int) -> None:
     """Refuse windows with more tokens than the model has positions; a config that gives no number has no limit."""
+    limit = positions_of(model)
+    if limit is not None and window > limit:
+        raise DataError(f"--window {window} is more than the {limit} positions of {type(model).__name__}; give at most {limit}.")
+
+
+def positions_of(model: nn.Module) -> int | None:
+    """How many positions a model's config gives it; None where it gives no number."""
     config: Any = model.config
     for name in ("max_position_embeddings", "n_positions", "n_ctx"):
         limit = getattr(config, name, None)
         if limit is None and (text := getattr(config, "text_config", None)) is not None:
             limit = getattr(text, name, None)
         if isinstance(limit, int) and limit > 0:
-            if window > limit:
-                raise DataError(
-                    f"--window {window} is more than the {limit} positions of {type(model).__name__} ({name}); give at most {limit}."
-                )
-            return
+            return limit
+    return None
 
 
 def most_images(config: Any, max_tokens: int | None) -> int | None:

@@ -19,13 +19,17 @@ from ..evaluate import Curve, CurvePoint, DenseQuality, DenseReference, LayerRul
 from ..hf.checkpoint import MANIFEST_FILE, check_writable, library_versions, load_model, read_calibration, read_manifest
 from ..hf.inputs import example_inputs
 from ..layers import moe_layers, set_mode
-from ..report import cost_markdown, curve_markdown, layers_markdown, plot_curve
+from ..report import check_plots, cost_markdown, curve_markdown, layers_markdown, plot_curve
 from ..select import RULES, Rule
 from ..sites import find_ffn_sites
 from ..sparsity import ActivationProfile, profile_activations
 from .inputs import calibration_batches, evaluation_batches
 from .names import torch_device, torch_dtype
+from .panels import CALIBRATED, PanelRequest, check_request, run_panels, write_panels
 from .work import fingerprint, run_id, weights_checksum
+
+REPORT_TARGETS = (0.25, 0.5, 0.75)
+"""Active fractions at which a report shows executed experts, beside the calibrated rules."""
 
 _Steps = list[float | LayerRules]
 _Record = TypeVar("_Record")
@@ -235,44 +239,98 @@ def generate_text(
     return str(tokenizer.decode(ids[0], skip_special_tokens=True))
 
 
-def report_checkpoint(directory: str | Path, *, curve: Path | None = None, out: Path | None = None) -> dict[str, str]:
-    """Write a report of what was measured: a markdown page, and the curve as a picture.
+def report_checkpoint(
+    directory: str | Path,
+    *,
+    curve: Path | None = None,
+    out: Path | None = None,
+    request: PanelRequest | None = None,
+    targets: Sequence[float] | None = None,
+    batch_size: int = 1,
+    dtype: str = "float32",
+    device: str = "cpu",
+    progress: Progress = NO_PROGRESS,
+) -> dict[str, str]:
+    """Write a report of what was measured: a markdown page, the curve as a picture, and what a request asks to run the checkpoint for.
 
     Args:
-        directory: converted checkpoint.
-        curve: ``curve.json`` of a sweep; None looks for one in the checkpoint's folder and beside it.
-        out: folder for ``report.md``, ``curve.png`` and ``curve.svg``; None means ``<directory>/report``.
+        directory: converted or thinned checkpoint.
+        curve: ``curve.json`` of a sweep; None looks for one in the checkpoint's folder and beside it, and with a request does without.
+        out: folder for ``report.md``, ``curve.png`` and ``curve.svg``; None means ``<directory>/report``. A request adds ``analysis.json``
+            and, by what it asks for, ``experts.png``, ``active.png``, ``tokens.html``, ``patches.png``.
+        request: data, text or image to run the checkpoint on; nothing by default, and nothing is loaded then.
+        targets: stored active fractions (multiples of 0.05) and 1, to run the data at beside the checkpoint's own rules; None:
+            `REPORT_TARGETS`.
+        batch_size: sequences per forward.
+        dtype: of the weights, "float32", "bfloat16" or "float16".
+        device: "cpu", "cuda" or "cuda:1".
+        progress: told every batch.
 
     Returns:
         Paths of the files, by kind.
 
     Raises:
-        CheckpointError: no converted checkpoint, or ``out`` cannot be written. DataError: no curve, or not one.
+        CheckpointError: no converted checkpoint, or ``out`` cannot be written. DataError: no curve, or not one. ConfigError: targets
+            without data, or one that is not stored. Of a request also what `check_request` and `run_panels` raise; all but the latter
+            before the model is loaded.
     """
-    directory = Path(directory)
+    directory, request = Path(directory), request or PanelRequest()
+    if targets is not None and request.data is None:
+        raise ConfigError("--targets are the active fractions to run --data at; name the data.")
     calibration = _calibration_of(directory, ScoreRecord)
-    choices = [curve] if curve is not None else [directory / "curve.json", directory.parent / "curve.json"]
-    found = next((path for path in choices if path.exists()), choices[0])
-    measured = Curve.read(found)
+    measured = _curve_of(directory, curve, is_needed=not request)
+    settings: dict[str, Rule | Mapping[str, Rule]] = {}
+    if request:
+        check_plots()
+        place, kind = torch_device(device), torch_dtype(dtype)
+        check_request(directory, request)
+        if request.data is not None:
+            settings = _panel_settings(directory, REPORT_TARGETS if targets is None else targets)
     out = out or directory / "report"
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise CheckpointError(f"cannot make the folder '{out}': {error.strerror}; choose another --out.") from error
-    files = {"page": out / "report.md", "png": out / "curve.png", "svg": out / "curve.svg"}
-    plot_curve(measured, files["png"])
-    plot_curve(measured, files["svg"])
+    drawn: dict[str, str] = {}
+    sections = ""
+    if request:
+        model, processor = load_model(directory, dtype=kind, progress=progress)
+        panels = run_panels(model.to(place), processor, request, settings, batch_size=batch_size, progress=progress)
+        drawn, sections = write_panels(panels, out, title=directory.name)
+    files, page = {"page": str(out / "report.md")}, f"# {directory.name}\n\n"
+    if measured is not None:
+        files |= {"png": str(out / "curve.png"), "svg": str(out / "curve.svg")}
+        plot_curve(measured, files["png"])
+        plot_curve(measured, files["svg"])
+        cost = f"## Cost\n\n{parts}\n" if (parts := cost_markdown(measured)) else ""
+        page += f"![quality against cost](curve.png)\n\n{curve_markdown(measured)}\n{cost}"
+    files, page = files | drawn, page + sections
     scores = {name: {key: f"{value:.4f}" for key, value in row.items()} for name, row in calibration.router_scores.items()}
     skipped = {name: {"skipped": f"{share:.4f}"} for name, share in calibration.skipped.items()}
-    cost = f"## Cost\n\n{parts}\n" if (parts := cost_markdown(measured)) else ""
-    page = f"# {directory.name}\n\n![quality against cost](curve.png)\n\n{curve_markdown(measured)}\n"
-    page += cost
     for title, rows in (("Routers", scores), ("Skipped channels", skipped)):
         page += f"## {title}\n\n{layers_markdown(rows)}" if rows else ""
-    temporary = files["page"].with_suffix(".new")
+    temporary = Path(files["page"]).with_suffix(".new")
     temporary.write_text(page, encoding="utf-8")
     temporary.replace(files["page"])
-    return {kind: str(path) for kind, path in files.items()}
+    return files
+
+
+def _curve_of(directory: Path, curve: Path | None, *, is_needed: bool) -> Curve | None:
+    """The curve that is named, or the one in or beside the folder; None where there is none and none is needed."""
+    choices = [curve] if curve is not None else [directory / "curve.json", directory.parent / "curve.json"]
+    found = next((path for path in choices if path.exists()), choices[0])
+    return Curve.read(found) if is_needed or curve is not None or found.exists() else None
+
+
+def _panel_settings(directory: Path, targets: Sequence[float]) -> dict[str, Rule | Mapping[str, Rule]]:
+    """The checkpoint's own rules, and its own kind of rule at the stored knobs of each target."""
+    rule_type, names = _own_rule(directory)
+    calibration = _calibration_of(directory, KnobRecord)
+    settings: dict[str, Rule | Mapping[str, Rule]] = {CALIBRATED: {}}
+    for target in targets:
+        (step,) = _calibrated_steps(rule_type, calibration, [target], names=names)
+        settings[f"target {target:g}"] = _rules_of(step, rule_type, names)
+    return settings
 
 
 def _calibration_of(directory: Path, record_type: type[_Record]) -> _Record:

@@ -1,10 +1,15 @@
-"""Curves, costs and the results of recipes as markdown."""
+"""Curves, costs, analyses and the results of recipes as markdown."""
 
+import json
+import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..evaluate import METRICS, Curve, CurvePoint
+from ..errors import DataError
+from ..evaluate import METRICS, AblationTable, Curve, CurvePoint, ExecutedExperts, NonzeroActivations, TokenCosts
 
+_MARKUP = re.compile(r"([\\`*_\[\]<>&|~])")
 _HEADER = ("rule", "knob", "active", "FFN FLOPs", "all FLOPs", "{metric}", "ratio", "KL")
 _PARTS = {
     "experts": "experts",
@@ -43,6 +48,92 @@ def layers_markdown(rows: Mapping[str, Mapping[str, str]]) -> str:
     keys = list(dict.fromkeys(key for row in rows.values() for key in row))
     lines = [_markdown_row(["layer", *keys]), _markdown_row(["---", *["---:"] * len(keys)])]
     return "\n".join([*lines, *(_markdown_row([f"`{name}`", *(row.get(key, "") for key in keys)]) for name, row in rows.items())]) + "\n"
+
+
+def ablation_markdown(table: AblationTable) -> str:
+    """Methods at equal cost as a markdown table: quality at each fraction, the smallest fraction that is good enough, and that over the
+    first row's; empty cells where nothing was measured."""
+    lower = METRICS[table.metric].lower_is_better
+    whole = "all FLOPs" if table.cost == "flops_fraction" else "FFN FLOPs"
+    first = next(iter(table.rows)).name
+    ratios = table.cost_ratios(first)
+    limit = f"{whole} for {'<=' if lower else '>='} {table.dense + (table.within if lower else -table.within):.4g}"
+    header = [f"{table.metric} at {whole} of", *(f"{100 * share:g} %" for share in table.fractions), limit, f"/ {_cell(first)}"]
+    rows = [
+        [
+            _cell(row.name),
+            *("" if quality is None else f"{quality:.4g}" for quality in row.quality),
+            "" if row.cheapest is None else f"{100 * row.cheapest:.1f} %",
+            "" if (ratio := ratios[row.name]) is None else f"{ratio:.2f}",
+        ]
+        for row in table.rows
+    ]
+    return _aligned([header, *rows])
+
+
+def experts_markdown(experts: ExecutedExperts) -> str:
+    """Executed share of the neurons by layer and setting, mean and standard deviation over tokens, as a markdown table."""
+    layers = dict.fromkeys(name for found in experts.settings.values() for name in found)
+    rows = {
+        name: {
+            _cell(label): f"{found[name].mean:.3f} ± {found[name].deviation:.3f}"
+            for label, found in experts.settings.items()
+            if name in found
+        }
+        for name in layers
+    }
+    return layers_markdown(rows)
+
+
+def nonzeros_markdown(models: Mapping[str, NonzeroActivations]) -> str:
+    """Non-zero activations of a token by layer, for each model by name: mean and standard deviation in neurons, and the latter over the
+    former, as a markdown table."""
+    rows: dict[str, dict[str, str]] = {}
+    for label, model in models.items():
+        for name, found in model.layers.items():
+            width, relative = found.num_neurons, found.relative_deviation
+            cells = {"mean": f"{width * found.mean:.1f}", "deviation": f"{width * found.deviation:.1f}"}
+            cells["deviation / mean"] = "" if relative is None else f"{relative:.3f}"
+            rows.setdefault(name, {}).update({f"{_cell(label)}: {key}": cell for key, cell in cells.items()})
+    return layers_markdown(rows)
+
+
+def costliest_markdown(tokens: Sequence[str], costs: TokenCosts, *, count: int = 8) -> str:
+    """The costliest and the cheapest tokens of a text, as a markdown table.
+
+    Args:
+        tokens: the text of each position.
+        costs: of one sequence of as many positions.
+        count: most rows.
+
+    Raises:
+        DataError: another number of tokens.
+    """
+    shares = dict(enumerate(token_shares(tokens, costs)))
+    order = sorted((i for i, share in shares.items() if not math.isnan(share)), key=lambda i: -shares[i])
+
+    def cells(i: int) -> list[str]:
+        return [str(i), _cell(json.dumps(tokens[i], ensure_ascii=False)), f"{shares[i]:.3f}"]
+
+    header = ["position", "costliest", "cost / dense", "position", "cheapest", "cost / dense"]
+    pairs = list(zip(order, reversed(order), strict=True))[:count]
+    return (
+        "\n".join(
+            [_markdown_row(header), _markdown_row(["---:", "---", "---:"] * 2), *(_markdown_row(cells(a) + cells(b)) for a, b in pairs)]
+        )
+        + "\n"
+    )
+
+
+def token_shares(tokens: Sequence[str], costs: TokenCosts) -> list[float]:
+    """FLOPs of the MoE layers / dense of each position of the one sequence that ``costs`` has.
+
+    Raises:
+        DataError: ``costs`` has several sequences, or another number of positions.
+    """
+    if tuple(costs.fraction_BS.shape) != (1, len(tokens)):
+        raise DataError(f"{len(tokens)} tokens for the costs of {tuple(costs.fraction_BS.shape)} positions.")
+    return [float(share) for share in costs.fraction_BS[0]]
 
 
 def recipe_markdown(result: Mapping[str, Any]) -> str:
@@ -123,6 +214,11 @@ def _cells(point: CurvePoint) -> list[str]:
         f"{point.quality_ratio:.4f}",
         "" if point.kl is None else f"{point.kl:.4f}",
     ]
+
+
+def _cell(text: str) -> str:
+    """Text from outside as a cell: nothing in it ends the cell, breaks the line or is markup."""
+    return _MARKUP.sub(r"\\\1", " ".join(text.splitlines()))
 
 
 def _markdown_row(cells: Sequence[str]) -> str:

@@ -202,6 +202,11 @@ class ActivationProfile:
         return self._sums["fired"].cpu().double() / max(self.tokens, 1)
 
     @property
+    def nonzero_tokens_F1(self) -> Tensor:
+        """int64, CPU, (F + 1,): number of tokens on which exactly 0, 1, ... F neurons are not exactly zero."""
+        return self._sums["nonzero_histogram"].cpu()
+
+    @property
     def dead_F(self) -> Tensor:
         """bool, CPU: neurons that were zero on every token."""
         return self._sums["fired"].cpu() == 0

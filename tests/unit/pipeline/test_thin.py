@@ -18,7 +18,15 @@ from moeify.convert import ConvertConfig
 from moeify.data import DataConfig
 from moeify.errors import CheckpointError, ConfigError, UnsupportedModelError
 from moeify.evaluate import perplexity
-from moeify.pipeline import CalibrationConfig, NeuronConfig, convert_checkpoint, report_checkpoint, sweep_checkpoint, thin_checkpoint
+from moeify.pipeline import (
+    CalibrationConfig,
+    NeuronConfig,
+    PanelRequest,
+    convert_checkpoint,
+    report_checkpoint,
+    sweep_checkpoint,
+    thin_checkpoint,
+)
 from moeify.pipeline import thin as pipeline_thin
 from moeify.routers import GateRouterConfig, LowRankRouterConfig, OracleRouterConfig
 from moeify.select import Threshold, TopK
@@ -159,6 +167,12 @@ def test_cost_counts_every_thinned_layer_once(made):
     assert cost.flops_per_token(1.0) - cost.flops_per_token(0.0) == pytest.approx(2 * sum(shapes.values()))
     ffn = 2 * sum(size for name, size in shapes.items() if ".mlp." in name)
     assert cost.ffn_flops(0.25) == pytest.approx(0.25 * ffn * cost.tokens)
+
+
+def test_report_of_a_thinned_model_has_no_experts_to_show(made, tmp_path):
+    pytest.importorskip("matplotlib")
+    with pytest.raises(ConfigError, match="has no MoE layer; leave --data, --text and --image out"):
+        report_checkpoint(made[0], out=tmp_path / "page", request=PanelRequest(text="a"))
 
 
 def test_report_of_a_thinned_model_lists_its_layers(made, curve, tmp_path):

@@ -1,13 +1,24 @@
 """Files appear, are pictures, and bad input says what to do."""
 
+import math
 import re
 import sys
 
 import pytest
+import torch
 
-from moeify.errors import DataError
-from moeify.evaluate import Curve, CurvePoint, DenseQuality
-from moeify.report import plot_curve, plot_nonzeros, plot_qualities
+from moeify.errors import ConfigError, DataError
+from moeify.evaluate import Curve, CurvePoint, DenseQuality, Distribution, ExecutedExperts, NonzeroActivations, TokenCosts
+from moeify.report import (
+    check_plots,
+    plot_active_by_layer,
+    plot_curve,
+    plot_executed_experts,
+    plot_nonzero_distribution,
+    plot_nonzeros,
+    plot_patch_costs,
+    plot_qualities,
+)
 
 
 def _point(rule, value, ratio):
@@ -96,3 +107,92 @@ def test_plots_of_nothing_say_so(tmp_path):
     with pytest.raises(DataError, match="no layer to plot"):
         plot_nonzeros({}, tmp_path / "a.svg")
     assert not (tmp_path / "a.svg").exists()
+
+
+def _spread(*counts):
+    return Distribution.of_counts(torch.tensor(counts))
+
+
+def _experts(*labels):
+    return ExecutedExperts(settings={label: {"a": _spread(0, 3, 1, 0, 0), "b": _spread(0, 0, 0, 0, 2)} for label in labels})
+
+
+def test_plot_executed_experts_has_a_panel_for_each_setting_and_model(tmp_path):
+    plot_executed_experts(_experts("tau = 0.1", "tau = 0.5"), tmp_path / "a.svg", title="a $\\frac$ b")
+    texts = _texts(tmp_path / "a.svg")
+    for text in ("tau = 0.1", "tau = 0.5", "layer", "executed experts / all", "log(1 + density of tokens)", "a $\\frac$ b"):
+        assert text in texts
+    both = {"base": _experts("tau = 0.1", "own"), "sparsified": _experts("tau = 0.1")}
+    plot_executed_experts(both, tmp_path / "b.svg")
+    assert [text for text in _texts(tmp_path / "b.svg") if ", " in text] == ["base, tau = 0.1", "sparsified, tau = 0.1"]
+    plot_executed_experts(_experts(*"abcdef"), tmp_path / "c.png", settings=["e", "a"])
+
+
+def test_density_of_few_experts_is_flat_where_every_share_is_as_frequent():
+    from moeify.report.plots import _log_density
+
+    counts = torch.zeros(1537, dtype=torch.int64)
+    counts[::8] = 10  # 192 experts of 8 neurons: one or two shares to a bin of 1 %
+    drawn = _log_density(Distribution.of_counts(counts, num_values=192))
+    raw = _log_density(Distribution.of_counts(counts))
+    assert len(drawn) == len(raw) == 100
+    assert raw.max() / raw.min() > 1.5
+    assert drawn.max() / drawn.min() < 1.25
+    assert (math.e**drawn - 1).mean() == pytest.approx(1.0), "a density"
+
+
+def test_plot_executed_experts_without_a_common_setting_says_which_there_are(tmp_path):
+    with pytest.raises(DataError, match=r"no setting that every model ran with to plot; settings: x; y\."):
+        plot_executed_experts({"a": _experts("x"), "b": _experts("y")}, tmp_path / "a.png")
+    with pytest.raises(DataError, match="not every model ran with 'z'"):
+        plot_executed_experts(_experts("x"), tmp_path / "a.png", settings=["z"])
+    with pytest.raises(DataError, match="no model to plot"):
+        plot_executed_experts({}, tmp_path / "a.png")
+
+
+def test_plot_active_by_layer_writes_every_number_and_leaves_missing_layers_empty(tmp_path):
+    plot_active_by_layer({"calibrated": {"a": 0.25, "b": 0.5}, "0.9": {"a": 0.875}}, tmp_path / "a.svg", title="tiny")
+    texts = _texts(tmp_path / "a.svg")
+    for text in ("0.25", "0.50", "0.88", "calibrated", "0.9", "active fraction"):
+        assert text in texts
+    assert "nan" not in texts
+    with pytest.raises(DataError, match="no active fraction"):
+        plot_active_by_layer({"a": {}}, tmp_path / "b.svg")
+
+
+def _costs(*, positions, grid=None):
+    flops_LBS = torch.linspace(100, 400, positions, dtype=torch.float64).expand(1, 1, -1)
+    return TokenCosts(layers=("a",), flops_LBS=flops_LBS, dense_flops=(400.0,), router_flops=(20.0,), grid=grid)
+
+
+def test_plot_patch_costs_puts_the_class_token_beside_the_patches(tmp_path):
+    costs, pixels = _costs(positions=7, grid=(2, 3)), [torch.rand(8, 12).tolist()]
+    plot_patch_costs(costs, pixels, tmp_path / "a.svg")
+    texts = _texts(tmp_path / "a.svg")
+    for text in ("image", "cost of patches (class token 0.25)", "FLOPs of MoE layers / dense"):
+        assert text in texts
+    plot_patch_costs(_costs(positions=6, grid=(2, 3)), pixels, tmp_path / "b.svg")
+    assert "cost of patches" in _texts(tmp_path / "b.svg")
+    with pytest.raises(DataError, match="2 images for the costs of 1"):
+        plot_patch_costs(costs, pixels * 2, tmp_path / "c.svg")
+    with pytest.raises(ConfigError, match="not the patches"):
+        plot_patch_costs(_costs(positions=6), pixels, tmp_path / "c.svg")
+    assert not (tmp_path / "c.svg").exists()
+
+
+def test_plot_nonzero_distribution_names_every_model(tmp_path):
+    silent = NonzeroActivations(layers={"a": _spread(0, 1, 3), "b": _spread(4, 0, 0)})
+    plot_nonzero_distribution({"dense": silent, "sparsified": silent}, tmp_path / "a.svg", title="tiny")
+    texts = _texts(tmp_path / "a.svg")
+    for text in ("dense", "sparsified", "deviation / mean", "layer", "tiny"):
+        assert text in texts
+    plot_nonzero_distribution(silent, tmp_path / "b.png")
+    with pytest.raises(DataError, match="no model to plot"):
+        plot_nonzero_distribution({}, tmp_path / "c.png")
+
+
+def test_check_plots_without_matplotlib_names_the_extra(monkeypatch):
+    check_plots()
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(DataError, match=r"moeify\[report\]"):
+        check_plots()

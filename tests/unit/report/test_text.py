@@ -1,9 +1,22 @@
 """Tables to the letter."""
 
+import math
 from dataclasses import replace
 
-from moeify.evaluate import Curve, CurvePoint, DenseQuality
-from moeify.report import cost_markdown, curve_markdown, recipe_markdown
+import pytest
+import torch
+
+from moeify.errors import DataError
+from moeify.evaluate import Curve, CurvePoint, DenseQuality, Distribution, ExecutedExperts, NonzeroActivations, TokenCosts, ablation
+from moeify.report import (
+    ablation_markdown,
+    cost_markdown,
+    costliest_markdown,
+    curve_markdown,
+    experts_markdown,
+    nonzeros_markdown,
+    recipe_markdown,
+)
 
 CURVE = Curve(
     model="tiny",
@@ -132,3 +145,48 @@ def test_recipe_markdown_without_a_baseline_leaves_it_out():
     result = {**recipe_result("perplexity", 1.0), "moefication": None, "moefication_points": []}
     result["at_flops"] = {"relu": result["at_flops"]["relu"]}
     assert "MoEfication" not in recipe_markdown(result)
+
+
+def test_ablation_markdown_has_qualities_costs_and_ratios_and_escapes_names():
+    def points(*pairs):
+        return [replace(CURVE.points[0], flops_fraction=x, quality=quality) for x, quality in pairs]
+
+    rows = {"MoEfication": points((0.4, 0.5), (0.8, 0.9)), "full | *": points((0.2, 0.7), (0.4, 0.9)), "bad": points((0.1, 0.1))}
+    table = ablation(rows, metric="accuracy", dense=0.9, within=0.1, fractions=(0.3, 0.5))
+    assert [[cell.strip() for cell in line.split(" | ")] for line in ablation_markdown(table).splitlines()] == [
+        ["| accuracy at all FLOPs of", "30 %", "50 %", "all FLOPs for >= 0.8", "/ MoEfication |"],
+        ["| ------------------------", "---:", "---:", "-------------------:", "------------: |"],
+        ["| MoEfication", "", "0.6", "70.0 %", "1.00 |"],
+        ["| full \\| \\*", "0.8", "", "30.0 %", "0.43 |"],
+        ["| bad", "", "", "", "|"],
+    ]
+
+
+def test_tables_by_layer_to_the_letter():
+    spread = Distribution.of_counts(torch.tensor([1, 0, 0, 0, 1]))
+    experts = ExecutedExperts(settings={"tau = 0.1": {"l.0": spread, "l.1": spread}, "a|b": {"l.1": spread}})
+    assert experts_markdown(experts).splitlines() == [
+        "| layer | tau = 0.1 | a\\|b |",
+        "| --- | ---: | ---: |",
+        "| `l.0` | 0.500 ± 0.500 |  |",
+        "| `l.1` | 0.500 ± 0.500 | 0.500 ± 0.500 |",
+    ]
+    silent = Distribution.of_counts(torch.tensor([1, 0]))
+    assert nonzeros_markdown({"dense": NonzeroActivations(layers={"l.0": spread, "l.1": silent})}).splitlines() == [
+        "| layer | dense: mean | dense: deviation | dense: deviation / mean |",
+        "| --- | ---: | ---: | ---: |",
+        "| `l.0` | 2.0 | 2.0 | 1.000 |",
+        "| `l.1` | 0.0 | 0.0 |  |",
+    ]
+
+
+def test_costliest_markdown_ranks_tokens_leaves_padding_out_and_escapes():
+    flops_LBS = torch.tensor([[[10.0, 40.0, 20.0, math.nan]]], dtype=torch.float64)
+    costs = TokenCosts(layers=("a",), flops_LBS=flops_LBS, dense_flops=(40.0,), router_flops=(1.0,))
+    tokens = ["<b>", "a|\n", " `x`", "[PAD]"]
+    assert costliest_markdown(tokens, costs, count=2).splitlines()[2:] == [
+        '| 1 | "a\\|\\\\n" | 1.000 | 0 | "\\<b\\>" | 0.250 |',
+        '| 2 | " \\`x\\`" | 0.500 | 2 | " \\`x\\`" | 0.500 |',
+    ]
+    with pytest.raises(DataError, match=r"1 tokens for the costs of \(1, 4\) positions"):
+        costliest_markdown(["a"], costs)

@@ -1,0 +1,61 @@
+"""Tokens of a text, coloured by what they cost, as one HTML page."""
+
+import html
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..errors import DataError
+from ..evaluate import TokenCosts
+from .text import token_shares
+
+_LIGHT, _DARK = (255, 255, 229), (120, 180, 214)  # black text keeps a contrast above 9 : 1 on both
+_STYLE = """
+body { background: #fff; color: #111; font: 16px/2 system-ui, sans-serif; margin: 2em auto; max-width: 60em; padding: 0 1em }
+.tokens { white-space: pre-wrap; overflow-wrap: anywhere }
+.tokens span { padding: .15em 0; border-radius: .15em; box-shadow: inset -1px 0 #fff }
+.key { color: #444; font-size: 14px }
+.key span { padding: .15em .6em; margin-right: .4em }
+"""
+
+
+def token_costs_html(tokens: Sequence[str], costs: TokenCosts, path: str | Path, *, title: str = "") -> None:
+    """Write a page with a text whose tokens are coloured by their cost in the MoE layers; each shows its number under the pointer.
+
+    Args:
+        tokens: the text of each position, in order; escaped here.
+        costs: of one sequence of as many positions; padding is left out.
+        path: .html file.
+        title: above the text; escaped here.
+
+    Raises:
+        DataError: another number of tokens, nothing but padding, or the file cannot be written.
+    """
+    shares = [(token, share) for token, share in zip(tokens, token_shares(tokens, costs), strict=True) if not math.isnan(share)]
+    if not shares:
+        raise DataError("there is no token to show.")
+    low, high = min(share for _, share in shares), max(share for _, share in shares)
+    spans = "".join(
+        f'<span style="background:{_color(share, low, high)}" title="{i}: {share:.3f}">{_shown(token)}</span>'
+        for i, (token, share) in enumerate(shares)
+    )
+    steps = [low + (high - low) * i / 4 for i in range(5)]
+    key = "".join(f'<span style="background:{_color(step, low, high)}">{step:.3f}</span>' for step in steps)
+    page = (
+        f'<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n<title>{html.escape(title)}</title>\n<style>{_STYLE}</style>\n'
+        f'<h1>{html.escape(title)}</h1>\n<p class="key">FLOPs of MoE layers / dense: {key}</p>\n<p class="tokens">{spans}</p>\n</html>\n'
+    )
+    try:
+        Path(path).write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise DataError(f"cannot write '{path}': {error.strerror}.") from None
+
+
+def _color(share: float, low: float, high: float) -> str:
+    part = (share - low) / (high - low) if high > low else 0.0
+    return "#" + "".join(f"{round(a + (b - a) * part):02x}" for a, b in zip(_LIGHT, _DARK, strict=True))
+
+
+def _shown(token: str) -> str:
+    """The token escaped; a line break is seen, and breaks the line."""
+    return html.escape(token).replace("\r", "").replace("\n", "&#8629;\n")
