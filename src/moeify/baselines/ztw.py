@@ -304,9 +304,7 @@ def fit(
         raise DataError("the training data has no example.")
     example = data.batch(range(min(2, len(data))), generator=torch.Generator().manual_seed(config.seed))
     classes = num_classes(model, {name: value for name, value in example.items() if name != "labels"})
-    found = find_places(model, example, half_blocks=config.half_blocks)
-    token = own_token(model, example, found[-1]) if config.token == "auto" else config.token
-    places = _chosen(found, config)
+    places, token = find_heads(model, example, config)
     made_from = {
         "weights": weights_checksum(model),
         "places": [to_dict(place) for place in places],
@@ -344,6 +342,13 @@ def fit(
         made_from |= {"heads": to_dict(options)}
     heads.requires_grad_(requires_grad=False)
     return EarlyExit(model, heads, places, token=token, config=config, records=records)
+
+
+def find_heads(model: nn.Module, batch: Batch, config: ZTWConfig) -> tuple[list[Place], Token]:
+    """Where a model's heads will be and what they read; errors as `fit`."""
+    found = find_places(model, batch, half_blocks=config.half_blocks)
+    places = _chosen(found, config)
+    return places, own_token(model, batch, found[-1]) if config.token == "auto" else config.token
 
 
 def build_heads(places: Sequence[Place], num_classes: int, config: ZTWConfig) -> ZTWHeads:

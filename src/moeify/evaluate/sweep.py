@@ -174,10 +174,15 @@ class Curve:
 
 def quality_at(points: Iterable[CurvePoint], ffn_flops_fraction: float) -> float | None:
     """Quality at a cost between two points of a curve, on the straight line that joins them; None beyond the cheapest and the dearest."""
-    line = sorted((point.ffn_flops_fraction, point.quality) for point in points)
+    return on_line(((point.ffn_flops_fraction, point.quality) for point in points), ffn_flops_fraction)
+
+
+def on_line(line: Iterable[tuple[float, float]], x: float) -> float | None:
+    """y at x on the straight lines that join points (x, y); None beyond the first and the last."""
+    line = sorted(line)
     for (left, first), (right, second) in zip(line, line[1:], strict=False):
-        if left <= ffn_flops_fraction <= right:
-            return first if left == right else first + (second - first) * (ffn_flops_fraction - left) / (right - left)
+        if left <= x <= right:
+            return first if left == right else first + (second - first) * (x - left) / (right - left)
     return None
 
 
