@@ -23,7 +23,7 @@ from .._progress import NO_PROGRESS, Progress
 from ..errors import CheckpointError, DataError
 from ..sites.probe import eval_mode
 from ..train.loop import TrainingData
-from ..train.work import open_work
+from ..train.state import open_state
 from .places import Left, Place, Token, pooled, to_device, visited
 
 _STATE = "state.json"
@@ -75,12 +75,12 @@ def capture_features(
         views: passes over the data. With random augmentation each is another draw of every example; without, one is all there is.
         seed: of what ``data`` draws.
         folder: where to keep them, 2 F bytes a row; a killed capture goes on after its last whole batch. None keeps them in memory.
-        run: JSON object that tells this capture from others; another one in ``folder`` is replaced.
+        run: JSON object that tells this capture from others.
         progress: told the rows.
 
     Raises:
         DataError: no example, labels that are no classes, or features that are not finite.
-        CheckpointError: ``folder`` holds something else or cannot be written.
+        CheckpointError: ``folder`` holds another capture or something else, or cannot be written.
     """
     num_rows, width = views * len(data), sum(place.d_model for place in places)
     if num_rows == 0:
@@ -154,7 +154,7 @@ class _Files:
     """Rows on disk; what a killed process wrote beyond its last whole batch is cut off."""
 
     def __init__(self, folder: Path, run: Mapping[str, Any], *, width: int) -> None:
-        open_work(folder, {"features": dict(run)})
+        open_state(folder, {"features": dict(run)})
         self._folder, self._paths = folder, (folder / "features.bf16", folder / "labels.i64")
         self._bytes = (2 * width, 8)
         state = folder / _STATE

@@ -461,7 +461,9 @@ def exits(
         raise DataError("there is no label to measure accuracy on.")
     chosen = _thresholds(thetas, num, sure_PN) if isinstance(thetas, str) else [float(theta) for theta in thetas]
     one = {name: value[:1] for name, value in batches[0].items()}
-    costs, dense = exit_flops(early, one), estimate_flops(early.model, one).dense_flops
+    costs = exit_flops(early, one)
+    with eval_mode(early.model):
+        dense = estimate_flops(early.model, one).dense_flops
     places = len(costs) - 1
     points = []
     for theta in chosen:
@@ -479,7 +481,8 @@ def exits(
 
 def exit_flops(early: EarlyExit, inputs: Batch) -> list[float]:
     """FLOPs of ``inputs`` when they leave by each head, and by none, watched in forwards that end there; heads passed by are included."""
-    return [float(estimate_flops(_Until(early, i), inputs).dense_flops) for i in (*range(len(early.places)), None)]
+    with eval_mode(early):  # of a wrapper, estimate_flops would put back the wrapper's mode
+        return [float(estimate_flops(_Until(early, i), inputs).dense_flops) for i in (*range(len(early.places)), None)]
 
 
 class _Until(nn.Module):

@@ -251,6 +251,17 @@ def test_fractions_are_of_the_same_whole_as_a_curves(fitted):
     assert found.points[-1].flops_fraction == found.costs[-1] / found.dense_flops > 1
 
 
+def test_measuring_leaves_every_modules_mode(fitted):
+    early, batches, _ = fitted
+    dropout = next(module for module in early.model.modules() if isinstance(module, torch.nn.Dropout))
+    dropout.train()
+    before = {module: module.training for module in early.modules()}
+    ztw.exits(early, batches, [0.5])
+    early(theta=0.5, **{name: value[:1] for name, value in batches[0].items()})
+    assert {module: module.training for module in early.modules()} == before
+    dropout.eval()
+
+
 def test_quantiles_spread_the_thresholds(fitted):
     early, batches, _ = fitted
     thetas = [point.theta for point in ztw.exits(early, batches, "quantiles", num=8).points]
@@ -342,8 +353,12 @@ def test_features_of_other_data_are_not_used(tmp_path):
     model = tiny_vit()
     ztw.fit(model, images(), config(), work=tmp_path)
     other = training.Rows(**{name: value.flip(0) for name, value in images().tensors.items()})
-    with pytest.raises(CheckpointError, match="is the state of another run"):
-        ztw.fit(model, other, config(), work=tmp_path)
+    watched = Fragile(other, -1)
+    with pytest.raises(CheckpointError, match=r"features' is the state of another run \(features.first was"):
+        ztw.fit(model, watched, config(), work=tmp_path)
+    assert len(watched.asked) == 1, "it is seen before anything is captured"
+    with pytest.raises(CheckpointError, match=r"heads' is the state of another run \(run.depth was 2, is 3"):
+        ztw.fit(model, images(), config(depth=3), work=tmp_path)
 
 
 def test_views_are_draws_of_the_data_each():
