@@ -1,7 +1,7 @@
 """What a recipe says: a TOML file as frozen dataclasses, with paths made absolute and options of the command line put in.
 
 A recipe trains a model without enforcement (the control), the same model in one or more variants that become sparse, converts each, tunes
-and measures the results, and does the same by MoEfication. `pipeline.run_recipe` carries it out.
+and measures the results, and does the same by MoEfication and, for classifiers, by early exit. `pipeline.run_recipe` carries it out.
 """
 
 import re
