@@ -29,5 +29,6 @@ from .sweep import DenseQuality as DenseQuality
 from .sweep import LayerRules as LayerRules
 from .sweep import model_cost as model_cost
 from .sweep import model_weights as model_weights
+from .sweep import on_line as on_line
 from .sweep import quality_at as quality_at
 from .sweep import sweep as sweep

@@ -178,10 +178,15 @@ CostAxis = Literal["ffn_flops_fraction", "flops_fraction"]
 
 def quality_at(points: Iterable[CurvePoint], fraction: float, *, cost: CostAxis = "ffn_flops_fraction") -> float | None:
     """Quality at a cost between two points of a curve, on the straight line that joins them; None beyond the cheapest and the dearest."""
-    line = sorted((float(getattr(point, cost)), point.quality) for point in points)
+    return on_line(((float(getattr(point, cost)), point.quality) for point in points), fraction)
+
+
+def on_line(line: Iterable[tuple[float, float]], x: float) -> float | None:
+    """y at x on the straight lines that join points (x, y); None beyond the first and the last."""
+    line = sorted(line)
     for (left, first), (right, second) in zip(line, line[1:], strict=False):
-        if left <= fraction <= right:
-            return first if left == right else first + (second - first) * (fraction - left) / (right - left)
+        if left <= x <= right:
+            return first if left == right else first + (second - first) * (x - left) / (right - left)
     return None
 
 

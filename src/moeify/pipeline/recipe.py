@@ -1,7 +1,7 @@
 """What a recipe says: a TOML file as frozen dataclasses, with paths made absolute and options of the command line put in.
 
 A recipe trains a model without enforcement (the control), the same model in one or more variants that become sparse, converts each, tunes
-and measures the results, and does the same by MoEfication. `pipeline.run_recipe` carries it out.
+and measures the results, and does the same by MoEfication and, for classifiers, by early exit. `pipeline.run_recipe` carries it out.
 """
 
 import re
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
 from .._config import did_you_mean, from_dict, to_dict
+from ..baselines.ztw import ZTWConfig
 from ..convert import ConvertConfig
 from ..data import AugmentConfig, DataConfig
 from ..errors import ConfigError
@@ -36,6 +37,8 @@ Teacher = Literal["source", "dense", "sparsified"]
 Metric = Literal["perplexity", "accuracy"]
 MOEFICATION = "moefication"
 """What stages and results of the baseline are called."""
+ZTW = "ztw"
+"""The same of early exit."""
 VALIDATION = "validation"
 """What the measurements on ``[validation]`` are called."""
 
@@ -172,6 +175,23 @@ class MoeficationConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ZTWStageConfig:
+    """The other baseline, for classifiers: heads on the dense model, which stays as it is, and examples that leave early."""
+
+    config: ZTWConfig = field(default_factory=ZTWConfig)
+    """Heads and their training."""
+    tokens: Literal["recipe", "config"] = "recipe"
+    """'recipe': both stages of the heads' training together read as many examples as MoEfication's training, whatever steps config has;
+    'config': its steps."""
+    points: int = 20
+    """Thresholds to measure, at least 2."""
+
+    def __post_init__(self) -> None:
+        if self.points < 2:
+            raise ConfigError(f"[ztw] points must be at least 2, got {self.points}.")
+
+
+@dataclass(frozen=True, kw_only=True)
 class RecipeConfig:
     """A whole experiment."""
 
@@ -209,6 +229,8 @@ class RecipeConfig:
     """Points to measure."""
     moefication: MoeficationConfig | None = None
     """The baseline; none leaves it out."""
+    ztw: ZTWStageConfig | None = None
+    """Early exit; none leaves it out."""
 
     def __post_init__(self) -> None:
         if not _NAME.fullmatch(self.name):
@@ -223,6 +245,7 @@ class RecipeConfig:
             raise ConfigError("a recipe needs at least one [[variant]].")
         for kind, names, taken in (
             ("variant", [v.name for v in self.variant], MOEFICATION),
+            ("variant", [v.name for v in self.variant], ZTW),
             ("extra_evaluation", [e.name for e in self.extra_evaluation], VALIDATION),
         ):
             if bad := next((name for name in names if not _PART_OF_NAME.fullmatch(name)), None):
@@ -231,6 +254,8 @@ class RecipeConfig:
                 raise ConfigError(f"[[{kind}]] name {taken!r} is that of [{taken}]; choose another.")
             if len(set(names)) != len(names):
                 raise ConfigError(f"[[{kind}]] names must differ, got {names}.")
+        if self.ztw is not None and self.metric != "accuracy":
+            raise ConfigError(f"[ztw] is for classifiers, measured by accuracy; this recipe's metric is {self.metric}.")
         if len(self.variant) > 1 and sum(v.main for v in self.variant) != 1:
             raise ConfigError("exactly one [[variant]] must have main = true.")
         for variant in self.variant:  # what is wrong in an exception shows now, not hours later
@@ -375,6 +400,10 @@ def shrunk(recipe: RecipeConfig) -> RecipeConfig:
     def changed(changes: Mapping[str, Any]) -> dict[str, Any]:
         return {**changes, **few(merged(recipe.train, changes, where="train"))} if changes else {}
 
+    def heads(config: ZTWConfig) -> ZTWConfig:
+        train, ensemble = (replace(stage, **few(stage)) for stage in (config.train, config.ensemble))
+        return replace(config, train=train, ensemble=ensemble, hidden=min(32, config.hidden or 32), views=1)
+
     calibration = recipe.convert.calibration
     calibration = replace(
         calibration,
@@ -413,4 +442,5 @@ def shrunk(recipe: RecipeConfig) -> RecipeConfig:
             train={key: value for key, value in changed(recipe.moefication.train).items() if key not in _OF_THE_CONTROL},
             calibration={},
         ),
+        ztw=None if recipe.ztw is None else replace(recipe.ztw, config=heads(recipe.ztw.config), points=min(4, recipe.ztw.points)),
     )

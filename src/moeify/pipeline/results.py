@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from .._config import from_dict, to_dict
+from ..baselines.ztw import ExitPoint
 from ..errors import DataError
 from ..evaluate import CurvePoint
 from ..hf.checkpoint import library_versions
@@ -31,7 +32,8 @@ def recipe_result(recipe: RecipeConfig, seeds: Sequence[Mapping[str, Any]], *, s
     Args:
         recipe: what was run.
         seeds: for each seed, in order, what `run_recipe` collected: "seed", "start", "dense", "control", "sparsified", "moefication",
-            "points", "moefication_points", "at_flops", "variants", "extra_evaluations", "train_tokens", "control_tokens", "main_s".
+            "points", "moefication_points", "ztw_points", "at_flops", "variants", "extra_evaluations", "train_tokens", "control_tokens",
+            "main_s".
         seconds: training and conversion time by stage, all seeds together.
         device: where it ran.
 
@@ -47,6 +49,7 @@ def recipe_result(recipe: RecipeConfig, seeds: Sequence[Mapping[str, Any]], *, s
         **{key: mean.get(key) for key in _HEADLINE},
         "points": mean["points"],
         "moefication_points": mean["moefication_points"],
+        "ztw_points": mean["ztw_points"],
         "at_flops": mean["at_flops"],
         "variants": mean["variants"],
         "extra_evaluations": mean["extra_evaluations"],
@@ -95,10 +98,11 @@ def write_result(result: Mapping[str, Any], out: Path) -> dict[str, str]:
     files["tables"].write_text(f"# {name}\n\n{recipe_markdown(result)}{pictures}", encoding="utf-8")
     curves = {variant: _points(found["points"]) for variant, found in result["variants"].items()}
     curves["MoEfication"] = _points(result["moefication_points"])
+    early = [from_dict(ExitPoint, point) for point in result["ztw_points"]]
     levels = {"dense": result["dense"], "control": result["control"]}
     for kind in ("png", "svg"):
         files[f"curves_{kind}"] = out / f"{name}_curves.{kind}"
-        plot_qualities(curves, files[f"curves_{kind}"], metric=metric, levels=levels, title=name)
+        plot_qualities(curves, files[f"curves_{kind}"], metric=metric, levels=levels, title=name, early=early)
         files[f"nonzeros_{kind}"] = out / f"{name}_nonzeros.{kind}"
         plot_nonzeros(_nonzeros(result["variants"]), files[f"nonzeros_{kind}"], title=name)
     return {kind: str(path) for kind, path in files.items()}

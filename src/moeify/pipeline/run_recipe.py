@@ -7,6 +7,7 @@ finetune     every converted variant trained further
 routers      their routers fitted, and rules calibrated, anew
 control      the dense model trained for as many tokens as the main variant took in all of these
 moefication  the same model in ReLU, trained for as many, converted by MoEfication
+ztw          heads for early exit trained on the dense model, which stays as it is
 sweep        quality against cost of every converted model
 report       one JSON file and two pictures
 """
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 
 from .._config import did_you_mean, from_dict, to_dict
 from .._progress import NO_PROGRESS, Progress
+from ..baselines import ztw as early_exit
 from ..convert import ConvertConfig, plan_conversion
 from ..data import DataConfig, check_source
 from ..errors import ConfigError
@@ -44,14 +46,14 @@ from .heldout import measure_converted
 from .inputs import calibration_batches, check_window, evaluation_batches, hold_out, num_tokens, take_tokens, tokens_per_image
 from .measure import sweep_checkpoint
 from .names import torch_device, torch_dtype
-from .recipe import MOEFICATION, VALIDATION, RecipeConfig, VariantConfig, merged
+from .recipe import MOEFICATION, VALIDATION, ZTW, RecipeConfig, VariantConfig, merged
 from .results import check_report, recipe_result, write_result
 from .sparsify import check_enforcement
 from .stages import SCRATCH, Stage, Stages
 from .start import start_model
 from .tasks import TASKS, Loaded, training_data
 
-STAGES = ("dense", "sparsify", "convert", "finetune", "routers", "control", "moefication", "sweep", "report")
+STAGES = ("dense", "sparsify", "convert", "finetune", "routers", "control", "moefication", "ztw", "sweep", "report")
 """In the order in which they run, each for all seeds and variants before the next."""
 
 AT_FLOPS = tuple(round(0.1 * i, 1) for i in range(1, 10))
@@ -138,7 +140,8 @@ def _count_stages(recipe: RecipeConfig, last: str) -> int:
         "routers": len(tuned) if recipe.finetune is not None or recipe.routers is not None else 0,
         "control": 2,
         "moefication": 3 * baseline,
-        "sweep": (len(recipe.variant) + baseline) * len(_evaluations(recipe)),
+        "ztw": int(recipe.ztw is not None),
+        "sweep": (len(recipe.variant) + baseline + (recipe.ztw is not None)) * len(_evaluations(recipe)),
         "report": 0,
     }
     return len(recipe.seeds) * sum(counts[name] for name in STAGES[: STAGES.index(last) + 1])
@@ -198,10 +201,32 @@ class _SeedRun:
             return
         config = merged(self.recipe.train, baseline.train, where="moefication.train")
         relu = SparsifyConfig(enforcement=EnforcementConfig(weight=0.0)) if baseline.activation == "relu" else None
-        config = replace(config, steps=max(self._control_steps(), self._steps_for(self._trained_tokens())))
+        config = replace(config, steps=self._baseline_steps())
         self._train(MOEFICATION, config, VariantConfig(name=MOEFICATION, sparsify=relu))
         self._measure(f"{MOEFICATION}.quality", self.done[MOEFICATION])
         self._convert(f"convert.{MOEFICATION}", self.done[MOEFICATION], baseline.config, self._baseline_calibration())
+
+    def ztw(self) -> None:
+        options, dense = self.recipe.ztw, self.done["dense"]
+        if options is None:
+            return
+        config = replace(options.config, seed=options.config.seed + self.seed)
+        if options.tokens == "recipe":
+            config = config.for_sequences(self._baseline_steps() * self.recipe.train.batch_sequences)
+        decisive = {**to_dict(config), "train": config.train.decisive(), "ensemble": config.ensemble.decisive()}
+        inputs = {"stage": ZTW, "of": dense.key, "data": self._data_id, "config": decisive}
+
+        def work(folder: Path, progress: Progress) -> dict[str, Any]:
+            model, processor = self._load(dense.folder / "model", progress)
+            loaded = Loaded(model, processor, task_of(model), has_new_head=False)
+            data = training_data(loaded, self.recipe.data, augment=self.recipe.augment, progress=progress)
+            model.to(torch_device(self._device))
+            early = early_exit.fit(model, data, config, work=folder / SCRATCH, run=inputs, progress=progress)
+            early_exit.save(early, folder / "heads")
+            stages = zip(("heads", "ensemble"), early.records, (config.train, config.ensemble), strict=True)
+            return {"places": [to_dict(place) for place in early.places], **{n: _summary(record, stage) for n, record, stage in stages}}
+
+        self._run(ZTW, inputs, work, timed=True)
 
     def sweep(self) -> None:
         models = [(name, converted, self.recipe.sweep.rule) for name, converted in self._converted().items()]
@@ -210,6 +235,9 @@ class _SeedRun:
         for name, converted, rule in models:
             for evaluation, data in _evaluations(self.recipe).items():
                 self._sweep(f"sweep.{name}.{evaluation}", converted, data, rule=rule)
+        if self.recipe.ztw is not None:
+            for evaluation, data in _evaluations(self.recipe).items():
+                self._sweep_exits(f"sweep.{ZTW}.{evaluation}", data, points=self.recipe.ztw.points)
 
     # -- one stage of one model
 
@@ -269,6 +297,8 @@ class _SeedRun:
             plan_conversion(start.model, sites, config)
             if TASKS[start.task].has_windows:
                 check_window(start.model, calibration.window)
+        if recipe.ztw is not None:
+            early_exit.find_heads(start.model, example_inputs(start.model), recipe.ztw.config)
         lessons = [] if recipe.finetune is None else [("finetune", recipe.finetune.teacher, recipe.finetune.config.distill)]
         for variant in variants:
             if variant.sparsify is not None:
@@ -435,6 +465,19 @@ class _SeedRun:
 
         self._run(name, inputs, work, timed=False)
 
+    def _sweep_exits(self, name: str, data: DataConfig, *, points: int) -> None:
+        dense, heads = self.done["dense"], self.done[ZTW]
+        inputs = {"stage": "sweep", "of": heads.key, "data": data_id(data), "points": points}
+
+        def work(_folder: Path, progress: Progress) -> dict[str, Any]:
+            model, processor = self._load(dense.folder / "model", progress)
+            model.to(torch_device(self._device))
+            early = early_exit.load(heads.folder / "heads", model)
+            batches = self._batches(model, processor, data, progress)
+            return to_dict(early_exit.exits(early, batches, "quantiles", num=points, progress=progress))
+
+        self._run(name, inputs, work, timed=False)
+
     # -- what the stages share
 
     def _seeded(self, config: TrainConfig) -> TrainConfig:
@@ -505,6 +548,10 @@ class _SeedRun:
         """Steps of the control: as many as read the tokens that the main variant's stages read together."""
         return self.recipe.train.steps if self.recipe.control.tokens == "train" else self._steps_for(self._main_tokens())
 
+    def _baseline_steps(self) -> int:
+        """Steps of a baseline: for at least the tokens that the main variant is trained for."""
+        return max(self._control_steps(), self._steps_for(self._trained_tokens()))
+
     def _steps_for(self, tokens: int) -> int:
         """Steps of [train] that read at least so many tokens, and never less than it has."""
         dense = self.done["dense"].result
@@ -523,6 +570,9 @@ class _SeedRun:
 
         def points(name: str, evaluation: str = VALIDATION) -> list[Any]:
             return sorted(self.done[f"sweep.{name}.{evaluation}"].result["points"], key=lambda point: float(point["ffn_flops_fraction"]))
+
+        def ztw_points(evaluation: str = VALIDATION) -> list[Any]:
+            return [] if self.recipe.ztw is None else self.done[f"sweep.{ZTW}.{evaluation}"].result["points"]
 
         def at_flops(evaluation: str = VALIDATION) -> dict[str, dict[str, float | None]]:
             curves = {name: [from_dict(CurvePoint, point) for point in points(name, evaluation)] for name in (*variants, *baseline)}
@@ -549,6 +599,7 @@ class _SeedRun:
                 "sparsified": quality(f"sparsify.{main}", name),
                 "points": points(main, name),
                 "moefication_points": points(MOEFICATION, name) if baseline else [],
+                "ztw_points": ztw_points(name),
                 "at_flops": at_flops(name),
                 "variants": {
                     variant.name: {"quality": quality(f"sparsify.{variant.name}", name), "points": points(variant.name, name)}
@@ -564,6 +615,7 @@ class _SeedRun:
             "sparsified": quality(f"sparsify.{main}"),
             "points": points(main),
             "moefication_points": points(MOEFICATION) if baseline else [],
+            "ztw_points": ztw_points(),
             "at_flops": at_flops(),
             "variants": variants,
             "extra_evaluations": extra,

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ..baselines.ztw import ExitPoint
 from ..errors import DataError
 from ..evaluate import BINS, METRICS, Curve, CurvePoint, Distribution, ExecutedExperts, NonzeroActivations, TokenCosts
 
@@ -19,6 +20,7 @@ _TOKEN_FLOPS = "FLOPs of MoE layers / dense"
 _HEAT, _MARK = "YlGnBu", "tab:red"  # light where there is nothing; even steps of lightness, so that it reads in grey, too
 _PANELS_ABREAST, _MOST_ROWS = 4, 36
 _VALUES_A_BIN, _MERGED_BINS = 3, (1, 2, 4, 5, 10)
+_ALL_FLOPS = "all FLOPs / dense"
 _QUALITY = {
     "perplexity": "perplexity / dense (lower is better)",
     "pseudo_perplexity": "pseudo-perplexity / dense (lower is better)",
@@ -45,7 +47,7 @@ def plot_curve(curve: Curve | Mapping[str, Curve], path: str | Path, *, max_rati
         panels = figure.subplots(1, 2, sharey=True)
         for axes, attribute, label in (
             (panels[0], "ffn_flops_fraction", _FFN_FLOPS),
-            (panels[1], "flops_fraction", "all FLOPs / dense"),
+            (panels[1], "flops_fraction", _ALL_FLOPS),
         ):
             for name, one in curves.items():
                 _draw(axes, one, attribute, name)
@@ -63,9 +65,17 @@ def plot_curve(curve: Curve | Mapping[str, Curve], path: str | Path, *, max_rati
 
 
 def plot_qualities(
-    curves: Mapping[str, Sequence[CurvePoint]], path: str | Path, *, metric: str, levels: Mapping[str, float], title: str = ""
+    curves: Mapping[str, Sequence[CurvePoint]],
+    path: str | Path,
+    *,
+    metric: str,
+    levels: Mapping[str, float],
+    title: str = "",
+    early: Sequence[ExitPoint] = (),
 ) -> None:
     """Quality itself against FFN FLOPs, of several models in one plot, with dense models as horizontal lines.
+
+    With points of early exit all curves stand over the FLOPs of the whole model: what leaves early saves more than FFNs.
 
     Args:
         curves: points by the name that the legend shows; models without a point are left out.
@@ -74,17 +84,24 @@ def plot_qualities(
             of it.
         levels: qualities of dense models by name, at least one; the first decides the axis.
         title: above the plot.
+        early: points of `moeify.baselines.ztw`.
 
     Raises:
         DataError: as `plot_curve`.
     """
+    attribute = "flops_fraction" if early else "ffn_flops_fraction"
+
+    def flops(point: CurvePoint | ExitPoint) -> float:
+        return float(getattr(point, attribute))
+
     with _figure(path, size=(7, 5)) as figure:
-        present = {name: sorted(points, key=lambda p: p.ffn_flops_fraction) for name, points in curves.items() if points}
+        everything: dict[str, Sequence[CurvePoint | ExitPoint]] = {**curves, "ZTW": early}
+        present = {name: sorted(points, key=flops) for name, points in everything.items() if points}
         if not present:
             raise DataError("there is no point to plot; the sweep of a recipe measures them.")
         axes = figure.subplots()
         for name, points in present.items():
-            axes.plot([p.ffn_flops_fraction for p in points], [p.quality for p in points], marker="o", markersize=4, label=name)
+            axes.plot([flops(p) for p in points], [p.quality for p in points], marker="o", markersize=4, label=name)
         for (name, level), style in zip(levels.items(), ("--", ":", "-.", (0, (1, 3))), strict=False):
             axes.axhline(level, color="black", linestyle=style, linewidth=1, label=f"{name}: {level:.4g}")
         qualities = [p.quality for points in present.values() for p in points] + list(levels.values())
@@ -94,7 +111,7 @@ def plot_qualities(
         else:
             axes.set_ylim(max(0.98 * min(qualities), 0.5 * first), 1.02 * max(qualities))
         axes.set_xlim(left=0.0)
-        axes.set_xlabel(_FFN_FLOPS)
+        axes.set_xlabel(_ALL_FLOPS if early else _FFN_FLOPS)
         axes.set_ylabel(metric + (" (lower is better)" if _is_lower_better(metric) else ""))
         axes.grid(alpha=0.3)
         axes.legend()

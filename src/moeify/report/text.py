@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..errors import DataError
-from ..evaluate import METRICS, AblationTable, Curve, CurvePoint, ExecutedExperts, NonzeroActivations, TokenCosts
+from ..evaluate import METRICS, AblationTable, Curve, CurvePoint, ExecutedExperts, NonzeroActivations, TokenCosts, on_line
 
 _MARKUP = re.compile(r"([\\`*_\[\]<>&|~])")
 _HEADER = ("rule", "knob", "active", "FFN FLOPs", "all FLOPs", "{metric}", "ratio", "KL")
@@ -171,12 +171,35 @@ def recipe_markdown(result: Mapping[str, Any]) -> str:
     ]
     if result["moefication"] is not None:
         tables[0].append(["MoEfication", *against(result["moefication"])])
+    if early := result["ztw_points"]:
+        tables.append(
+            [
+                ["early exit", "theta", "all FLOPs", metric, over, "left by head"],
+                *(["ZTW", *_exit_cells(point), *against(point["quality"]), _exits(point["exits"])] for point in early),
+            ]
+        )
+        lines = {name: [(p["flops_fraction"], p["quality"]) for p in points] for name, points in {**curves, "ZTW": early}.items()}
+        tables.append(
+            [
+                [f"{metric} at all FLOPs of", *(f"{100 * float(share):.0f} %" for share in shares)],
+                *([name, *(against(on_line(line, float(share)))[0] for share in shares)] for name, line in lines.items() if line),
+            ]
+        )
     seeds, tokens = result["seeds"], result["train_tokens"]
     mean = f"mean of the seeds {', '.join(map(str, seeds))}" if len(seeds) > 1 else f"seed {seeds[0]}"
     head = (
         f"{result['recipe']}: {metric} on validation, {mean}; {tokens} training tokens, {result['wall_s']:.0f} s of training and conversion"
     )
     return "\n".join([f"{head}.\n", *map(_aligned, tables)])
+
+
+def _exit_cells(point: Mapping[str, Any]) -> list[str]:
+    return [f"{point['theta']:.4g}", f"{100 * point['flops_fraction']:.1f} %"]
+
+
+def _exits(shares: Sequence[float]) -> str:
+    """Of each head, and of none, in percent."""
+    return " ".join(f"{100 * share:.0f}" for share in shares)
 
 
 def _point(values: Mapping[str, Any]) -> CurvePoint:

@@ -70,7 +70,7 @@ def find_linear_sites(
         calls = probe.run().calls
     roles: dict[str, tuple[Role, str]] = {}
     gated = {site.down: site for site in ffn_sites if site.is_gated}
-    blocks = _blocks(ffn_sites)
+    blocks = block_paths(ffn_sites)
     block_of = {path: next((block for block in blocks if path.startswith(f"{block}.")), "") for path in calls}
     for site in ffn_sites:
         for path in site.first:
@@ -95,7 +95,7 @@ def find_linear_sites(
     return found
 
 
-def _blocks(sites: Sequence[FFNSite]) -> list[str]:
+def block_paths(sites: Sequence[FFNSite]) -> list[str]:
     """Every FFN's block: the outermost element of a list in which no other FFN lies; of a list whose elements have several, the element."""
     blocks = []
     for site in sites:

@@ -132,6 +132,10 @@ def test_settings_change_any_option_by_its_dotted_name(tmp_path):
         ("model.architecture.model_type=gpt2", "either a source or an architecture"),
         ("finetune.train.lrr=1", "finetune.train: unknown option 'lrr'"),
         ("moefication.calibration.window=x", r"moefication.calibration: CalibrationConfig.window must be int"),
+        ("ztw.points=20", r"\[ztw\] is for classifiers, measured by accuracy; this recipe's metric is perplexity"),
+        ("ztw.points=1", r"\[ztw\] points must be at least 2, got 1"),
+        ("ztw.config.dept=2", "unknown option 'dept' of ZTWConfig; did you mean 'depth'"),
+        ("variant.plain.name=ZTW", r"name 'ztw' is that of \[ztw\]; choose another"),
         ("control.tokens=all", "tokens must be one of 'recipe', 'train'"),
     ],
 )
@@ -198,6 +202,15 @@ def test_smoke_keeps_what_the_baseline_changes_and_the_steps_of_the_control(tmp_
     assert recipe.moefication is not None
     assert recipe.moefication.train["lr"] == 5e-4
     assert merged(recipe.train, recipe.moefication.train, where="").steps == 4
+
+
+def test_smoke_shrinks_heads(tmp_path):
+    settings = ["metric=accuracy", "task=image-classification", "ztw.config.depth=2"]
+    recipe, small = read(tmp_path, settings=settings), read(tmp_path, settings=settings, smoke=True)
+    assert recipe.ztw is not None
+    assert small.ztw is not None
+    assert (recipe.ztw.points, small.ztw.points) == (20, 4)
+    assert (small.ztw.config.depth, small.ztw.config.hidden, small.ztw.config.train.steps) == (2, 32, 4)
 
 
 def test_there_are_four_recipes():

@@ -53,6 +53,7 @@ def seed(number, shift=0.0, *, points=2):
         "moefication": None,
         "points": curve,
         "moefication_points": [],
+        "ztw_points": [],
         "at_flops": {"relu": {"0.2": None, "0.4": 11.4 + shift}, "gelu": {"0.2": None, "0.4": 11.4}},
         "variants": {
             "relu": {"main": True, "quality": 10.5 + shift, "nonzeros": {"0": 2.0 + shift, "1": 1.0}, **variant},

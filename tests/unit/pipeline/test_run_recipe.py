@@ -170,6 +170,25 @@ def test_the_baseline_is_trained_for_what_the_main_variant_is_trained_for(tmp_pa
     assert trained == [steps]
 
 
+@pytest.mark.parametrize(("tokens", "steps"), [("recipe", (38, 1)), ("config", (7, 3))])
+def test_heads_for_early_exit_read_as_many_examples_as_the_other_baseline(tmp_path, monkeypatch, tokens, steps):
+    stage = {"batch_sequences": 4}
+    config = {"train": {"steps": 7, **stage}, "ensemble": {"steps": 3, "batch_sequences": 8}}
+    chosen = recipe(
+        metric="accuracy",
+        task="sequence-classification",
+        train={"steps": 10, "batch_sequences": 10},
+        ztw={"config": config, "tokens": tokens},
+    )
+    run = seed_run(tmp_path, chosen, dense=100, sparsify__a=100, convert__a=31, finetune__a=15)
+    asked = []
+    monkeypatch.setattr(run, "_run", lambda _name, inputs, _work, *, timed: asked.append((inputs["config"], timed)))
+    run.ztw()
+    ((found, timed),) = asked
+    # 16 steps of 10 examples as MoEfication: 95 % by 4, 5 % by 8
+    assert ((found["train"]["steps"], found["ensemble"]["steps"]), timed) == (steps, True)
+
+
 def test_a_rule_to_sweep_is_the_variants_and_not_the_baselines(tmp_path, monkeypatch):
     run = seed_run(tmp_path, recipe(moefication={}, sweep={"rule": "dynk_max"}), convert__a=1, convert__moefication=1)
     rules = {}

@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 
+from moeify.baselines.ztw import ExitPoint
 from moeify.errors import ConfigError, DataError
 from moeify.evaluate import Curve, CurvePoint, DenseQuality, Distribution, ExecutedExperts, NonzeroActivations, TokenCosts
 from moeify.report import (
@@ -84,6 +85,15 @@ def test_plot_qualities_has_a_line_for_each_model_and_level(tmp_path):
     for text in ("relu", "MoEfication", "dense: 10", "control: 9.5", "tiny", "perplexity (lower is better)"):
         assert text in texts
     assert "unconverted" not in texts
+
+
+def test_plot_qualities_with_early_exit_is_over_the_flops_of_the_whole_model(tmp_path):
+    early = [ExitPoint(theta=0.5, quality=8.0, exits=(0.5, 0.5), flops=10.0, flops_fraction=0.7)]
+    for name, points in (("without", []), ("with", early)):
+        plot_qualities({"relu": CURVE.points}, tmp_path / f"{name}.svg", metric="accuracy", levels={"dense": 10.0}, early=points)
+    assert {"ZTW", "all FLOPs / dense"} <= set(_texts(tmp_path / "with.svg"))
+    assert "FFN FLOPs / dense (routers included)" in _texts(tmp_path / "without.svg")
+    assert "ZTW" not in _texts(tmp_path / "without.svg")
 
 
 @pytest.mark.parametrize(("metric", "inside", "outside"), [("perplexity", "20", "9000"), ("accuracy", "10", "0")])

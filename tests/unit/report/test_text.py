@@ -102,6 +102,7 @@ def recipe_result(metric, scale):
         "moefication": 12 * scale,
         "points": [{**point, "quality": 13 * scale, "quality_ratio": 1.0}],
         "moefication_points": [{**point, "quality": 15 * scale, "quality_ratio": 1.0}],
+        "ztw_points": [],
         "at_flops": {"relu": {"0.5": 13.5 * scale, "0.6": 12.5 * scale}, "moefication": {"0.5": None, "0.6": 14 * scale}},
         "variants": {"relu": {"main": True, "quality": 10.5 * scale}, "gelu": {"main": False, "quality": 10.25 * scale}},
         "seeds": [0, 1],
@@ -139,6 +140,28 @@ def test_recipe_markdown_of_accuracies_has_points_over_the_control():
     lines = recipe_markdown(recipe_result("accuracy", 0.05)).splitlines()
     assert "| relu (main)       |    0.525 |               +2.50 |" in lines
     assert "| before conversion | accuracy | points over control |" in lines
+
+
+def test_recipe_markdown_compares_early_exit_over_the_flops_of_the_whole_model():
+    result = recipe_result("accuracy", 0.05)
+    thetas = [(0.0, 0.4, 0.4, [1.0, 0.0]), (0.9, 0.8, 0.6, [0.25, 0.75])]
+    result["ztw_points"] = [
+        {"theta": theta, "quality": quality, "exits": exits, "flops": 1.0, "flops_fraction": share}
+        for theta, share, quality, exits in thetas
+    ]
+    lines = recipe_markdown(result).splitlines()
+    assert lines[-10:] == [
+        "| early exit | theta | all FLOPs | accuracy | points over control | left by head |",
+        "| ---------- | ----: | --------: | -------: | ------------------: | -----------: |",
+        "| ZTW        |     0 |    40.0 % |      0.4 |              -10.00 |        100 0 |",
+        "| ZTW        |   0.9 |    80.0 % |      0.6 |              +10.00 |        25 75 |",
+        "",
+        "| accuracy at all FLOPs of | 50 % | 60 % |",
+        "| ------------------------ | ---: | ---: |",
+        "| relu                     |      |      |",
+        "| MoEfication              |      |      |",
+        "| ZTW                      | 0.45 |  0.5 |",
+    ]
 
 
 def test_recipe_markdown_without_a_baseline_leaves_it_out():
