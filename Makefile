@@ -7,7 +7,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 # What `make bench` runs, and whose folder of bench/results it writes; local is ignored by git.
-CASES  ?= split grouped exactness moe_ffn_cpu sparse_linear_cpu generate_cpu generate_sparse_cpu enforcement compare
+CASES  ?= split grouped exactness moe_ffn_cpu sparse_linear_cpu neuron_ffn_cpu generate_cpu generate_sparse_cpu enforcement compare
 DEVICE ?= local
 
 .PHONY: demo test lint types contracts docs-check bench sanitize clean

@@ -7,6 +7,7 @@
 // the kept ones, and each has a y of its own that is added up at the end. Every row is read once, whatever the number of tokens.
 
 constexpr int64_t NEURON_TOKENS = 16;  // at once
+constexpr int64_t BLOCK_GROUPS = 8;    // of neurons, whose rows of down are summed apart: thousands of additions in turn are too many
 
 static inline vf root_of(vf v) {
 #if MOEIFY_W == 16 && defined(__AVX512F__)
@@ -69,9 +70,9 @@ struct NeuronJob {
   };
   // What each thread has of its own.
   struct Own {
-    float *sums, *h[2], *gate;
+    float *sums, *part, *h[2], *gate;
     Own(Arena &arena, const NeuronJob &job)
-        : sums(arena.take<float>(job.num_tokens * job.net.out_width)),
+        : sums(arena.take<float>(job.num_tokens * job.net.out_width)), part(arena.take<float>(job.num_tokens * job.net.out_width)),
           h{arena.take<float>(job.num_tokens * CHUNK_NEURONS + W), arena.take<float>(job.num_tokens * CHUNK_NEURONS + W)},
           gate(arena.take<float>(job.num_tokens * CHUNK_NEURONS + W)) {}
   };
@@ -174,7 +175,8 @@ struct NeuronJob {
       if (net.f.gate) gate.net.hidden(image, piece, own.h[1], nullptr);
       for (int64_t t = 0; t < num_tokens; t++)
         for (int64_t i = 0; i < piece.neurons; i += W) {
-          const auto part = [&](const float *p) { return i + W <= piece.neurons ? load(p + j + i) : load_first(p + j + i, piece.neurons - i); };
+          const int64_t left = piece.neurons - i;
+          const auto part = [&](const float *p) { return left >= W ? load(p + j + i) : load_first(p + j + i, left); };
           const vf u = load(own.h[0] + t * piece.neurons + i), up_std = part(n.up_std);
           const vf energy = net.f.gate ? expected_square(load(own.h[1] + t * piece.neurons + i), part(n.gate_std), net.f.activation) *
                                              (u * u + up_std * up_std)
@@ -211,8 +213,8 @@ struct NeuronJob {
       for (int64_t j = 0; j < neurons; j += W) store(key + j, key_of_score(score(j)));
       for (int64_t j = neurons; j < stride; j++) key[j] = NO_KEY;
     };
-    if (!is_predicted())
-      return keys([&](int64_t j) { return load(value + j) * (j + W <= neurons ? load(n.scale + j) : load_first(n.scale + j, neurons - j)); });
+    const auto scale = [&](int64_t j) { return j + W <= neurons ? load(n.scale + j) : load_first(n.scale + j, neurons - j); };
+    if (!is_predicted()) return keys([&](int64_t j) { return load(value + j) * scale(j); });
     keys([&](int64_t j) { return load(value + j); });
     const int32_t most = largest(key, neurons);
     if (most >= KEY_INFINITY) {  // over an infinite mean: NaN for what is infinite, 0 for the others
@@ -255,7 +257,12 @@ struct NeuronJob {
   void kept_share(int thread, int threads) const {
     const Own own = this->own(thread);
     const int32_t *kept = shared().kept;
-    memset(own.sums, 0, 4 * num_tokens * net.out_width);
+    const int64_t floats = num_tokens * net.out_width;
+    memset(own.sums, 0, 4 * floats), memset(own.part, 0, 4 * floats);
+    const auto flush = [&] {
+      for (int64_t c = 0; c < floats; c += W) store(own.sums + c, load(own.sums + c) + load(own.part + c)), store(own.part + c, vf{});
+    };
+    int64_t in_part = 0;
     int64_t at = num_kept * thread / threads;
     const int64_t last = num_kept * (thread + 1) / threads;
     const auto next = [&] {
@@ -277,13 +284,15 @@ struct NeuronJob {
       ask_first(following, ahead);
       if (done.number) {
         ahead.spread(second_steps(done));
-        second_product(done, h_done, own.sums, ahead);
+        second_product(done, h_done, own.part, ahead);
+        if (++in_part % BLOCK_GROUPS == 0) flush();
       }
       ahead.rest();
       ask_second(group, ahead);
       std::swap(h, h_done);
       done = group, group = following;
     }
+    flush();
   }
 
   void products(const Group &group, const void *matrix, int64_t row_stride, const float *scale, const void *bias, float *out,

@@ -179,8 +179,9 @@ def test_a_token_that_is_no_number_selects_as_its_pieces_do(isa, kind, name, val
         assert not y_TD[1].isfinite().any()
 
 
-def test_all_kept_is_the_dense_ffn_and_none_is_its_bias(isa):
-    weights, router, _ = random_case("gate", 33, 50, biased=True)
+@pytest.mark.parametrize("F", [50, 3000], ids=["few neurons", "sums of many neurons"])
+def test_all_kept_is_the_dense_ffn_and_none_is_its_bias(isa, F):
+    weights, router, _ = random_case("gate", 33, F, biased=True)
     x_TD = torch.randn(4, 33)
     everything = RoutedNeurons(weights, native_weights(router, RULES["threshold"](theta=0.0)), activation="silu")
     y_TD, mask_TF = everything(x_TD)
