@@ -306,11 +306,11 @@ int moeify_neurons_run(const moeify_ffn *ffn, const moeify_neurons *neurons, con
   if (const int status = check(ffn, num_tokens, isa, num_threads)) return status;
   if (!neurons) return MOEIFY_BAD_ARGUMENT;
   const moeify_neurons &n = *neurons;
-  if (!n.scale || n.rule < 0 || n.rule > MOEIFY_TOPK || !(n.knob >= 0) || ffn->num_experts != ffn->num_neurons ||
+  if (n.rule < 0 || n.rule > MOEIFY_TOPK || !(n.knob >= 0) || ffn->num_experts != ffn->num_neurons ||
       ffn->num_neurons > INT32_MAX)
     return MOEIFY_BAD_ARGUMENT;
   const bool is_low_rank = n.project != nullptr, has_gate = ffn->gate != nullptr;
-  if (is_low_rank ? n.rank < 1 || !n.up || !n.up_bias || !n.up_std : !has_gate) return MOEIFY_BAD_ARGUMENT;
+  if (is_low_rank ? n.rank < 1 || !n.scale || !n.up || !n.up_bias || !n.up_std : n.scale && !has_gate) return MOEIFY_BAD_ARGUMENT;
   if (is_low_rank && has_gate && (!n.gate || !n.gate_bias || !n.gate_std)) return MOEIFY_BAD_ARGUMENT;
   if (!num_tokens) return MOEIFY_OK;
   if (!x || !mask || !y) return MOEIFY_BAD_ARGUMENT;

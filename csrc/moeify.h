@@ -57,12 +57,12 @@ typedef struct {
 int moeify_routed_run(const moeify_ffn *ffn, const moeify_router *router, const void *x, int64_t x_stride, int64_t num_tokens,
                       uint8_t *mask, void *y, int64_t y_stride, int32_t isa, int32_t num_threads);
 
-/* What a single neuron is worth to a token. Without `project` it is read off the network's own gate, abs(act(gate)) * scale. With it, it is
- * predicted from a = project x: sqrt(E[act(g)^2] (u^2 + up_std^2)) * scale, g ~ N(gate a + gate_bias, gate_std^2), u = up a + up_bias; without
+/* What a single neuron is worth to a token. Without `project` it is read off the network's own gate, abs(act(gate)) * scale, or without
+ * `scale` off the neuron itself, abs(h), of which then only the rows of down are left to skip. With `project` it is predicted from a = project x: sqrt(E[act(g)^2] (u^2 + up_std^2)) * scale, g ~ N(gate a + gate_bias, gate_std^2), u = up a + up_bias; without
  * a gate sqrt(E[act(u)^2]) * scale, u ~ N(.., up_std^2); over the geometric mean of the token's neurons, of which none counts less than a
  * thousandth of the largest. E by three nodes of Gauss and Hermite. All tensors fp32 and contiguous. */
 typedef struct {
-  const float *scale;                          /* (F) */
+  const float *scale;                          /* (F), or null */
   const float *project;                        /* (R, D) */
   const float *up, *up_bias, *up_std;          /* (F, R), (F), (F) */
   const float *gate, *gate_bias, *gate_std;    /* likewise, where the network has a gate */

@@ -2,9 +2,10 @@
 //
 // Letters: T tokens, D input width, O output width, F neurons, R rank of a prediction.
 //
-// In turn: what each neuron is worth to each token, read off the gate or predicted; the rule, on one thread, which sees whole rows; and of
-// the neurons that some token keeps the rows of up (of a prediction: and of gate) and of down. Threads share the neurons, of the last step
-// the kept ones, and each has a y of its own that is added up at the end. Every row is read once, whatever the number of tokens.
+// In turn: what each neuron is worth to each token, read off the gate or off the neuron itself, or predicted; the rule, on one thread, which
+// sees whole rows; and of the neurons that some token keeps what has not been read: rows of up, of a prediction also of gate, and of down.
+// Threads share the neurons, of the last step the kept ones, and each has a y of its own that is added up at the end. Every row is read once,
+// whatever the number of tokens.
 
 constexpr int64_t NEURON_TOKENS = 16;  // at once
 constexpr int64_t BLOCK_GROUPS = 8;    // of neurons, whose rows of down are summed apart: thousands of additions in turn are too many
@@ -59,7 +60,7 @@ struct NeuronJob {
     X *converted;    // x, where it is not read as it is
     float *widened;  // x in fp32, where it is predicted from and not read as it is
     float *image;    // T x R: project x
-    float *value;    // T x stride: act(gate) of each neuron, or what it is predicted to be worth
+    float *value;    // T x stride: act(gate) of each neuron, or h, or what it is predicted to be worth
     int32_t *key;    // of one token
     int32_t *kept;   // neurons that some token keeps
     Shared(Arena &arena, const NeuronJob &job)
@@ -100,9 +101,10 @@ struct NeuronJob {
     return Shared(arena, *this);
   }
   bool is_predicted() const { return n.project != nullptr; }
+  bool is_hidden() const { return !n.project && !n.scale; }             // worth is read off h
   bool computes_gate() const { return is_predicted() && net.f.gate; }  // in the last step
 
-  static void gate_task(void *self, int thread, int threads) { static_cast<const NeuronJob *>(self)->gate_share(thread, threads); }
+  static void first_task(void *self, int thread, int threads) { static_cast<const NeuronJob *>(self)->first_share(thread, threads); }
   static void image_task(void *self, int thread, int threads) { static_cast<const NeuronJob *>(self)->image_share(thread, threads); }
   static void predict_task(void *self, int thread, int threads) { static_cast<const NeuronJob *>(self)->predict_share(thread, threads); }
   static void kept_task(void *self, int thread, int threads) { static_cast<const NeuronJob *>(self)->kept_share(thread, threads); }
@@ -120,7 +122,7 @@ struct NeuronJob {
       parallel(num_threads, image_task, this);
       parallel(num_threads, predict_task, this);
     } else {
-      parallel(num_threads, gate_task, this);
+      parallel(num_threads, first_task, this);
     }
     select(shared);
     add_up<Net>(*this, parallel(num_threads, kept_task, this));
@@ -134,11 +136,11 @@ struct NeuronJob {
     return min64((number + CHUNK_NEURONS - 1) / CHUNK_NEURONS * thread / threads * CHUNK_NEURONS, number);
   }
 
-  void gate_share(int thread, int threads) const {
-    moeify_ffn half = net.f;
-    half.up = half.gate, half.up_stride = half.gate_stride, half.up_bias = half.gate_bias, half.up_scale = half.gate_scale;
-    half.gate = nullptr;
-    const Net gate(half);
+  // act(gate), or h, of all neurons.
+  void first_share(int thread, int threads) const {
+    moeify_ffn f = net.f;
+    if (!is_hidden()) f.up = f.gate, f.up_stride = f.gate_stride, f.up_bias = f.gate_bias, f.up_scale = f.gate_scale, f.gate = nullptr;
+    const Net first(f);
     const Own own = this->own(thread);
     const Shared shared = this->shared();
     const int64_t last = share(net.f.num_neurons, thread + 1, threads);
@@ -147,12 +149,12 @@ struct NeuronJob {
     for (int64_t j = share(net.f.num_neurons, thread, threads); j < last; j += CHUNK_NEURONS) {
       const Piece piece{nullptr, num_tokens, j, min64(CHUNK_NEURONS, last - j)};
       const Piece following{nullptr, num_tokens, j + CHUNK_NEURONS, max64(0, min64(CHUNK_NEURONS, last - j - CHUNK_NEURONS))};
-      gate.ask_first(following, ahead);
-      ahead.spread(gate.first_steps(piece));
-      gate.hidden(rows, piece, own.gate, nullptr, ahead);
+      first.ask_first(following, ahead);
+      ahead.spread(first.first_steps(piece));
+      first.hidden(rows, piece, own.h[0], own.gate, ahead);
       ahead.rest();
       for (int64_t t = 0; t < num_tokens; t++)
-        memcpy(shared.value + t * stride + j, own.gate + t * piece.neurons, 4 * piece.neurons);
+        memcpy(shared.value + t * stride + j, own.h[0] + t * piece.neurons, 4 * piece.neurons);
     }
   }
 
@@ -168,11 +170,21 @@ struct NeuronJob {
     const int64_t neurons = net.f.num_neurons, last = share(neurons, thread + 1, threads);
     const Layer up(n.up, n.up_bias, n.rank, neurons, IDENTITY), gate(n.gate, n.gate_bias, n.rank, neurons, IDENTITY);
     const float *image[NEURON_TOKENS];
+    Ahead ahead;
     for (int64_t t = 0; t < num_tokens; t++) image[t] = shared.image + t * n.rank;
     for (int64_t j = share(neurons, thread, threads); j < last; j += CHUNK_NEURONS) {
       const Piece piece{nullptr, num_tokens, j, min64(CHUNK_NEURONS, last - j)};
-      up.net.hidden(image, piece, own.h[0], nullptr);
-      if (net.f.gate) gate.net.hidden(image, piece, own.h[1], nullptr);
+      const Piece following{nullptr, num_tokens, j + CHUNK_NEURONS, max64(0, min64(CHUNK_NEURONS, last - j - CHUNK_NEURONS))};
+      up.net.ask_first(following, ahead);
+      ahead.spread(up.net.first_steps(piece));
+      up.net.hidden(image, piece, own.h[0], nullptr, ahead);
+      ahead.rest();
+      if (net.f.gate) {
+        gate.net.ask_first(following, ahead);
+        ahead.spread(gate.net.first_steps(piece));
+        gate.net.hidden(image, piece, own.h[1], nullptr, ahead);
+        ahead.rest();
+      }
       for (int64_t t = 0; t < num_tokens; t++)
         for (int64_t i = 0; i < piece.neurons; i += W) {
           const int64_t left = piece.neurons - i;
@@ -214,8 +226,9 @@ struct NeuronJob {
       for (int64_t j = neurons; j < stride; j++) key[j] = NO_KEY;
     };
     const auto scale = [&](int64_t j) { return j + W <= neurons ? load(n.scale + j) : load_first(n.scale + j, neurons - j); };
-    if (!is_predicted()) return keys([&](int64_t j) { return load(value + j) * scale(j); });
+    if (n.scale && !is_predicted()) return keys([&](int64_t j) { return load(value + j) * scale(j); });
     keys([&](int64_t j) { return load(value + j); });
+    if (is_hidden()) return;
     const int32_t most = largest(key, neurons);
     if (most >= KEY_INFINITY) {  // over an infinite mean: NaN for what is infinite, 0 for the others
       for (int64_t j = 0; j < neurons; j++) key[j] = most == KEY_NAN || key[j] == KEY_INFINITY ? KEY_NAN : 0;
@@ -239,6 +252,7 @@ struct NeuronJob {
 
   void ask_first(const Group &group, Ahead &ahead) const {
     ahead.clear(net.f.d_in * (int64_t)sizeof(Wt));
+    if (is_hidden()) return;
     for (int64_t j = 0; j < group.number; j++) {
       ahead.add((const Wt *)net.f.up + group.neuron[j] * net.f.up_stride);
       if (computes_gate()) ahead.add((const Wt *)net.f.gate + group.neuron[j] * net.f.gate_stride);
@@ -321,9 +335,9 @@ struct NeuronJob {
   void first_product(const Group &group, float *h, float *gate, Ahead &ahead) const {
     const moeify_ffn &f = net.f;
     const int64_t number = group.number, size = num_tokens * number;
-    products(group, f.up, f.up_stride, f.up_scale, f.up_bias, h, ahead);
+    if (!is_hidden()) products(group, f.up, f.up_stride, f.up_scale, f.up_bias, h, ahead);
     if (computes_gate()) products(group, f.gate, f.gate_stride, f.gate_scale, f.gate_bias, gate, ahead);
-    if (!f.gate)
+    if (is_predicted() && !f.gate)
       for (int64_t k = 0; k < size; k += W) store(h + k, activate(load(h + k), f.activation));
     if (computes_gate())
       for (int64_t k = 0; k < size; k += W) store(h + k, activate(load(gate + k), f.activation) * load(h + k));
@@ -332,7 +346,10 @@ struct NeuronJob {
       for (int64_t j = 0; j < number; j++) {
         const int64_t neuron = group.neuron[j];
         float &here = h[t * number + j];
-        if (!is_predicted()) here *= value[t * stride + neuron];
+        if (is_hidden())
+          here = value[t * stride + neuron];
+        else if (!is_predicted())
+          here *= value[t * stride + neuron];
         here = mask[t * f.num_neurons + neuron] ? here : 0.0f;
       }
   }

@@ -1,4 +1,4 @@
-"""A gated FFN that skips single neurons (cats, chess: by its gate; predictor) against the dense one, on the CPU, for few tokens.
+"""A gated FFN that skips single neurons (cats, chess: by the gate; topk: by h; predictor) against the dense one on the CPU, for few tokens.
 
 Dense is ``linear(silu(linear(x, gate)) * linear(x, up), down)`` of the same dtype, without biases, on weights as ``nn.Linear`` stores them.
 Ours is the compiled call alone, prepared as a model's layer prepares it; pieces is what runs without it: router and rule in PyTorch, a plan
@@ -6,8 +6,9 @@ and the experts' compiled kernel, on the same weights. The threshold is the quan
 Before the clock runs, ours must be as near to fp64 as twice plain PyTorch.
 
 The sides take turns call by call, each on another of many layers, so that weights come from memory and not from the cache; inputs are
-random, and each call has another. ``read`` is the bytes of ours over those of dense: of the gate all, of up and down what some token keeps;
-of a prediction its fp32 matrices, and of gate, up and down what some token keeps. No call can be faster than dense over that.
+random, and each call has another. ``read`` is the bytes of ours over those of dense: of the gate all, of up and down what some token keeps
+(topk: of gate and up all); of a prediction its fp32 matrices, and of gate, up and down what some token keeps. No
+call can be faster than dense over that.
 
 Letters: T tokens, D model width, F neurons, f fraction of neurons that a token keeps.
 """
@@ -28,12 +29,25 @@ from moeify._config import lookup
 from moeify.errors import ConfigError
 from moeify.kernels import build_plan, cpu, moe_ffn
 from moeify.kernels.cpu_neurons import LowRankWeights, NeuronRouterWeights, RoutedNeurons
-from moeify.routers import GateRouterConfig, LowRankRouter, LowRankRouterConfig, Router, build_router
+from moeify.routers import (
+    GateRouter,
+    GateRouterConfig,
+    LowRankRouter,
+    LowRankRouterConfig,
+    OracleRouterConfig,
+    Router,
+    RouterConfig,
+    build_router,
+)
 from moeify.select import Threshold
 from moeify.sites import FFNSite, FFNWeights
 
 SHAPES = {"smollm2": (576, 1536), "llama-1b": (2048, 8192)}
-METHODS = {"cats": GateRouterConfig(scale="none"), "predictor": LowRankRouterConfig(rank=128)}
+METHODS: dict[str, RouterConfig] = {
+    "cats": GateRouterConfig(scale="none"),
+    "predictor": LowRankRouterConfig(rank=128),
+    "topk": OracleRouterConfig(of="activation"),
+}
 QUICK = {"shapes": ("smollm2",), "skip": (0.5,)}
 SKIP = (0.0, 0.4, 0.5, 0.7)
 MIN_LAYERS = 3
@@ -90,7 +104,7 @@ def run(
 class _Case:
     """Layers of one shape, dtype and method: as many as do not fit a cache, dense and ours."""
 
-    def __init__(self, d_model: int, d_ff: int, dtype: torch.dtype, config: GateRouterConfig | LowRankRouterConfig) -> None:
+    def __init__(self, d_model: int, d_ff: int, dtype: torch.dtype, config: RouterConfig) -> None:
         self._dtype = dtype
         site = FFNSite(
             name="mlp", up="mlp.up", down="mlp.down", gate="mlp.gate", activation="silu", d_model=d_model, d_ff=d_ff, d_out=d_model
@@ -144,8 +158,10 @@ class _Case:
         }
 
     def _read(self, union: float) -> float:
-        if not isinstance(self.routers[0], LowRankRouter):
+        if isinstance(self.routers[0], GateRouter):
             return (1 + 2 * union) / 3
+        if not isinstance(self.routers[0], LowRankRouter):
+            return (2 + union) / 3
         predicted = sum(p.nbytes for p in self.routers[0].parameters())
         return union + predicted / sum(t.nbytes for t in self.dense[0])
 
@@ -165,4 +181,5 @@ def _native(router: Router, rule: Threshold) -> NeuronRouterWeights:
         assert router.gate is not None
         gate = (router.gate.weight, router.gate.bias, router.gate_std_F)
         low_rank = LowRankWeights(router.project.weight, router.up.weight, router.up.bias, router.up_std_F, *gate)
-    return NeuronRouterWeights(scale_F=router.scale_F, rule=rule.name, knob=rule.theta, low_rank=low_rank)  # type: ignore[arg-type]
+    scale_F = router.scale_F if isinstance(router, GateRouter | LowRankRouter) else None
+    return NeuronRouterWeights(scale_F=scale_F, rule=rule.name, knob=rule.theta, low_rank=low_rank)

@@ -114,7 +114,7 @@ def _neuron_ffn() -> str:
     weights = FFNWeights(torch.zeros(64, 64), torch.zeros(64, 64), torch.zeros(64, 64))
     router = NeuronRouterWeights(scale_F=torch.zeros(64), rule="threshold", knob=0.0)
     why_not = neurons_refusal(weights, router, activation="silu", dtype=torch.float32)
-    return why_not or f"router 'gate' or 'lowrank', rule and kept neurons are one call, up to {MOST_TOKENS} tokens"
+    return why_not or f"router 'gate', 'lowrank' or 'oracle' (topk), rule and kept neurons are one call, up to {MOST_TOKENS} tokens"
 
 
 def _missing(packages: tuple[str, ...]) -> str | None:

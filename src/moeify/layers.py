@@ -42,7 +42,7 @@ from .kernels.cpu_neurons import LowRankWeights, NeuronRouterWeights, RoutedNeur
 from .kernels.linear import IMPLS as LINEAR_IMPLS
 from .kernels.plan import neuron_mask
 from .kernels.routed_op import routed_ffn
-from .routers import GateRouter, LowRankRouter, NormRouter, Router
+from .routers import GateRouter, LowRankRouter, NormRouter, OracleRouter, Router
 from .select import RULES, Rule
 from .sites import FFNSite, FFNWeights, expert_bounds, has_int8, in_decoder, not_plain_reason, site_weights, store_by_neuron, token_mask_of
 
@@ -348,8 +348,10 @@ class MoEFFN(nn.Module):
 
     def _unknown(self, router: nn.Module, rule: Rule) -> str | None:
         """Why no native call may take the place of router and rule, or read what is in the projections' places; None if one may."""
-        if type(router) not in (NormRouter, GateRouter, LowRankRouter):
+        if type(router) not in (NormRouter, GateRouter, LowRankRouter, OracleRouter):
             return f"no native call knows the router {type(router).__name__}"
+        if isinstance(router, OracleRouter) and router.config.of != "activation":
+            return "no native call knows the true norms of outputs"
         if type(router) is not NormRouter and self.num_experts != self.site.d_ff:
             return f"the router {type(router).__name__} has a native call for experts of one neuron alone"
         if rule.name not in ROUTED_RULES or type(rule) is not RULES[rule.name]:
@@ -419,8 +421,8 @@ class MoEFFN(nn.Module):
         )
 
     def _neuron_weights(self) -> NeuronRouterWeights:
-        router = cast(GateRouter | LowRankRouter, self.router)
-        low_rank = None
+        router = cast(GateRouter | LowRankRouter | OracleRouter, self.router)
+        low_rank, scale_F = None, None if isinstance(router, OracleRouter) else router.scale_F
         if isinstance(router, LowRankRouter):
             gate = router.gate
             low_rank = LowRankWeights(
@@ -432,9 +434,7 @@ class MoEFFN(nn.Module):
                 gate_bias_F=None if gate is None else gate.bias.detach(),
                 gate_std_F=router.gate_std_F,
             )
-        return NeuronRouterWeights(
-            scale_F=router.scale_F, rule=self.rule.name, knob=self.rule.value, low_rank=low_rank, always_on=self.always_on
-        )
+        return NeuronRouterWeights(scale_F=scale_F, rule=self.rule.name, knob=self.rule.value, low_rank=low_rank, always_on=self.always_on)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "MoEFFN":
         self._native = None  # it would keep the weights from before the move or cast in memory

@@ -26,7 +26,7 @@ def test_rows_compare_with_dense_and_with_the_pieces(tmp_path):
     assert [(row["dtype"], row["method"], row["tokens"], row["wanted_skip"]) for row in rows] == [
         (dtype, method, tokens, skip)
         for dtype in ("float32", "bfloat16")
-        for method in ("cats", "predictor")
+        for method in ("cats", "predictor", "topk")
         for tokens in (1, 3)
         for skip in (0.0, 0.5)
     ]
@@ -37,6 +37,8 @@ def test_rows_compare_with_dense_and_with_the_pieces(tmp_path):
         assert_allclose(row["over_pieces"], row["pieces_us"] / row["ours_us"])
         if row["method"] == "cats" and row["tokens"] == 1:
             assert_allclose(row["read"], (1 + 2 * row["f"]) / 3)
+        if row["method"] == "topk" and row["tokens"] == 1:
+            assert_allclose(row["read"], (2 + row["f"]) / 3)
 
 
 def test_a_prediction_reads_its_own_matrices_too():

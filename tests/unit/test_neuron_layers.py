@@ -15,12 +15,21 @@ from moeify.kernels import cpu
 from moeify.kernels.cpu_neurons import MOST_TOKENS, RoutedNeurons
 from moeify.layers import MoEFFN, attach, moe_layers, record_active, set_impl, set_mode, set_rule
 from moeify.quantize import quantize
-from moeify.routers import GateRouter, GateRouterConfig, LowRankRouter, LowRankRouterConfig, NormRouterConfig, build_router
+from moeify.routers import (
+    GateRouter,
+    GateRouterConfig,
+    LowRankRouter,
+    LowRankRouterConfig,
+    NormRouterConfig,
+    OracleRouter,
+    OracleRouterConfig,
+    build_router,
+)
 from moeify.select import NormBudget, Threshold, TopK
 from moeify.sites import FFNSite, find_ffn_sites
 
 D, F = 12, 26
-ROUTERS = {"gate": GateRouterConfig(), "lowrank": LowRankRouterConfig(rank=5)}
+ROUTERS = {"gate": GateRouterConfig(), "lowrank": LowRankRouterConfig(rank=5), "oracle": OracleRouterConfig(of="activation")}
 KINDS = pytest.mark.parametrize("kind", ROUTERS)
 SPLITS = pytest.mark.parametrize("num_tokens", [1, MOST_TOKENS], ids=["one token", "most tokens"])
 pytestmark = needs_library
@@ -91,11 +100,8 @@ def calls(monkeypatch):
 
         return count
 
-    for owner, name, said in (
-        (RoutedNeurons, "__call__", "native"),
-        (GateRouter, "forward", "router"),
-        (LowRankRouter, "forward", "router"),
-    ):
+    routers = ((router, "forward", "router") for router in (GateRouter, LowRankRouter, OracleRouter))
+    for owner, name, said in ((RoutedNeurons, "__call__", "native"), *routers):
         monkeypatch.setattr(owner, name, counted(getattr(owner, name), said))
 
     def of(call):
@@ -182,6 +188,8 @@ CHANGES = {
 @SPLITS
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_native_call_sees_what_changes_after_it_was_made(change, num_tokens, kind):
+    if kind == "oracle" and change in (CHANGES["router's buffer"], CHANGES["router's buffer's values"]):
+        pytest.skip("it has no buffer")
     net, x_TD = neuron_net(kind), torch.randn(num_tokens, D)
     with torch.no_grad():
         before = net(x_TD)
@@ -321,6 +329,7 @@ def test_native_refusal_of_a_norm_router_knows_the_crossovers():
 
 def test_doctor_says_that_single_neurons_are_one_call(monkeypatch):
     monkeypatch.setattr(doctor, "_speed", dict)
-    assert doctor.doctor()["neuron_ffn"] == f"router 'gate' or 'lowrank', rule and kept neurons are one call, up to {MOST_TOKENS} tokens"
+    said = doctor.doctor()["neuron_ffn"]
+    assert said == f"router 'gate', 'lowrank' or 'oracle' (topk), rule and kept neurons are one call, up to {MOST_TOKENS} tokens"
     monkeypatch.setattr(cpu, "unavailable", lambda: "the compiled library is missing")
     assert doctor._neuron_ffn() == "the compiled library is missing"

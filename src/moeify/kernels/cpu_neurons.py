@@ -2,8 +2,9 @@
 
 Letters: T tokens, D model width, F FFN width, R rank.
 
-What a neuron is worth is read off the FFN's own gate, which is then not computed again, or predicted from a low-rank image of the input;
-the rule decides, and only the kept neurons' rows of up (of a prediction: and gate) and of down are read.
+What a neuron is worth is read off the FFN's own gate, or off the neuron itself, which are then not computed again, or predicted from a
+low-rank image of the input; the rule decides, and of what is left (up and down; down; gate, up and down) only the kept neurons' rows are
+read.
 """
 
 import ctypes
@@ -36,16 +37,16 @@ class LowRankWeights:
 
 @dataclass(frozen=True)
 class NeuronRouterWeights:
-    """A router over experts of one neuron each, and its rule: scores = abs(act(gate)) * scale_F, or predicted."""
+    """A router over experts of one neuron each, and its rule: scores = abs(act(gate)) * scale_F, or abs(h), or predicted."""
 
-    scale_F: Tensor
-    """fp32."""
+    scale_F: Tensor | None
+    """fp32; None: the scores are abs(h)."""
     rule: str
     """One of `cpu.RULES`."""
     knob: float
     """Of the rule."""
     low_rank: LowRankWeights | None = None
-    """None: the gate's own values are the scores."""
+    """None: the gate's own values are the scores, or the neurons'."""
     always_on: tuple[int, ...] = ()
     """Neurons that run for every token."""
 
@@ -75,7 +76,7 @@ def neurons_refusal(weights: FFNWeights, router: NeuronRouterWeights, *, activat
         return why_not
     if any(t.dtype is not torch.float32 or not t.is_contiguous() for t in tensors):
         return "the router's tensors must be contiguous float32"
-    if low_rank is None and weights.gate_FD is None:
+    if low_rank is None and router.scale_F is not None and weights.gate_FD is None:
         return "the FFN has no gate to read the scores off"
     rank = 0 if low_rank is None else low_rank.project_RD.shape[0]
     if _shapes(router) != _expected_shapes(router, num_neurons, weights.up_FD.shape[1], rank, is_gated=weights.gate_FD is not None):
@@ -95,7 +96,7 @@ def _shapes(router: NeuronRouterWeights) -> list[tuple[int, ...] | None]:
 def _expected_shapes(
     router: NeuronRouterWeights, num_neurons: int, d_model: int, rank: int, *, is_gated: bool
 ) -> list[tuple[int, ...] | None]:
-    expected: list[tuple[int, ...] | None] = [(num_neurons,)]
+    expected: list[tuple[int, ...] | None] = [None if router.scale_F is None and router.low_rank is None else (num_neurons,)]
     if router.low_rank is not None:
         first: list[tuple[int, ...] | None] = [(num_neurons, rank), (num_neurons,), (num_neurons,)]
         expected += [(max(rank, 1), d_model), *first, *(first if is_gated else [None] * 3)]
@@ -114,8 +115,8 @@ class RoutedNeurons:
     Raises:
         KernelError: a tensor is not as the library reads it in place; names it.
 
-    Cost: bytes of the gate (or of the prediction's matrices), and of the rows of the other projections that some token keeps, each once for
-    every 16 tokens.
+    Cost: bytes of what the scores are read off (the gate; gate and up; the prediction's matrices), and of the rows of the other projections
+    that some token keeps, each once for every 16 tokens.
     """
 
     def __init__(self, weights: FFNWeights, router: NeuronRouterWeights, *, activation: str, dtype: torch.dtype | None = None) -> None:
