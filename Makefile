@@ -7,7 +7,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 # What `make bench` runs, and whose folder of bench/results it writes; local is ignored by git.
-CASES  ?= split grouped exactness moe_ffn_cpu sparse_linear_cpu generate_cpu generate_sparse_cpu enforcement compare
+CASES  ?= split grouped exactness moe_ffn_cpu sparse_linear_cpu neuron_ffn_cpu generate_cpu generate_sparse_cpu enforcement compare
 DEVICE ?= local
 
 .PHONY: demo test lint types contracts docs-check bench sanitize clean
@@ -43,7 +43,7 @@ sanitize: $(VENV)/.dev
 	$(BIN)/python setup.py -q build_ext --inplace \
 	&& ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 		$(BIN)/python -m pytest -q --capture=sys tests/unit/kernels/test_cpu.py tests/unit/kernels/test_amx.py tests/unit/kernels/test_cpu_op.py \
-		tests/unit/kernels/test_int8.py tests/unit/kernels/test_cpu_linear.py; \
+		tests/unit/kernels/test_int8.py tests/unit/kernels/test_cpu_linear.py tests/unit/kernels/test_cpu_neurons.py; \
 	status=$$?; unset MOEIFY_CXXFLAGS; $(BIN)/python setup.py -q build_ext --inplace && exit $$status
 
 # csrc is compiled by the installation.

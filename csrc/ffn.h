@@ -193,21 +193,32 @@ struct DotFp32 {
   static inline vf add(vf sum, vf a, vf b) { return sum + a * b; }
 };
 
-// out[i * out_stride + j] += x[i] . (w + j * w_stride) over the elements from first to end, fewer than a step.
-template <class Dot, class X, class Wt, int M, int N>
-static __attribute__((noinline)) void dot_last(const X *const *x, const Wt *w, int64_t w_stride, int64_t first, int64_t end, float *out,
-                                               int64_t out_stride) {
+// Rows of a matrix: those from one on, or any.
+template <class Wt>
+struct Strided {
+  const Wt *first;
+  int64_t stride;
+  inline const Wt *operator[](int64_t j) const { return first + j * stride; }
+};
+template <class Wt>
+struct Listed {
+  const Wt *const *row;
+  inline const Wt *operator[](int64_t j) const { return row[j]; }
+};
+
+// out[i * out_stride + j] += x[i] . w[j] over the elements from first to end, fewer than a step.
+template <class Dot, class X, class Matrix, int M, int N>
+static __attribute__((noinline)) void dot_last(const X *const *x, Matrix w, int64_t first, int64_t end, float *out, int64_t out_stride) {
   for (int i = 0; i < M; i++)
     for (int j = 0; j < N; j++)
       out[i * out_stride + j] +=
           hsum(Dot::floats(Dot::add(typename Dot::total{}, Dot::get_first(x[i] + first, end - first),
-                                    Dot::get_first(w + j * w_stride + first, end - first))));
+                                    Dot::get_first(w[j] + first, end - first))));
 }
 
-// out[i * out_stride + j] (+)= x[i] . (w + j * w_stride) over the elements from first to end, i < M, j < N; adds unless first is 0.
-template <class Dot, class X, class Wt, int M, int N, class Asks>
-static void dot_tile(const X *const *x, const Wt *w, int64_t w_stride, int64_t first, int64_t end, float *out, int64_t out_stride,
-                     Asks &ahead) {
+// out[i * out_stride + j] (+)= x[i] . w[j] over the elements from first to end, i < M, j < N; adds unless first is 0.
+template <class Dot, class X, class Matrix, int M, int N, class Asks>
+static void dot_tile(const X *const *x, Matrix w, int64_t first, int64_t end, float *out, int64_t out_stride, Asks &ahead) {
   typename Dot::total sum[M][ROWS];
 #pragma GCC unroll 8
   for (int i = 0; i < M; i++)
@@ -220,7 +231,7 @@ static void dot_tile(const X *const *x, const Wt *w, int64_t w_stride, int64_t f
     for (int i = 0; i < M; i++) a[i] = Dot::get(x[i] + k);
 #pragma GCC unroll 8
     for (int j = 0; j < N; j++) {
-      const typename Dot::part b = Dot::get(w + j * w_stride + k);
+      const typename Dot::part b = Dot::get(w[j] + k);
 #pragma GCC unroll 8
       for (int i = 0; i < M; i++) sum[i][j] = Dot::add(sum[i][j], a[i], b);
     }
@@ -232,33 +243,33 @@ static void dot_tile(const X *const *x, const Wt *w, int64_t w_stride, int64_t f
     hsum4(Dot::floats(sum[i][0]), Dot::floats(sum[i][1]), Dot::floats(sum[i][2]), Dot::floats(sum[i][3]), s);
     for (int j = 0; j < N; j++) out[i * out_stride + j] = first ? out[i * out_stride + j] + s[j] : s[j];
   }
-  if (k < end) dot_last<Dot, X, Wt, M, N>(x, w, w_stride, k, end, out, out_stride);
+  if (k < end) dot_last<Dot, X, Matrix, M, N>(x, w, k, end, out, out_stride);
 }
 
-template <class Dot, class X, class Wt, int M, class Asks>
-static inline void dot_rows(const X *const *x, const Wt *w, int64_t w_stride, int64_t first, int64_t end, float *out,
-                            int64_t out_stride, int64_t n, Asks &ahead) {
+template <class Dot, class X, int M, class Matrix, class Asks>
+static inline void dot_rows(const X *const *x, Matrix w, int64_t first, int64_t end, float *out, int64_t out_stride, int64_t n,
+                            Asks &ahead) {
   switch (n) {
-    case 1: return dot_tile<Dot, X, Wt, M, 1>(x, w, w_stride, first, end, out, out_stride, ahead);
-    case 2: return dot_tile<Dot, X, Wt, M, 2>(x, w, w_stride, first, end, out, out_stride, ahead);
-    case 3: return dot_tile<Dot, X, Wt, M, 3>(x, w, w_stride, first, end, out, out_stride, ahead);
-    default: return dot_tile<Dot, X, Wt, M, 4>(x, w, w_stride, first, end, out, out_stride, ahead);
+    case 1: return dot_tile<Dot, X, Matrix, M, 1>(x, w, first, end, out, out_stride, ahead);
+    case 2: return dot_tile<Dot, X, Matrix, M, 2>(x, w, first, end, out, out_stride, ahead);
+    case 3: return dot_tile<Dot, X, Matrix, M, 3>(x, w, first, end, out, out_stride, ahead);
+    default: return dot_tile<Dot, X, Matrix, M, 4>(x, w, first, end, out, out_stride, ahead);
   }
 }
 
 // The same for i < m <= TOKENS, j < n <= ROWS.
-template <class Dot, class X, class Wt, class Asks>
-static inline void dot_any(const X *const *x, int64_t m, const Wt *w, int64_t w_stride, int64_t first, int64_t end, float *out,
-                           int64_t out_stride, int64_t n, Asks &ahead) {
+template <class Dot, class X, class Matrix, class Asks>
+static inline void dot_any(const X *const *x, int64_t m, Matrix w, int64_t first, int64_t end, float *out, int64_t out_stride, int64_t n,
+                           Asks &ahead) {
   switch (m) {
-    case 1: return dot_rows<Dot, X, Wt, 1>(x, w, w_stride, first, end, out, out_stride, n, ahead);
-    case 2: return dot_rows<Dot, X, Wt, 2>(x, w, w_stride, first, end, out, out_stride, n, ahead);
+    case 1: return dot_rows<Dot, X, 1>(x, w, first, end, out, out_stride, n, ahead);
+    case 2: return dot_rows<Dot, X, 2>(x, w, first, end, out, out_stride, n, ahead);
 #if MOEIFY_TOKENS > 3
-    case 3: return dot_rows<Dot, X, Wt, 3>(x, w, w_stride, first, end, out, out_stride, n, ahead);
-    case 4: return dot_rows<Dot, X, Wt, 4>(x, w, w_stride, first, end, out, out_stride, n, ahead);
-    case 5: return dot_rows<Dot, X, Wt, 5>(x, w, w_stride, first, end, out, out_stride, n, ahead);
+    case 3: return dot_rows<Dot, X, 3>(x, w, first, end, out, out_stride, n, ahead);
+    case 4: return dot_rows<Dot, X, 4>(x, w, first, end, out, out_stride, n, ahead);
+    case 5: return dot_rows<Dot, X, 5>(x, w, first, end, out, out_stride, n, ahead);
 #endif
-    default: return dot_rows<Dot, X, Wt, TOKENS>(x, w, w_stride, first, end, out, out_stride, n, ahead);
+    default: return dot_rows<Dot, X, TOKENS>(x, w, first, end, out, out_stride, n, ahead);
   }
 }
 
@@ -515,8 +526,9 @@ struct Tiles {
 // -- one network ---------------------------------------------------------------------------------------------------------------------
 
 // X: type of x as the first product reads it; Wt: type of the weights; Dot: how they are multiplied; IO: type of x and y in memory.
-template <class Dot, class Add_, class IO, class X, class Wt>
+template <class Dot_, class Add_, class IO, class X, class Wt>
 struct Network {
+  typedef Dot_ Dot;
   typedef Add_ Add;
   const moeify_ffn &f;
   int64_t out_width;  // O rounded up to whole tiles: width of a y of our own
@@ -528,6 +540,12 @@ struct Network {
     return e * (f.num_neurons / f.num_experts) + min64(e, larger);
   }
   int64_t expert_size(int64_t e) const { return f.num_neurons / f.num_experts + (e < f.num_neurons % f.num_experts); }
+
+  // Elements of a row that a tile multiplies at once.
+  int64_t dot_width() const {
+    const int64_t steps = (f.d_in * (int64_t)std::max(sizeof(Wt), sizeof(X)) + DOT_BYTES - 1) / DOT_BYTES;
+    return round_up((f.d_in + steps - 1) / steps, Dot::STEP);
+  }
 
   // h of a piece, row i of which is x[i], as the second product wants it; gate: as much scratch again. Both are written to the end of a
   // vector.
@@ -541,8 +559,7 @@ struct Network {
   void hidden(const X *const *x, const Piece &piece, float *h, float *gate, Asks &ahead) const {
     const int64_t n = piece.num_tokens, neurons = piece.neurons;
     // Rows of gate and up that stay in the first cache pass by each tile of x together: x, which comes from further away, is read once.
-    const int64_t steps = (f.d_in * (int64_t)std::max(sizeof(Wt), sizeof(X)) + DOT_BYTES - 1) / DOT_BYTES;
-    const int64_t step = round_up((f.d_in + steps - 1) / steps, Dot::STEP);
+    const int64_t step = dot_width();
     const int64_t row_bytes = step * (int64_t)sizeof(Wt) * (f.gate ? 2 : 1);
     const int64_t rows = max64(ROWS, PANEL_BYTES / row_bytes / ROWS * ROWS);
     const Tiles tiles(n, TOKENS);
@@ -585,7 +602,7 @@ struct Network {
     template <class Asks>
     void product(const X *const *x, int64_t m, float *out, int64_t out_stride, Asks &ahead) const {
       for (int64_t j = 0; j < rows; j += ROWS)
-        dot_any<Dot, X, Wt>(x, m, w + j * stride, stride, k, end, out + j, out_stride, min64(ROWS, rows - j), ahead);
+        dot_any<Dot, X>(x, m, Strided<Wt>{w + j * stride, stride}, k, end, out + j, out_stride, min64(ROWS, rows - j), ahead);
     }
   };
 
@@ -653,15 +670,17 @@ struct Network {
     return padded;
   }
 
-  // One token: y += h . down, without reading the rows of neurons whose h is zero (ReLU). h in fp32.
-  void add_nonzero(float *y, const float *h, const Piece &piece, Ahead &ahead) const {
-    const Wt *w = static_cast<const Wt *>(f.down) + piece.start * f.down_stride;
+  Strided<Wt> down_of(const Piece &piece) const { return {static_cast<const Wt *>(f.down) + piece.start * f.down_stride, f.down_stride}; }
+
+  // One token: y += sum of h[j] * down[j], without reading the rows of neurons whose h is zero (ReLU). h in fp32.
+  template <class Matrix>
+  void add_nonzero(float *y, const float *h, Matrix down, int64_t neurons, Ahead &ahead) const {
     const Wt *row[Add::GROUP];
     float value[Add::GROUP];
     int n = 0;
-    for (int64_t j = 0; j < piece.neurons; j++) {
+    for (int64_t j = 0; j < neurons; j++) {
       if (h[j] == 0.0f) continue;
-      row[n] = w + j * f.down_stride;
+      row[n] = down[j];
       value[n++] = h[j];
       if (n == Add::GROUP) add<Add::GROUP>(y, value, row, ahead), n = 0;
     }
@@ -780,6 +799,21 @@ struct Pieces {
   }
 };
 
+// y of each token from what every thread has of it, in the order of the threads.
+template <class Net, class Job>
+static void add_up(const Job &job, int threads) {
+  const Net &net = job.net;
+  for (int64_t t = 0; t < job.num_tokens; t++) {
+    float *sum = job.own(0).sums + t * net.out_width;
+    for (int k = 1; k < threads; k++) {
+      const float *other = job.own(k).sums + t * net.out_width;
+      for (int64_t c = 0; c < net.out_width; c++) sum[c] += other[c];
+    }
+    for (int64_t c = 0; c < net.f.d_out; c += COLUMNS)
+      write_block<typename Net::Add>(net.f, job.y + t * job.y_stride, sum + c, c);
+  }
+}
+
 // -- few tokens: threads share the experts -------------------------------------------------------------------------------------------
 
 template <class Net, class IO, class X>
@@ -868,22 +902,11 @@ struct FewTokens {
   }
 
   void second_product(const Piece &piece, const float *h, float *sums, Ahead &ahead) {
-    if (piece.num_tokens == 1) return net.add_nonzero(sums + piece.token[0] * net.out_width, h, piece, ahead);
+    if (piece.num_tokens == 1) return net.add_nonzero(sums + piece.token[0] * net.out_width, h, net.down_of(piece), piece.neurons, ahead);
     for (int64_t c = 0; c < net.f.d_out; c += COLUMNS) net.add_columns(sums + c, net.out_width, piece, h, c), ahead.step();
   }
 
-  // In the order of the threads.
-  void finish(int num_threads) {
-    typedef typename Net::Add Add;
-    for (int64_t t = 0; t < num_tokens; t++) {
-      float *sum = own(0).sums + t * net.out_width;
-      for (int k = 1; k < num_threads; k++) {
-        const float *other = own(k).sums + t * net.out_width;
-        for (int64_t c = 0; c < net.out_width; c++) sum[c] += other[c];
-      }
-      for (int64_t c = 0; c < net.f.d_out; c += COLUMNS) write_block<Add, IO>(net.f, y + t * y_stride, sum + c, c);
-    }
-  }
+  void finish(int threads) { add_up<Net>(*this, threads); }
 };
 
 // -- many tokens: threads share the tokens -------------------------------------------------------------------------------------------
@@ -987,11 +1010,13 @@ struct Call {
   void *y;
   int64_t y_stride;
   int num_threads;
+
+  template <class Dot, class Add, class IO, class X, class Wt>
+  int run() const;
 };
 
 template <class Dot, class Add, class IO, class X, class Wt>
-static int run(const Call &call) {
-  const auto &[f, x, x_stride, mask, num_tokens, y, y_stride, num_threads] = call;
+int Call::run() const {
   typedef Network<Dot, Add, IO, X, Wt> Net;
   const Net net(f);
   if (num_tokens <= FEW_TOKENS) {
@@ -1023,4 +1048,23 @@ static int run(const Call &call) {
   Job job{net, (const IO *)x, x_stride, mask, num_tokens, block, (IO *)y, y_stride, memory, per_thread, {0}};
   parallel(num_threads, &Job::task, &job);
   return MOEIFY_OK;
+}
+
+// What `job` computes, by the types of a network's weights and input: job.template run<Dot, Add, IO, X, Wt>().
+template <class Job>
+static int by_type(const moeify_ffn &f, const void *x, int64_t x_stride, int64_t num_tokens, const Job &job) {
+  (void)x, (void)x_stride, (void)num_tokens;
+  const bool is_int8 = f.weight_dtype == MOEIFY_INT8;
+  if (f.dtype == MOEIFY_FP32)
+    return is_int8 ? job.template run<DotFp32, AddFp32, float, float, int8_t>() : job.template run<DotFp32, AddFp32, float, float, float>();
+#if MOEIFY_INT16_DOT
+  if (is_int8 && fits_int16((const bf16 *)x, x_stride, num_tokens, f.d_in))
+    return job.template run<DotInt16, AddInt16, bf16, int16_t, int8_t>();
+#endif
+  if (is_int8) return job.template run<DotFp32, AddFp32, bf16, float, int8_t>();
+#if MOEIFY_BF16_DOT
+  return job.template run<DotBf16, AddBf16, bf16, bf16, bf16>();
+#else
+  return job.template run<DotFp32, AddFp32, bf16, float, bf16>();
+#endif
 }

@@ -20,22 +20,11 @@ namespace MOEIFY_NAMESPACE {
 #include "ffn.h"
 #include "router.h"
 #include "linear.h"
+#include "neurons.h"
 
 int run_ffn(const moeify_ffn &f, const void *x, int64_t x_stride, const uint8_t *mask, int64_t num_tokens, void *y, int64_t y_stride,
             int num_threads) {
-  const Call call{f, x, x_stride, mask, num_tokens, y, y_stride, num_threads};
-  const bool is_int8 = f.weight_dtype == MOEIFY_INT8;
-  if (f.dtype == MOEIFY_FP32)
-    return is_int8 ? run<DotFp32, AddFp32, float, float, int8_t>(call) : run<DotFp32, AddFp32, float, float, float>(call);
-#if MOEIFY_INT16_DOT
-  if (is_int8 && fits_int16((const bf16 *)x, x_stride, num_tokens, f.d_in)) return run<DotInt16, AddInt16, bf16, int16_t, int8_t>(call);
-#endif
-  if (is_int8) return run<DotFp32, AddFp32, bf16, float, int8_t>(call);
-#if MOEIFY_BF16_DOT
-  return run<DotBf16, AddBf16, bf16, bf16, bf16>(call);
-#else
-  return run<DotFp32, AddFp32, bf16, float, bf16>(call);
-#endif
+  return by_type(f, x, x_stride, num_tokens, Call{f, x, x_stride, mask, num_tokens, y, y_stride, num_threads});
 }
 
 int route_tokens(const moeify_ffn &f, const moeify_router &r, const void *x, int64_t x_stride, int64_t num_tokens, uint8_t *mask,

@@ -24,6 +24,7 @@ int route_tokens(const moeify_ffn &, const moeify_router &, const void *, int64_
 int run_linear(const moeify_linear &, const void *, int64_t, int64_t, void *, int64_t, int);
 int run_gated(const moeify_gated &, const void *, int64_t, int64_t, void *, int64_t, int);
 int run_mask(const void *, const float *, int64_t, int64_t, int32_t, void *, int);
+int run_neurons(const moeify_ffn &, const moeify_neurons &, const void *, int64_t, int64_t, uint8_t *, void *, int64_t, int);
 }  // namespace moeify_avx512_bf16
 
 namespace MOEIFY_NAMESPACE {
@@ -58,6 +59,11 @@ int run_linear(const moeify_linear &f, const void *x, int64_t x_stride, int64_t 
 
 int run_gated(const moeify_gated &g, const void *x, int64_t x_stride, int64_t num_tokens, void *y, int64_t y_stride, int num_threads) {
   return moeify_avx512_bf16::run_gated(g, x, x_stride, num_tokens, y, y_stride, num_threads);
+}
+
+int run_neurons(const moeify_ffn &f, const moeify_neurons &n, const void *x, int64_t x_stride, int64_t num_tokens, uint8_t *mask, void *y,
+                int64_t y_stride, int num_threads) {
+  return moeify_avx512_bf16::run_neurons(f, n, x, x_stride, num_tokens, mask, y, y_stride, num_threads);
 }
 
 int run_mask(const void *x, const float *level, int64_t num_tokens, int64_t channels, int32_t dtype, void *y, int num_threads) {

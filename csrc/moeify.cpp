@@ -31,7 +31,9 @@
   int route_tokens(const moeify_ffn &, const moeify_router &, const void *, int64_t, int64_t, uint8_t *, int);            \
   int run_linear(const moeify_linear &, const void *, int64_t, int64_t, void *, int64_t, int);                            \
   int run_gated(const moeify_gated &, const void *, int64_t, int64_t, void *, int64_t, int);                              \
-  int run_mask(const void *, const float *, int64_t, int64_t, int32_t, void *, int);                                      \
+  int run_mask(const void *, const float *, int64_t, int64_t, int32_t, void *, int);                                       \
+  int run_neurons(const moeify_ffn &, const moeify_neurons &, const void *, int64_t, int64_t, uint8_t *, void *, int64_t,  \
+                  int);                                                                                                    \
   }
 DECLARE(moeify_portable)
 #if defined(__x86_64__)
@@ -233,6 +235,12 @@ static int run_gated(const moeify_gated &g, const void *x, int64_t x_stride, int
   FOR_ISA(run_gated(g, x, x_stride, num_tokens, y, y_stride, num_threads))
 }
 
+static int run_neurons(const moeify_ffn &f, const moeify_neurons &n, const void *x, int64_t x_stride, int64_t num_tokens, uint8_t *mask,
+                       void *y, int64_t y_stride, int32_t isa, int num_threads) {
+  (void)isa;
+  FOR_ISA(run_neurons(f, n, x, x_stride, num_tokens, mask, y, y_stride, num_threads))
+}
+
 static int run_mask(const void *x, const float *level, int64_t num_tokens, int64_t channels, int32_t dtype, void *y, int32_t isa,
                     int num_threads) {
   (void)isa;
@@ -291,5 +299,21 @@ int moeify_routed_run(const moeify_ffn *ffn, const moeify_router *router, const 
   if (!x || !mask) return MOEIFY_BAD_ARGUMENT;
   if (const int status = route_tokens(*ffn, *router, x, x_stride, num_tokens, mask, isa, num_threads)) return status;
   return y ? run_ffn(*ffn, x, x_stride, mask, num_tokens, y, y_stride, isa, num_threads) : MOEIFY_OK;
+}
+
+int moeify_neurons_run(const moeify_ffn *ffn, const moeify_neurons *neurons, const void *x, int64_t x_stride, int64_t num_tokens,
+                       uint8_t *mask, void *y, int64_t y_stride, int32_t isa, int32_t num_threads) {
+  if (const int status = check(ffn, num_tokens, isa, num_threads)) return status;
+  if (!neurons) return MOEIFY_BAD_ARGUMENT;
+  const moeify_neurons &n = *neurons;
+  if (n.rule < 0 || n.rule > MOEIFY_TOPK || !(n.knob >= 0) || ffn->num_experts != ffn->num_neurons ||
+      ffn->num_neurons > INT32_MAX)
+    return MOEIFY_BAD_ARGUMENT;
+  const bool is_low_rank = n.project != nullptr, has_gate = ffn->gate != nullptr;
+  if (is_low_rank ? n.rank < 1 || !n.scale || !n.up || !n.up_bias || !n.up_std : n.scale && !has_gate) return MOEIFY_BAD_ARGUMENT;
+  if (is_low_rank && has_gate && (!n.gate || !n.gate_bias || !n.gate_std)) return MOEIFY_BAD_ARGUMENT;
+  if (!num_tokens) return MOEIFY_OK;
+  if (!x || !mask || !y) return MOEIFY_BAD_ARGUMENT;
+  return run_neurons(*ffn, n, x, x_stride, num_tokens, mask, y, y_stride, isa, num_threads);
 }
 }

@@ -16,7 +16,7 @@ extern "C" {
 #endif
 #pragma GCC visibility push(default)
 
-#define MOEIFY_ABI 6
+#define MOEIFY_ABI 7
 
 enum moeify_isa { MOEIFY_PORTABLE = 0, MOEIFY_AVX2 = 1, MOEIFY_AVX512 = 2, MOEIFY_AVX512_BF16 = 3, MOEIFY_AMX_BF16 = 4 };
 enum moeify_dtype { MOEIFY_FP32 = 0, MOEIFY_BF16 = 1, MOEIFY_INT8 = 2 };
@@ -56,6 +56,26 @@ typedef struct {
 /* Router, rule and network in one call; the selection is written to mask (T, E). y null: the selection alone. */
 int moeify_routed_run(const moeify_ffn *ffn, const moeify_router *router, const void *x, int64_t x_stride, int64_t num_tokens,
                       uint8_t *mask, void *y, int64_t y_stride, int32_t isa, int32_t num_threads);
+
+/* What a single neuron is worth to a token. Without `project` it is read off the network's own gate, abs(act(gate)) * scale, or without
+ * `scale` off the neuron itself, abs(h), of which then only the rows of down are left to skip. With `project` it is predicted from a = project x: sqrt(E[act(g)^2] (u^2 + up_std^2)) * scale, g ~ N(gate a + gate_bias, gate_std^2), u = up a + up_bias; without
+ * a gate sqrt(E[act(u)^2]) * scale, u ~ N(.., up_std^2); over the geometric mean of the token's neurons, of which none counts less than a
+ * thousandth of the largest. E by three nodes of Gauss and Hermite. All tensors fp32 and contiguous. */
+typedef struct {
+  const float *scale;                          /* (F), or null */
+  const float *project;                        /* (R, D) */
+  const float *up, *up_bias, *up_std;          /* (F, R), (F), (F) */
+  const float *gate, *gate_bias, *gate_std;    /* likewise, where the network has a gate */
+  const uint8_t *always_on;                    /* (F), or null */
+  int64_t rank;
+  int32_t rule;
+  float knob;
+} moeify_neurons;
+
+/* A network of experts of one neuron each, for few tokens: the neurons' worth, the rule, and the rows of up, gate and down of those that some
+ * token keeps; a gate that was computed for its worth is not computed again. The selection is written to mask (T, F). */
+int moeify_neurons_run(const moeify_ffn *ffn, const moeify_neurons *neurons, const void *x, int64_t x_stride, int64_t num_tokens,
+                       uint8_t *mask, void *y, int64_t y_stride, int32_t isa, int32_t num_threads);
 
 /* y = (x * keep) weight + bias, keep_tk = |x_tk| >= level_k. Letters: K input channels, N outputs. */
 typedef struct {

@@ -13,6 +13,7 @@ from . import kernels
 from .evaluate import measure_ms
 from .hf.checkpoint import library_versions
 from .kernels.cpu_linear import LinearWeights, gated_refusal
+from .kernels.cpu_neurons import MOST_TOKENS, NeuronRouterWeights, neurons_refusal
 from .kernels.linear import explain_linear
 from .sites import FFNWeights
 
@@ -34,6 +35,7 @@ def doctor() -> dict[str, Any]:
         "kernels": _kernels(),
         "linear_kernels": _linear_kernels(),
         "linear_ffn": _linear_ffn(),
+        "neuron_ffn": _neuron_ffn(),
         "extras": {extra: _missing(packages) or "installed" for extra, packages in EXTRAS.items()},
         "caches": {"hub": _cache("HF_HUB_CACHE", "hub"), "datasets": _cache("HF_DATASETS_CACHE", "datasets")},
         "offline": os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"),
@@ -105,6 +107,14 @@ def _linear_ffn() -> str:
     layer = LinearWeights(torch.zeros(64, 64), torch.zeros(64))
     why_not = gated_refusal(layer, layer, layer, activation="silu", dtype=torch.float32)
     return why_not or f"gate, up and down are one call; activations: {', '.join(kernels.cpu.ACTIVATIONS)}"
+
+
+def _neuron_ffn() -> str:
+    """Whether FFNs that skip single neurons (cats, chess, predictor) run as one native call while decoding."""
+    weights = FFNWeights(torch.zeros(64, 64), torch.zeros(64, 64), torch.zeros(64, 64))
+    router = NeuronRouterWeights(scale_F=torch.zeros(64), rule="threshold", knob=0.0)
+    why_not = neurons_refusal(weights, router, activation="silu", dtype=torch.float32)
+    return why_not or f"router 'gate', 'lowrank' or 'oracle' (topk), rule and kept neurons are one call, up to {MOST_TOKENS} tokens"
 
 
 def _missing(packages: tuple[str, ...]) -> str | None:

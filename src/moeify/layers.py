@@ -25,7 +25,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from types import MethodType
-from typing import Any, Literal, NamedTuple, NoReturn, TypeGuard, cast
+from typing import Any, Literal, NamedTuple, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
@@ -37,10 +37,12 @@ from .errors import ConfigError, UnsupportedModelError
 from .kernels import build_plan, cpu_always, moe_ffn, reads_rows
 from .kernels.cpu import RULES as ROUTED_RULES
 from .kernels.cpu import Routed, RouterWeights, is_recorded, routed_refusal, wants_tangents
+from .kernels.cpu_neurons import MOST_TOKENS as NEURON_TOKENS
+from .kernels.cpu_neurons import LowRankWeights, NeuronRouterWeights, RoutedNeurons, neurons_refusal
 from .kernels.linear import IMPLS as LINEAR_IMPLS
 from .kernels.plan import neuron_mask
 from .kernels.routed_op import routed_ffn
-from .routers import NormRouter, Router
+from .routers import GateRouter, LowRankRouter, NormRouter, OracleRouter, Router
 from .select import RULES, Rule
 from .sites import FFNSite, FFNWeights, expert_bounds, has_int8, in_decoder, not_plain_reason, site_weights, store_by_neuron, token_mask_of
 
@@ -67,10 +69,10 @@ class _Call(NamedTuple):
 class _Native(NamedTuple):
     """The native call of one layer, and everything that it was made for."""
 
-    routed: Routed | None
-    """None where the library cannot do it; then the pieces do, and `explain` says why."""
+    routed: Routed | RoutedNeurons | None
+    """None where the library cannot do it; then the pieces do, and `native_refusal` says why."""
     always_numel: float
-    """Elements of x up to which the compiled kernels run whatever is selected, so that router, rule and FFN are one call."""
+    """Elements of x up to which router, rule and FFN are one call; for experts, where the compiled kernels run whatever is selected."""
     rule: Rule
     always_on: tuple[int, ...]
     dtype: torch.dtype
@@ -78,8 +80,8 @@ class _Native(NamedTuple):
     """(parent, name, the module that was there)."""
     modules: tuple[tuple[nn.Module, type], ...]
     """(one whose weights are read, its class)."""
-    tensors: tuple[tuple[nn.Module, str, Tensor | None, int, tuple[int, ...]], ...]
-    """(module, name, the parameter that was there, where its values lay, and its strides)."""
+    tensors: tuple[tuple[nn.Module, str, str, Tensor | None, int, tuple[int, ...]], ...]
+    """(module, its table of parameters or of buffers, name, the tensor that was there, where its values lay, and its strides)."""
 
     def holds(self, moe: "MoEFFN", dtype: torch.dtype) -> bool:
         """Whether nothing of it has changed. Flat loops, for every token of every layer asks, and calls of our own cost as much again."""
@@ -91,8 +93,8 @@ class _Native(NamedTuple):
         for module, kind in self.modules:
             if type(module) is not kind or module._forward_hooks or module._forward_pre_hooks or "_hf_hook" in module.__dict__:
                 return False
-        for module, name, tensor, pointer, strides in self.tensors:
-            now = module._parameters.get(name)
+        for module, table, name, tensor, pointer, strides in self.tensors:
+            now = module.__dict__[table].get(name)
             if now is not tensor or (now is not None and (now.data_ptr() != pointer or now.stride() != strides)):
                 return False
         return True
@@ -294,6 +296,8 @@ class MoEFFN(nn.Module):
                 native = self._native = self._make_native(x.dtype)
         if native is None or native.routed is None:
             return _Call(x, first, self._stand_in(x))
+        if isinstance(native.routed, RoutedNeurons):
+            return _Call(x, first, self._stand_in(x), native.routed if x.numel() <= native.always_numel else None)
         if x.numel() <= native.always_numel or self.impl == "cpu":
             return _Call(x, first, self._stand_in(x), native.routed)
         return _Call(x, first, self._stand_in(x), None, native.routed.select)
@@ -319,45 +323,89 @@ class MoEFFN(nn.Module):
     def _make_native(self, dtype: torch.dtype) -> _Native | None:
         """The native call for the modules and tensors that are there now; None where the router or the rule is not one that it knows."""
         router, rule = self.router, self.rule
-        if not self._is_known(router, rule):
+        if self._unknown(router, rule) is not None:
             return None
-        modules = (*self._leaves.values(), router, router.hidden, router.out)
+        parts = list(router.named_children())
+        modules = (*self._leaves.values(), router, *(child for _, child in parts))
         routed = self._make_routed(dtype)
+        if isinstance(routed, RoutedNeurons):
+            always: float = NEURON_TOKENS
+        else:
+            always = 0 if routed is None else cpu_always(dtype, is_int8=has_int8(self.host, self._local))
         return _Native(
             routed,
-            0 if routed is None else cpu_always(dtype, is_int8=has_int8(self.host, self._local)) * self.site.d_model,
+            always * self.site.d_model,
             *(rule, self.always_on, dtype),
-            places=(*self._places, (self, "router", router), (router, "hidden", router.hidden), (router, "out", router.out)),
+            places=(*self._places, (self, "router", router), *((router, name, child) for name, child in parts)),
             modules=tuple((module, type(module)) for module in modules),
             tensors=tuple(
-                (m, name, p, *((0, ()) if p is None else (p.data_ptr(), p.stride()))) for m in modules for name, p in m._parameters.items()
+                (m, table, name, t, *((0, ()) if t is None else (t.data_ptr(), t.stride())))
+                for m in modules
+                for table in ("_parameters", "_buffers")
+                for name, t in m.__dict__[table].items()
             ),
         )
 
-    def _is_known(self, router: nn.Module, rule: Rule) -> TypeGuard[NormRouter]:
-        """Whether a native call may take the place of router and rule, and read what is in the projections' places."""
-        if type(router) is not NormRouter or rule.name not in ROUTED_RULES or type(rule) is not RULES[rule.name]:
-            return False
+    def _unknown(self, router: nn.Module, rule: Rule) -> str | None:
+        """Why no native call may take the place of router and rule, or read what is in the projections' places; None if one may."""
+        if type(router) not in (NormRouter, GateRouter, LowRankRouter, OracleRouter):
+            return f"no native call knows the router {type(router).__name__}"
+        if isinstance(router, OracleRouter) and router.config.of != "activation":
+            return "no native call knows the true norms of outputs"
+        if type(router) is not NormRouter and self.num_experts != self.site.d_ff:
+            return f"the router {type(router).__name__} has a native call for experts of one neuron alone"
+        if rule.name not in ROUTED_RULES or type(rule) is not RULES[rule.name]:
+            return f"no native call knows the rule {rule}"
         if router._forward_hooks or router._forward_pre_hooks or hasattr(router, "_hf_hook"):
-            return False
-        if not_plain_reason(router.hidden) or not_plain_reason(router.out):
-            return False
-        return self._in_place()  # else something around a projection passes its name on, and cannot be watched
+            return "the router has hooks"
+        for name, child in router.named_children():
+            if reason := not_plain_reason(child):
+                return f"the router's '{name}' {reason}"
+        # else something around a projection passes its name on, and cannot be watched
+        return None if self._in_place() else "other modules stand around a projection"
 
-    def _make_routed(self, dtype: torch.dtype) -> Routed | None:
-        weights, router = self.weights(), self._router_weights()
-        if routed_refusal(weights, router, activation=self.site.activation, dtype=dtype) is not None:
-            return None  # the pieces do it, and `explain` says why
-        return Routed(weights, router, activation=self.site.activation, dtype=dtype)
+    def native_refusal(self, x: Tensor) -> str | None:
+        """Why router, rule and FFN would not be one native call for such an input in eager mode; None if they would. Runs nothing.
+
+        Where they would not, the router, the rule and the kernel that `kernels.explain` names run one by one.
+
+        Args:
+            x: (..., D).
+        """
+        if self.mode == "dense":
+            return "the layer runs dense"
+        if self.selector is not None or self.host.training:
+            return "the layer trains"
+        if not self._is_native(x):
+            return "it is for the CPU, for impl 'auto' or 'cpu', and neither for gradients nor for autocast"
+        if (why_not := self.masked_reason() or self._unknown(self.router, self.rule) or self._routed_refusal(x.dtype)) is not None:
+            return why_not
+        num_tokens = x.numel() // max(1, x.shape[-1])
+        if type(self.router) is not NormRouter:
+            return f"{num_tokens} tokens are more than {NEURON_TOKENS}" if num_tokens > NEURON_TOKENS else None
+        always = cpu_always(x.dtype, is_int8=self.is_int8)
+        return f"{num_tokens} tokens are more than {always}" if num_tokens > always and self.impl == "auto" else None
+
+    def _routed_refusal(self, dtype: torch.dtype) -> str | None:
+        weights, activation = self.weights(), self.site.activation
+        if type(self.router) is NormRouter:
+            return routed_refusal(weights, self._router_weights(), activation=activation, dtype=dtype)
+        return neurons_refusal(weights, self._neuron_weights(), activation=activation, dtype=dtype)
+
+    def _make_routed(self, dtype: torch.dtype) -> Routed | RoutedNeurons | None:
+        if self._routed_refusal(dtype) is not None:
+            return None  # the pieces do it, and `native_refusal` says why
+        if type(self.router) is NormRouter:
+            return Routed(self.weights(), self._router_weights(), activation=self.site.activation, dtype=dtype)
+        return RoutedNeurons(self.weights(), self._neuron_weights(), activation=self.site.activation, dtype=dtype)
 
     def _operator(self, dtype: torch.dtype) -> Callable[[Tensor], tuple[Tensor, Tensor]] | None:
         """The native call as an operator; None where there is none."""
-        if not self._is_known(self.router, self.rule):
+        if type(self.router) is not NormRouter or self._unknown(self.router, self.rule) is not None:
+            return None  # of single neurons there is none: graphs hold the pieces
+        if self._routed_refusal(dtype) is not None:
             return None
-        weights, router, activation = self.weights(), self._router_weights(), self.site.activation
-        if routed_refusal(weights, router, activation=activation, dtype=dtype) is not None:
-            return None
-        return partial(routed_ffn, weights=weights, router=router, activation=activation, impl=self.impl)
+        return partial(routed_ffn, weights=self.weights(), router=self._router_weights(), activation=self.site.activation, impl=self.impl)
 
     def _router_weights(self) -> RouterWeights:
         router = cast(NormRouter, self.router)
@@ -371,6 +419,22 @@ class MoEFFN(nn.Module):
             knob=self.rule.value,
             always_on=self.always_on,
         )
+
+    def _neuron_weights(self) -> NeuronRouterWeights:
+        router = cast(GateRouter | LowRankRouter | OracleRouter, self.router)
+        low_rank, scale_F = None, None if isinstance(router, OracleRouter) else router.scale_F
+        if isinstance(router, LowRankRouter):
+            gate = router.gate
+            low_rank = LowRankWeights(
+                project_RD=router.project.weight.detach(),
+                up_FR=router.up.weight.detach(),
+                up_bias_F=router.up.bias.detach(),
+                up_std_F=router.up_std_F,
+                gate_FR=None if gate is None else gate.weight.detach(),
+                gate_bias_F=None if gate is None else gate.bias.detach(),
+                gate_std_F=router.gate_std_F,
+            )
+        return NeuronRouterWeights(scale_F=scale_F, rule=self.rule.name, knob=self.rule.value, low_rank=low_rank, always_on=self.always_on)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "MoEFFN":
         self._native = None  # it would keep the weights from before the move or cast in memory

@@ -293,7 +293,8 @@ class GateRouter(Router):
 
     @property
     def flops_per_token(self) -> int:
-        """The whole gate projection. The experts that run compute their rows of it again, and are counted in full: it is what happens."""
+        """The whole gate projection. The experts that run are counted in full, their rows of it again: so it happens, but for few tokens
+        on the CPU (`kernels.cpu_neurons`)."""
         return 2 * self._site.d_model * self._site.d_ff
 
     @property

@@ -26,7 +26,7 @@ from ..sites.site import FFNWeights
 
 T = TypeVar("T")
 
-_ABI = 6
+_ABI = 7
 ISAS = ("portable", "avx2", "avx512", "avx512_bf16", "amx_bf16")
 """Instruction sets of the library, each better than those before; the index is what the library calls it."""
 ACTIVATIONS = ("relu", "silu", "gelu", "gelu_tanh", "quick_gelu", "relu2")
@@ -438,6 +438,7 @@ def _library() -> Any:
     pointer, i64, i32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
     library.moeify_ffn_run.argtypes = [pointer, pointer, i64, pointer, i64, pointer, i64, i32, i32]
     library.moeify_routed_run.argtypes = [pointer, pointer, pointer, i64, i64, pointer, pointer, i64, i32, i32]
+    library.moeify_neurons_run.argtypes = [pointer, pointer, pointer, i64, i64, pointer, pointer, i64, i32, i32]
     for function in (library.moeify_linear_run, library.moeify_gated_run):
         function.argtypes = [pointer, pointer, i64, i64, pointer, i64, i32, i32]
     library.moeify_mask_run.argtypes = [pointer, pointer, i64, i64, i32, pointer, i32, i32]
