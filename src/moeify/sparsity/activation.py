@@ -360,7 +360,7 @@ def mark(model: nn.Module) -> None:
         cast(Any, config).quantization_config = {"quant_method": "moeify", "schema": 1, "sites": []}  # a manifest without a site
     elif quantization is not None and not hasattr(config, RECORD):
         data = quantization if isinstance(quantization, Mapping) else quantization.to_dict()
-        if data.get("quant_method") == "moeify" and not data["sites"] and not data.get("channels"):
+        if data.get("quant_method") == "moeify" and not (data["sites"] or data.get("channels") or data.get("projections")):
             del cast(Any, config).quantization_config
 
 
