@@ -67,6 +67,7 @@ from .sites import ProjectionMLP as ProjectionMLP
 from .sites import ProjectionRecord as ProjectionRecord
 from .sites import find_ffn_sites as find_ffn_sites
 from .sites import find_linear_sites as find_linear_sites
+from .sites import find_projections as find_projections
 from .sparsity import ActivationConfig as ActivationConfig
 from .sparsity import ActivationProfile as ActivationProfile
 from .sparsity import EnforcementConfig as EnforcementConfig

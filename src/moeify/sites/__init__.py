@@ -1,5 +1,6 @@
 """Where the dense FFNs of a model are, and what they compute."""
 
+from .attention import find_projections as find_projections
 from .discover import Discovery as Discovery
 from .discover import Refusal as Refusal
 from .discover import discover as discover
@@ -19,6 +20,7 @@ from .policy import check_patterns as check_patterns
 from .policy import check_policy as check_policy
 from .policy import matching_key as matching_key
 from .policy import options_for as options_for
+from .projection import Attention as Attention
 from .projection import FusedProjection as FusedProjection
 from .projection import ProjectionMLP as ProjectionMLP
 from .projection import ProjectionPart as ProjectionPart

@@ -377,6 +377,9 @@ def check_replaceable(model: nn.Module, name: str) -> nn.Module:
         reason = "has int8 weights"
     if reason is not None:
         raise UnsupportedModelError(f"'{name}' {reason}; it cannot be replaced.")
+    shared = [path for path, m in model.named_modules() if m is not layer and any(p is layer.weight for p in m._parameters.values())]
+    if shared:
+        raise UnsupportedModelError(f"'{name}' shares its weight with '{shared[0]}'; it cannot be replaced.")
     places = [path for path, module in model.named_modules(remove_duplicate=False) if module is layer]
     parents = {id(model.get_submodule(path.rpartition(".")[0])) for path in places}
     if len(parents) > 1:
