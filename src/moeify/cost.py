@@ -52,7 +52,7 @@ class FFNCost:
     is_moe: bool = False
     """Whether the active fraction applies."""
     is_projection: bool = False
-    """Whether it stands in the place of a linear layer (`moeify.sites.ProjectionMLP`)."""
+    """Whether it stands in the place of a linear layer (`moeify.sites.ProjectionMLP`); it counts as an FFN everywhere."""
 
     def flops(self, active_fraction: float) -> float:
         """Router and active experts. Linear in the neurons that run: biases are not counted, so an expert is its share of the dense FFN."""
@@ -66,7 +66,7 @@ class ChannelCost:
     dense_flops: float
     """All channels, all calls."""
     part: str
-    """What it is a part of: "ffn", "projection" (one that was replaced by an MLP), or a key of `CostBreakdown.lines`."""
+    """What it is a part of: "ffn", or a key of `CostBreakdown.lines`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +80,7 @@ class CostBreakdown:
     ffns: Mapping[str, FFNCost]
     """By site name."""
     attention_proj_flops: float
-    """Query, key, value and output projections, but for those that were replaced by MLPs: they are among ``ffns``."""
+    """Query, key, value and output projections, but for those that were replaced by MLPs and are among ``ffns``."""
     attention_score_flops: float
     """Query times key, and probabilities times value."""
     head_flops: float
@@ -108,7 +108,11 @@ class CostBreakdown:
 
     def ffn_flops(self, active: Active) -> float:
         """Routers, active experts and kept channels of all FFN sites, of the whole forward; an FFN that was not converted counts dense."""
-        return sum(ffn.flops(_fraction_of(active, name)) for name, ffn in self.ffns.items()) - self._skipped(active, "ffn", "projection")
+        return sum(ffn.flops(_fraction_of(active, name)) for name, ffn in self.ffns.items()) - self._skipped(active, "ffn")
+
+    def projection_flops(self, active: Active) -> float:
+        """Of `ffn_flops`, what the MLPs in the places of linear layers cost: their routers and active experts."""
+        return sum(ffn.flops(_fraction_of(active, name)) for name, ffn in self.ffns.items() if ffn.is_projection)
 
     def ffn_flops_fraction(self, active: Active) -> float:
         """(experts + routers + kept channels) / dense FFNs; above 1 where the routers cost more than the idle experts save.
@@ -129,23 +133,16 @@ class CostBreakdown:
         return (self.ffn_flops(active) + sum(self._rest(active).values())) / self.tokens
 
     def lines(self, active: Active = 1.0) -> dict[str, float]:
-        """FLOPs per token by part, in the order to print them; all but ``ffn_dense``, given for comparison, add up to `flops_per_token`.
-
-        Replaced projections are in ``attention_proj`` with all that runs of them, their routers included, and in none of the FFNs' lines.
-        """
-        ffns = {name: ffn for name, ffn in self.ffns.items() if not ffn.is_projection}
-        replaced = {name: ffn for name, ffn in self.ffns.items() if ffn.is_projection}
-        unconverted = sum(ffn.dense_flops for ffn in ffns.values() if not ffn.is_moe) - self._skipped(active, "ffn")
-        router = sum(ffn.router_flops for ffn in ffns.values())
+        """FLOPs per token by part, in the order to print them; all but ``ffn_dense``, given for comparison, add up to `flops_per_token`."""
+        unconverted = sum(ffn.dense_flops for ffn in self.ffns.values() if not ffn.is_moe) - self._skipped(active, "ffn")
+        router = sum(ffn.router_flops for ffn in self.ffns.values())
         parts = {
-            "ffn_dense": sum(ffn.dense_flops for ffn in ffns.values()),
+            "ffn_dense": self.dense_ffn_flops,
             "ffn_unconverted": unconverted,
-            "experts": sum(ffn.flops(_fraction_of(active, name)) for name, ffn in ffns.items() if ffn.is_moe) - router,
+            "experts": self.ffn_flops(active) - router - unconverted,
             "router": router,
             **self._rest(active),
         }
-        projections = sum(ffn.flops(_fraction_of(active, name)) for name, ffn in replaced.items())
-        parts["attention_proj"] += projections - self._skipped(active, "projection")
         return {name: flops / self.tokens for name, flops in parts.items()}
 
     def at_context(self, context: int) -> "CostBreakdown":
@@ -166,9 +163,9 @@ class CostBreakdown:
         }
         return {part: flops - self._skipped(active, part) for part, flops in dense.items()}
 
-    def _skipped(self, active: Active, *parts: str) -> float:
-        """Of some parts, what belongs to skipped channels."""
-        return sum(c.dense_flops * (1 - _fraction_of(active, name)) for name, c in self.channels.items() if c.part in parts)
+    def _skipped(self, active: Active, part: str) -> float:
+        """Of a part, what belongs to skipped channels."""
+        return sum(c.dense_flops * (1 - _fraction_of(active, name)) for name, c in self.channels.items() if c.part == part)
 
 
 @torch.no_grad()
@@ -239,7 +236,7 @@ def _book(
 ) -> tuple[dict[str, int], dict[str, int], dict[str, ChannelCost]]:
     """FLOPs of each FFN site by its name, of everything else by part, and once more of the linear layers in ``channels``."""
     owner = {path: site.name for site in sites for path in (*site.first, site.down)}
-    replaced = projection_mlps(model)
+    replaced = projection_mlps(model)  # inside of attention: where they lie says nothing of where the FFN does
     attention = _attention_roots(counter.attention, [path for path, name in owner.items() if name not in replaced])
     heads = _head_paths(model)
     ffn = dict.fromkeys(owner.values(), 0)
@@ -260,7 +257,7 @@ def _book(
             parts[part] += flops
         if path in names:
             before = linears[path].dense_flops if path in linears else 0.0
-            linears[path] = ChannelCost(dense_flops=before + flops, part="projection" if owner.get(path) in replaced else part)
+            linears[path] = ChannelCost(dense_flops=before + flops, part=part)
     return ffn, parts, linears
 
 
