@@ -7,7 +7,9 @@ python scripts/families.py --check   # fail if the file is not what would be wri
 import argparse
 import re
 import sys
+import warnings
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:1] = [str(ROOT / "src"), str(ROOT / "tests")]  # not this folder: the file has the name of the tests' package
@@ -15,7 +17,8 @@ sys.path[:1] = [str(ROOT / "src"), str(ROOT / "tests")]  # not this folder: the 
 from families.models import FAMILIES, REFUSED, SUPPORTED, build  # noqa: E402
 from torch import nn  # noqa: E402
 
-from moeify.sites import Discovery, FFNSite, discover, site_weights  # noqa: E402
+from moeify.errors import UnsupportedModelError  # noqa: E402
+from moeify.sites import Discovery, FFNSite, ProjectionRecord, discover, find_projections, site_weights  # noqa: E402
 
 PAGE = ROOT / "docs" / "families.md"
 COMMAND = "python scripts/families.py"
@@ -50,6 +53,7 @@ def main() -> int:
 
 def render() -> str:
     supported, partly, refused = [], [], []
+    separate, fused, untold = [], [], []
     for family_id in (*SUPPORTED, *REFUSED):
         family = FAMILIES[family_id]
         model, inputs = build(family_id)
@@ -62,6 +66,13 @@ def render() -> str:
             partly.append(f"{head}| {why} |")
         elif not found.sites:
             refused.append(f"{head}| {why} |")
+        try:
+            records = projections(model, inputs)
+        except UnsupportedModelError as error:
+            untold.append(f"{head}| {stack(str(error).split('; ')[0].rstrip('.'))} |")
+        else:
+            separate += [family_id] * all(not record.parts for record in records)
+            fused += [f"{head}| {'<br>'.join(rows)} |" for rows in [fused_layouts(records)] if rows]
     return "\n".join(
         [
             HEAD,
@@ -76,9 +87,36 @@ def render() -> str:
             f"\n## Refused: {len(refused)}\n",
             "| family | kind | what and why |\n| --- | --- | --- |",
             *refused,
+            f"\n## Attention projections: {len(separate) + len(fused)}\n",
+            "Families whose q, k, v and o `find_projections` tells by data flow, to be replaced by MLPs; each layer its own module in:\n",
+            ", ".join(separate) + ".\n",
+            "Several of them in one layer:\n",
+            "| family | kind | layer, and what its outputs are |\n| --- | --- | --- |",
+            *fused,
+            "\nNot told, so that layers must be named by pattern:\n",
+            "| family | kind | why |\n| --- | --- | --- |",
+            *untold,
             "",
         ]
     )
+
+
+def projections(model: nn.Module, inputs: dict[str, Any]) -> list[ProjectionRecord]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "the attention in .* is left as it is")  # pooling heads, which stand among the refused
+        return find_projections(model, inputs, attention=("q", "k", "v", "o"))
+
+
+def fused_layouts(records: list[ProjectionRecord]) -> list[str]:
+    rows = []
+    for record in records:
+        if record.parts:
+            per_head = any(len(part.rows) > 1 or part.rows[0][3] > 1 for part in record.parts)
+            names = ", ".join(part.name for part in sorted(record.parts, key=lambda part: part.rows[0][0]))
+            widths = {part.d_out for part in record.parts}
+            layout = "of each head" if per_head else "in blocks"
+            rows.append(f"`{stack(record.name)}`: {names} {layout}{', k and v narrow' if len(widths) > 1 else ''}")
+    return list(dict.fromkeys(rows))
 
 
 def layouts(model: nn.Module, sites: tuple[FFNSite, ...]) -> str:

@@ -3,17 +3,17 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from moeify.convert import ConvertConfig, convert
+from moeify.convert import ConvertConfig, convert, replace_projections
 from moeify.routers import NormRouterConfig
 from moeify.select import DynKMax, Rule
-from moeify.sites import find_ffn_sites
+from moeify.sites import ProjectionRecord, find_ffn_sites, projection_width
 
 VOCAB = 257  # the bytes, and the end of text
 
@@ -66,6 +66,26 @@ def convert_tiny(model: LlamaForCausalLM, *, rule: Rule | None = None) -> LlamaF
     """Convert in place: experts of 8, untrained norm routers of width 4; every expert runs unless ``rule`` says otherwise."""
     config = ConvertConfig(expert_size=8, router=NormRouterConfig(width=4), rule=rule or DynKMax(tau=0.0))
     convert(model, config, sites=find_ffn_sites(model, tiny_inputs()))
+    return model
+
+
+def projection_records(model: LlamaForCausalLM) -> list[ProjectionRecord]:
+    """q, k, v and o of both layers; k and v are narrow."""
+    roles: tuple[Literal["q", "k", "v", "o"], ...] = ("q", "k", "v", "o")
+    found = []
+    for layer in range(2):
+        for role in roles:
+            name = f"model.layers.{layer}.self_attn.{role}_proj"
+            d_out, d_in = model.get_submodule(name).weight.shape
+            width = projection_width(d_in, d_out)
+            found.append(ProjectionRecord(name=name, role=role, d_in=d_in, d_out=d_out, width=width, bias=False))
+    return found
+
+
+def replaced_llama(*, seed: int = 0) -> LlamaForCausalLM:
+    """All attention projections are MLPs with random weights."""
+    model = tiny_llama()
+    replace_projections(model, projection_records(model), None, seed=seed)
     return model
 
 

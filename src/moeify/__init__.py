@@ -13,6 +13,7 @@ from .convert import Manifest as Manifest
 from .convert import convert as convert
 from .convert import manifest_of as manifest_of
 from .convert import rebuild as rebuild
+from .convert import replace_projections as replace_projections
 from .convert import stamp as stamp
 from .convert import to_dense as to_dense
 from .cost import roofline_s as roofline_s
@@ -38,6 +39,7 @@ from .hf.checkpoint import save_checkpoint as save_checkpoint
 from .hf.inputs import example_inputs as example_inputs
 from .kernels import moe_ffn as moe_ffn
 from .layers import MoEFFN as MoEFFN
+from .layers import MoEProjection as MoEProjection
 from .layers import moe_layers as moe_layers
 from .layers import record_active as record_active
 from .layers import set_impl as set_impl
@@ -61,8 +63,11 @@ from .select import Threshold as Threshold
 from .select import TopK as TopK
 from .sites import FFNSite as FFNSite
 from .sites import LinearSite as LinearSite
+from .sites import ProjectionMLP as ProjectionMLP
+from .sites import ProjectionRecord as ProjectionRecord
 from .sites import find_ffn_sites as find_ffn_sites
 from .sites import find_linear_sites as find_linear_sites
+from .sites import find_projections as find_projections
 from .sparsity import ActivationConfig as ActivationConfig
 from .sparsity import ActivationProfile as ActivationProfile
 from .sparsity import EnforcementConfig as EnforcementConfig

@@ -18,26 +18,37 @@ from . import _config
 from ._random import seeded
 from .channels import CHILD, SparseInput, attach_channels, detach_channels, sparse_inputs
 from .errors import CheckpointError, ConfigError, UnsupportedModelError
-from .layers import MoEFFN, attach, detach, moe_layers
+from .layers import MoEFFN, MoEProjection, attach, detach, moe_layers
 from .routers import NormRouterConfig, RouterConfig, build_router, check_router
 from .select import RuleConfig, Threshold
 from .sites import (
     FFNSite,
+    FusedProjection,
     Int8Linear,
     LinearSite,
+    ProjectionMLP,
+    ProjectionRecord,
     check_patterns,
     check_policy,
+    check_replaceable,
     dequantize_site,
     has_int8,
+    keep_rows,
+    linear_sizes,
     linear_weight,
+    load_tensors,
+    matching_key,
     options_for,
     permute_neurons,
     quantize_linear,
     quantize_site,
+    record_of,
+    replaced_projections,
+    replacement_of,
     site_weights,
     to_float,
 )
-from .sparsity.activation import mark
+from .sparsity.activation import mark, put_module
 from .split import BalancedKMeans, Coactivation, ContiguousSplit, ExpertSplit, SplitConfig, parameter_features, split_neurons
 
 SCHEMA = 1
@@ -52,6 +63,11 @@ class ConvertConfig:
     """Neurons per expert (G); where it does not divide the FFN's width, sizes differ by one and none is larger."""
     router: RouterConfig = field(default_factory=NormRouterConfig)
     """Router that predicts which experts matter."""
+    projection_expert_size: int = field(default=8, metadata=_config.LATER)
+    """Neurons per expert in a replaced projection, which has far fewer of them than an FFN."""
+    projection_router: RouterConfig = field(default_factory=lambda: NormRouterConfig(width=16), metadata=_config.LATER)
+    """Router of a replaced projection. Its width decides what may be saved: of a 768 x 768 layer in experts of 8, a router of width 128
+    costs 18 %, of width 16 2 %."""
     split: SplitConfig | None = None
     """How neurons are grouped into experts; none means co-activation where activations are at hand, else k-means of the weights."""
     rule: RuleConfig = field(default_factory=lambda: Threshold(theta=0.0))
@@ -67,6 +83,8 @@ class ConvertConfig:
     def __post_init__(self) -> None:
         if self.expert_size < 1:
             raise ConfigError(f"expert_size must be at least 1, got {self.expert_size}.")
+        if self.projection_expert_size < 1:
+            raise ConfigError(f"projection_expert_size must be at least 1, got {self.projection_expert_size}.")
         if self.always_on < 0:
             raise ConfigError(f"always_on must be at least 0, got {self.always_on}.")
         check_patterns(self.policy)
@@ -76,13 +94,22 @@ class ConvertConfig:
         method = self.split or default
         return method if isinstance(method, ContiguousSplit) else replace(method, seed=method.seed + self.seed)
 
-    def for_site(self, name: str) -> "ConvertConfig | None":
+    def for_site(self, name: str, *, is_projection: bool = False) -> "ConvertConfig | None":
         """The options at one site, the policy applied; None where it stays dense.
+
+        At a replaced projection ``expert_size`` and ``router`` are those of projections, but where the policy's entry names them.
 
         Raises:
             ConfigError: a policy entry has an unknown option.
         """
-        return options_for(self, self.policy, name)
+        options = options_for(self, self.policy, name)
+        if options is None or not is_projection:
+            return options
+        key = matching_key(self.policy, name)
+        named = (self.policy[key] if key else None) or {}
+        if "expert_size" not in named:
+            options = replace(options, expert_size=options.projection_expert_size)
+        return options if "router" in named else replace(options, router=options.projection_router)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,6 +161,8 @@ class Manifest:
     """Converted FFNs in module order."""
     channels: tuple[ChannelRecord, ...] = field(default=(), metadata=_config.LATER)
     """Linear layers that skip input channels, in module order."""
+    projections: tuple[ProjectionRecord, ...] = field(default=(), metadata=_config.LATER)
+    """Linear layers that were replaced by MLPs, in module order; then no equal dense checkpoint exists (decision D2)."""
 
     @property
     def has_int8(self) -> bool:
@@ -181,7 +210,7 @@ def plan_conversion(model: nn.Module, sites: Sequence[FFNSite], config: ConvertC
     check_policy(config.policy, sites)
     plan = []
     for site in sites:
-        options = config.for_site(site.name)
+        options = config.for_site(site.name, is_projection=isinstance(model.get_submodule(site.name), ProjectionMLP))
         if options is None:
             continue
         if options.expert_size > site.d_ff:
@@ -227,7 +256,8 @@ def apply_site(model: nn.Module, record: SiteRecord, *, order_F: Tensor | None, 
             router.load_state_dict(dict(router_state))
         except RuntimeError as error:
             raise CheckpointError(f"'{record.site.name}': router tensors do not fit: {error}") from error
-    moe = MoEFFN(record.site, num_experts=record.num_experts, router=router, rule=record.rule, always_on=record.always_on)
+    kind = MoEProjection if isinstance(model.get_submodule(record.site.name), ProjectionMLP) else MoEFFN
+    moe = kind(record.site, num_experts=record.num_experts, router=router, rule=record.rule, always_on=record.always_on)
     moe.to(_device_of(model, record.site))
     attach(model, moe)
     return moe
@@ -284,13 +314,85 @@ def convert(
     return stamp(model)
 
 
-def rebuild(model: nn.Module, manifest: Manifest) -> None:
-    """Attach executors to a dense skeleton, on any device, meta included; weights are in order already, routers and int8 weights are loaded
-    by the caller.
+def replace_projections(
+    model: nn.Module,
+    records: Sequence[ProjectionRecord],
+    tensors: Mapping[str, Mapping[str, Tensor]] | None,
+    *,
+    seed: int = 0,
+) -> None:
+    """Put an MLP in the place of each named linear layer, in place; parts of fused layers that are kept get the original's rows.
+
+    The model computes something else afterwards, unless the MLPs were fitted. Its manifest is written into ``model.config``.
+
+    Args:
+        model: dense model, on any device, meta included; every replacement is made with the layer's dtype, on its device.
+        records: which layers, from `find_projections`; with them the sizes.
+        tensors: weights of each replacement by the layer's name: ``up.weight``, ``up.bias``, ``down.weight``, ``down.bias``, in a fused
+            layer with the part's name in front (``q.up.weight``). None draws all as `nn.Linear` does, from ``seed``.
+        seed: of those draws; random numbers of others go on as they were.
 
     Raises:
-        CheckpointError: a site of the manifest is not in the model, or has other shapes.
+        CheckpointError: a layer has other sizes than its record, or ``tensors`` do not fit. Nothing has been changed then.
+        UnsupportedModelError: a layer is replaced, converted or thinned already, int8, or no plain linear layer.
     """
+    _put_projections(model, records, tensors, seed=seed)
+    stamp(model)
+
+
+def _put_projections(
+    model: nn.Module, records: Sequence[ProjectionRecord], tensors: Mapping[str, Mapping[str, Tensor]] | None, *, seed: int
+) -> None:
+    if unknown := set(tensors or {}) - {record.name for record in records}:
+        raise CheckpointError(f"tensors name '{min(unknown)}', which is not among the projections to replace.")
+    ready = []
+    for i, record in enumerate(records):
+        layer = check_replaceable(model, record.name)
+        if (found := linear_sizes(layer)) != (record.d_in, record.d_out, record.bias):
+            raise CheckpointError(
+                f"the record of '{record.name}' has (inputs, outputs, bias) = {(record.d_in, record.d_out, record.bias)}, "
+                f"the layer {found}."
+            )
+        weight = cast(nn.Parameter, layer.weight)
+        with seeded(seed + i, weight.device):
+            module = replacement_of(record, device=weight.device, dtype=weight.dtype)
+        if tensors is not None:
+            if record.name not in tensors:
+                raise CheckpointError(f"tensors lack '{record.name}', which is to be replaced.")
+            load_tensors(record.name, module, tensors[record.name])
+        ready.append((record.name, module, layer))
+    if len({name for name, _, _ in ready}) < len(ready):
+        raise CheckpointError("a layer is named twice among the projections to replace.")
+    for name, module, layer in ready:
+        if isinstance(module, FusedProjection):
+            keep_rows(module, layer)
+        put_module(model, name, module.train(layer.training))
+
+
+def rebuild_projections(model: nn.Module, manifest: Manifest) -> None:
+    """The first half of `rebuild`: replaced layers only. What is replaced as the manifest says is left alone.
+
+    Raises:
+        CheckpointError: a layer is not in the model, or has other sizes.
+    """
+    there = replaced_projections(model)
+    for record in manifest.projections:
+        if record.name in there and (found := record_of(record.name, there[record.name])) != record:
+            raise CheckpointError(f"'{record.name}' is replaced already, and differently: {found}.")
+    try:
+        _put_projections(model, [r for r in manifest.projections if r.name not in there], None, seed=0)
+    except UnsupportedModelError as error:
+        raise CheckpointError(f"the manifest's projections do not fit this {type(model).__name__}: {error}") from error
+
+
+def rebuild(model: nn.Module, manifest: Manifest) -> None:
+    """Replace linear layers and attach executors to a dense skeleton, on any device, meta included; weights are in order already; the
+    replacements' weights, routers and int8 weights are loaded by the caller.
+
+    Raises:
+        CheckpointError: a site or layer of the manifest is not in the model, or has other shapes.
+    """
+    rebuild_projections(model, manifest)
     for record in manifest.sites:
         site = record.site
         try:
@@ -378,6 +480,8 @@ def _fingerprint(weight_NK: Tensor) -> tuple[float, float]:
 def to_dense(model: nn.Module) -> None:
     """Remove every executor and router, in place; the model is dense again and equal (its neurons stay permuted).
 
+    Replaced linear layers stay replaced, and the manifest names them: their originals are gone.
+
     Int8 weights become floating ones of the model's dtype: the numbers that they stood for, not those from before they were quantised.
     """
     sites = [moe.site for moe in moe_layers(model).values()]
@@ -394,7 +498,9 @@ def to_dense(model: nn.Module) -> None:
         to_float(linear, dtype=dtype)
     if (int8 or int8_linears) and hasattr(model, "is_quantized"):
         cast(Any, model).is_quantized = False
-    if getattr(getattr(model, "config", None), "quantization_config", None) is not None:
+    if replaced_projections(model):
+        stamp(model)
+    elif getattr(getattr(model, "config", None), "quantization_config", None) is not None:
         del cast(Any, model).config.quantization_config
         mark(model)
 
@@ -403,10 +509,10 @@ def manifest_of(model: nn.Module) -> Manifest:
     """The manifest of a converted model as it is now, rules included.
 
     Raises:
-        UnsupportedModelError: the model has no MoE layer and none that skips channels.
+        UnsupportedModelError: the model has no MoE layer, none that skips channels and none that was replaced.
     """
-    layers, inputs = moe_layers(model), sparse_inputs(model)
-    if not layers and not inputs:
+    layers, inputs, replaced = moe_layers(model), sparse_inputs(model), replaced_projections(model)
+    if not layers and not inputs and not replaced:
         raise UnsupportedModelError(f"this {type(model).__name__} is dense; convert it first.")
     return Manifest(
         sites=tuple(
@@ -422,6 +528,7 @@ def manifest_of(model: nn.Module) -> Manifest:
             for m in layers.values()
         ),
         channels=tuple(_channel_record(model, m) for m in inputs.values()),
+        projections=tuple(record_of(name, module) for name, module in replaced.items()),
     )
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .sites import FFNSite
+from .sites import FFNSite, projection_mlps
 
 Active = float | Mapping[str, float]
 """Active fraction in [0, 1]: one for all MoE layers and all linear layers that skip channels, or by name (a layer that is not named runs
@@ -51,6 +51,8 @@ class FFNCost:
     """Router, all calls; 0 for an FFN that was not converted."""
     is_moe: bool = False
     """Whether the active fraction applies."""
+    is_projection: bool = False
+    """Whether it stands in the place of a linear layer (`moeify.sites.ProjectionMLP`); it counts as an FFN everywhere."""
 
     def flops(self, active_fraction: float) -> float:
         """Router and active experts. Linear in the neurons that run: biases are not counted, so an expert is its share of the dense FFN."""
@@ -78,7 +80,7 @@ class CostBreakdown:
     ffns: Mapping[str, FFNCost]
     """By site name."""
     attention_proj_flops: float
-    """Query, key, value and output projections."""
+    """Query, key, value and output projections, but for those that were replaced by MLPs and are among ``ffns``."""
     attention_score_flops: float
     """Query times key, and probabilities times value."""
     head_flops: float
@@ -107,6 +109,10 @@ class CostBreakdown:
     def ffn_flops(self, active: Active) -> float:
         """Routers, active experts and kept channels of all FFN sites, of the whole forward; an FFN that was not converted counts dense."""
         return sum(ffn.flops(_fraction_of(active, name)) for name, ffn in self.ffns.items()) - self._skipped(active, "ffn")
+
+    def projection_flops(self, active: Active) -> float:
+        """Of `ffn_flops`, what the MLPs in the places of linear layers cost: their routers and active experts."""
+        return sum(ffn.flops(_fraction_of(active, name)) for name, ffn in self.ffns.items() if ffn.is_projection)
 
     def ffn_flops_fraction(self, active: Active) -> float:
         """(experts + routers + kept channels) / dense FFNs; above 1 where the routers cost more than the idle experts save.
@@ -209,11 +215,14 @@ def estimate_flops(
 
     rows = {name: ffn[name] / site_flops_per_token(site) for name, site in by_name.items()}
     router = {name: rows[name] * cost.router_flops for name, cost in moe.items()}
+    replaced = projection_mlps(model)
     ids, most_rows = inputs.get("input_ids"), int(max(rows.values(), default=1))
     return CostBreakdown(
         tokens=ids.numel() if isinstance(ids, Tensor) else most_rows,
         context=ids.shape[-1] if isinstance(ids, Tensor) else max(1, most_rows // _batch_size(inputs)),
-        ffns={n: FFNCost(dense_flops=ffn[n], router_flops=router.get(n, 0.0), is_moe=n in moe) for n in by_name},
+        ffns={
+            n: FFNCost(dense_flops=ffn[n], router_flops=router.get(n, 0.0), is_moe=n in moe, is_projection=n in replaced) for n in by_name
+        },
         attention_proj_flops=parts["attention_proj"],
         attention_score_flops=parts["attention_scores"],
         head_flops=parts["head"],
@@ -227,7 +236,9 @@ def _book(
 ) -> tuple[dict[str, int], dict[str, int], dict[str, ChannelCost]]:
     """FLOPs of each FFN site by its name, of everything else by part, and once more of the linear layers in ``channels``."""
     owner = {path: site.name for site in sites for path in (*site.first, site.down)}
-    attention, heads = _attention_roots(counter.attention, owner), _head_paths(model)
+    replaced = projection_mlps(model)  # inside of attention: where they lie says nothing of where the FFN does
+    attention = _attention_roots(counter.attention, [path for path, name in owner.items() if name not in replaced])
+    heads = _head_paths(model)
     ffn = dict.fromkeys(owner.values(), 0)
     parts = dict.fromkeys(("attention_proj", "attention_scores", "head", "other"), 0)
     names, linears = set(channels), dict[str, ChannelCost]()

@@ -512,6 +512,15 @@ class MoEFFN(nn.Module):
         return None if self.mode == "dense" else (self._masked(args[0], self._end().x), *args[1:])
 
 
+class MoEProjection(MoEFFN):
+    """Executes the MLP in the place of a linear layer (`moeify.sites.ProjectionMLP`) as a mixture of experts, or leaves it dense.
+
+    A `MoEFFN` in all it does, and wherever one is asked for; the class says of which kind a layer is.
+
+    Source: Szatkowski et al. 2024, arXiv:2310.04361, section 3.4.
+    """
+
+
 class ActiveRecorder:
     """Counts executed (token, expert) pairs of each MoE layer; on the device, no host sync until asked.
 

@@ -1,6 +1,6 @@
 """A converted checkpoint without this library: plain transformers loads it as the equal dense model and warns about what it left out.
 
-With int8 weights there is no equal dense model: nothing loads.
+With int8 weights, or linear layers replaced by MLPs, there is no equal dense model: nothing loads.
 """
 
 import json
@@ -13,11 +13,11 @@ import torch
 from families.models import build
 from safetensors.torch import save_file
 
-from moeify.convert import ConvertConfig, convert
+from moeify.convert import ConvertConfig, convert, replace_projections
 from moeify.quantize import quantize
 from moeify.routers import NormRouterConfig
 from moeify.select import TopK
-from moeify.sites import find_ffn_sites
+from moeify.sites import find_ffn_sites, find_projections
 
 MODELS = {
     "llama": lambda: (tiny.tiny_llama(), tiny.tiny_inputs()),  # GLU in an MLP of its own
@@ -79,7 +79,7 @@ def test_converted_checkpoint_without_moeify_only_warns(loaded_elsewhere):
     assert "moe.router" in loaded_elsewhere[1], "it names what it left out"
 
 
-INT8_SCRIPT = """
+REFUSED_SCRIPT = """
 import json, sys
 sys.modules["moeify"] = None
 import transformers
@@ -104,10 +104,32 @@ def test_int8_checkpoints_without_moeify_are_refused_by_every_family(tmp_path):
         quantize(model)
         model.save_pretrained(tmp_path / name)
         saved[name] = (str(tmp_path / name), type(model).__name__)
-    done = subprocess.run([sys.executable, "-c", INT8_SCRIPT, json.dumps(saved)], capture_output=True, text=True, timeout=240, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", REFUSED_SCRIPT, json.dumps(saved)], capture_output=True, text=True, timeout=240, check=False
+    )
     assert done.returncode == 0, done.stderr
     errors = json.loads(done.stdout)
     assert errors.keys() == saved.keys(), "the others loaded, as something that nobody trained"
     assert all("mismatch" in error for error in errors.values())
     assert "Unknown quantization type, got moeify" in done.stderr
     assert "up_proj.weight" in done.stderr, "it names what does not fit"
+
+
+def test_checkpoints_with_replaced_layers_are_refused_by_every_family(tmp_path):
+    saved, first = {}, {"llama": "q_proj", "bert": "query", "vit": "query", "gpt2": "c_attn"}
+    for name, make in MODELS.items():
+        for attention in (("q", "k", "v", "o"), ("v",)):
+            model, inputs = make()
+            replace_projections(model, find_projections(model, inputs, attention=attention), None)
+            if len(attention) == 1:  # a converted one has routers besides
+                convert(model, ConvertConfig(), sites=find_ffn_sites(model, inputs))
+            key = f"{name} {len(attention)}"
+            model.save_pretrained(tmp_path / key)
+            saved[key] = (str(tmp_path / key), type(model).__name__)
+    script = [sys.executable, "-c", REFUSED_SCRIPT, json.dumps(saved)]
+    done = subprocess.run(script, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    errors = json.loads(done.stdout)
+    assert errors.keys() == saved.keys(), "the others loaded, with layers that nobody trained"
+    assert all("mismatch" in error for error in errors.values())
+    assert all(layer in done.stderr for layer in first.values()), "it names what does not fit"

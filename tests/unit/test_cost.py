@@ -3,10 +3,12 @@
 import pytest
 import torch
 import transformers as hf
+from families.models import build as build_family
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+from moeify.convert import replace_projections
 from moeify.cost import (
     CostBreakdown,
     FFNCost,
@@ -17,7 +19,7 @@ from moeify.cost import (
     roofline_s,
     site_flops_per_token,
 )
-from moeify.sites import find_ffn_sites
+from moeify.sites import find_ffn_sites, find_projections
 
 B, S, D, FF, L, H, V = 2, 6, 16, 40, 2, 4, 48
 T = B * S
@@ -287,3 +289,19 @@ def test_register_formulas_on_attention_backward_counts_five_products():
     with FlopCounterMode(display=False) as counter:
         out.backward(torch.ones_like(out))
     assert counter.get_total_flops() == 5 * 2 * H * S * S * 8
+
+
+def test_replaced_projections_count_as_ffns_at_the_cost_of_the_layers():
+    model, inputs = build_family("bert")
+    dense = estimate_flops(model, inputs, sites=find_ffn_sites(model, inputs))
+    replace_projections(model, find_projections(model, inputs, attention=("q", "k", "v")), None)
+    sites = find_ffn_sites(model, inputs)
+    moe = {site.name: MoECost(num_experts=4, router_flops=100.0) for site in sites if site.name.endswith("query")}
+    cost = estimate_flops(model, inputs, sites=sites, moe=moe)
+    assert cost.dense_flops == dense.dense_flops
+    assert cost.attention_proj_flops == dense.attention_proj_flops / 4, "the output projection, a level above the others, stays"
+    assert cost.dense_ffn_flops - dense.dense_ffn_flops == dense.attention_proj_flops * 3 / 4
+    tokens, query = cost.tokens, 2 * 2 * 32 * 16  # two products of 32 x 16
+    assert cost.projection_flops(1.0) == 2 * tokens * (3 * query + 100)
+    assert cost.projection_flops(0.25) == 2 * tokens * (2 * query + query / 4 + 100)
+    assert sum(flops for part, flops in cost.lines(0.25).items() if part != "ffn_dense") == pytest.approx(cost.flops_per_token(0.25))

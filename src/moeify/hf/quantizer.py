@@ -7,7 +7,7 @@ names and everything else stay the family's own, so auto classes, pipelines, Tra
 
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,10 +18,10 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..channels import CHILD, lay_out_channels, sparse_inputs
-from ..convert import ChannelRecord, Manifest, SiteRecord, check_levels, manifest_of, rebuild, to_dense
+from ..convert import ChannelRecord, Manifest, SiteRecord, check_levels, manifest_of, rebuild, rebuild_projections, to_dense
 from ..errors import CheckpointError
 from ..layers import moe_layers
-from ..sites import FFNSite
+from ..sites import FFNSite, ProjectionRecord, projection_mlps, replaced_projections
 from ..sites.int8 import Int8Linear
 from ..sparsity.activation import restore_activations
 from .registration import AUTO, QUANT_METHOD, is_loading, register
@@ -29,7 +29,9 @@ from .registration import AUTO, QUANT_METHOD, is_loading, register
 _ROUTER = ".moe.router."
 _SCALE = ".weight_scale"
 _LEVEL = f".{CHILD}.level_K"
+_MLP = (".up.weight", ".up.bias", ".down.weight", ".down.bias")
 _Signature = tuple[tuple[str, ...], str, tuple[int, ...]]
+_Record = SiteRecord | ChannelRecord | ProjectionRecord
 
 
 class MoeifyConfig(QuantizationConfigMixin):
@@ -65,14 +67,22 @@ class MoeifyQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: nn.Module, checkpoint_files: Sequence[str] | None = None, **_: object
     ) -> nn.Module:
-        restore_activations(model)
         stored = self.quantization_config.manifest
         manifest = _resolve(model, stored)
+        rebuild_projections(model, manifest)
+        restore_activations(model)
         rebuild(model, manifest)
         for moe in moe_layers(model).values():
             moe.router.float()  # stays fp32 whatever dtype the model is loaded in: the loader keeps a parameter's own dtype
         if checkpoint_files:
-            is_whole = (len(manifest.sites), len(manifest.channels)) == (len(stored.sites), len(stored.channels))
+            is_whole = all(
+                len(ours) == len(theirs)
+                for ours, theirs in (
+                    (manifest.sites, stored.sites),
+                    (manifest.channels, stored.channels),
+                    (manifest.projections, stored.projections),
+                )
+            )
             _check_own_tensors(model, checkpoint_files, is_whole=is_whole)
         self._int8_shapes = {name: module.weight.shape for name, module in model.named_modules() if isinstance(module, Int8Linear)}
         self.quantization_config = MoeifyConfig(manifest)
@@ -89,6 +99,8 @@ class MoeifyQuantizer(HfQuantizer):
                         f"'{name}.weight' has shape {tuple(module.weight.shape)} and type {module.weight.dtype}, its manifest says "
                         f"{tuple(self._int8_shapes[name])} and int8; restore the file, or quantise the model again."
                     )
+        for projection in (*replaced_projections(model).values(), *projection_mlps(model).values()):
+            projection.weight.requires_grad_(False)
         for moe in moe_layers(model).values():
             moe.lay_out()
         lay_out_channels(model)
@@ -97,7 +109,7 @@ class MoeifyQuantizer(HfQuantizer):
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[None, dict[str, Any]]:
         """No change of the tensors; ``save_pretrained`` asks this before it writes ``config.json``, so rules set since are saved."""
-        if moe_layers(model) or sparse_inputs(model):
+        if moe_layers(model) or sparse_inputs(model) or replaced_projections(model):
             self.quantization_config = MoeifyConfig(manifest_of(model))
             model.config.quantization_config = self.quantization_config  # type: ignore[union-attr]
         return None, {}
@@ -151,19 +163,23 @@ def _resolve(model: nn.Module, manifest: Manifest) -> Manifest:
     names = {name for name, _ in model.named_modules()}
     found: list[SiteRecord] = []
     channels: list[ChannelRecord] = []
+    projections: list[ProjectionRecord] = []
     lost = []
-    records: list[SiteRecord | ChannelRecord] = [*manifest.sites, *manifest.channels]
+    records: list[_Record] = [*manifest.projections, *manifest.sites, *manifest.channels]
     for record in records:
         moved = (_moved(record, drop=drop, add=add) for drop, add in (("", ""), (prefix, ""), ("", prefix)))
         match = next((r for r in moved if r is not None and _place(r) in names), None)
         if match is None:
-            lost.append(("FFN" if isinstance(record, SiteRecord) else "linear layer", record.site.name))
+            lost.append(("FFN" if isinstance(record, SiteRecord) else "linear layer", _name(record)))
         elif isinstance(match, SiteRecord):
             found.append(match)
-        else:
+        elif isinstance(match, ChannelRecord):
             channels.append(match)
+        else:
+            projections.append(match)
+            names |= {f"{path}.{part}" for path in match.mlps for part in ("up", "down")}  # there after `rebuild_projections`
     wrote = getattr(getattr(model, "config", None), "architectures", None) or ()
-    if lost and (not (found or channels) or type(model).__name__ in wrote):
+    if lost and (not (found or channels or projections) or type(model).__name__ in wrote):
         raise CheckpointError(
             f"config.json: quantization_config names the {lost[0][0]} '{lost[0][1]}', which this {type(model).__name__} has not; "
             "the manifest is of another model."
@@ -173,15 +189,19 @@ def _resolve(model: nn.Module, manifest: Manifest) -> Manifest:
             f"{type(model).__name__} has no place for {len(lost)} layers of the checkpoint: {', '.join(name for _, name in lost)}.",
             stacklevel=2,
         )
-    return replace(manifest, sites=tuple(found), channels=tuple(channels))
+    return replace(manifest, sites=tuple(found), channels=tuple(channels), projections=tuple(projections))
 
 
-def _place(record: SiteRecord | ChannelRecord) -> str:
+def _name(record: _Record) -> str:
+    return record.name if isinstance(record, ProjectionRecord) else record.site.name
+
+
+def _place(record: _Record) -> str:
     """A module path that a model has if it has the record's site."""
-    return record.site.down if isinstance(record, SiteRecord) else record.site.name
+    return record.site.down if isinstance(record, SiteRecord) else _name(record)
 
 
-def _moved(record: SiteRecord | ChannelRecord, *, drop: str, add: str) -> SiteRecord | ChannelRecord | None:
+def _moved(record: _Record, *, drop: str, add: str) -> _Record | None:
     """The record with ``drop`` cut off in front of its paths and ``add`` put there; None where they do not start with ``drop``."""
 
     def move(path: str) -> str:
@@ -191,8 +211,10 @@ def _moved(record: SiteRecord | ChannelRecord, *, drop: str, add: str) -> SiteRe
         gate = None if site.gate is None else move(site.gate)
         return replace(site, name=move(site.name), up=move(site.up), down=move(site.down), gate=gate)
 
-    if not f"{record.site.name}.".startswith(drop):
+    if not f"{_name(record)}.".startswith(drop):
         return None
+    if isinstance(record, ProjectionRecord):
+        return replace(record, name=move(record.name))
     if isinstance(record, ChannelRecord):
         linear = record.site
         ffn = None if linear.ffn is None else move_ffn(linear.ffn)
@@ -202,37 +224,45 @@ def _moved(record: SiteRecord | ChannelRecord, *, drop: str, add: str) -> SiteRe
 
 
 def _check_own_tensors(model: nn.Module, checkpoint_files: Iterable[str], *, is_whole: bool) -> None:
-    """Refuse a checkpoint whose routers, int8 scales or levels are not the skeleton's; transformers would fill gaps with random numbers.
+    """Refuse a checkpoint whose routers, int8 scales, levels or replaced layers are not the skeleton's; transformers would fill gaps with
+    random numbers.
 
-    Reads the files' headers only.
+    Reads the files' headers only. Of replaced layers only what is missing can be told: a family may have names like theirs of its own.
 
     Raises:
         CheckpointError: such tensors are missing, have other shapes, or (with ``is_whole``) there are more of them; names the first.
     """
-    expected = {name: _signature(name, tuple(tensor.shape)) for name, tensor in model.state_dict().items() if _is_own(name)}
+    state = model.state_dict()
+    guards = {f"{name}.weight" for name in (*replaced_projections(model), *projection_mlps(model))}
+    mlps = guards | {f"{name}{tail}" for name in projection_mlps(model) for tail in _MLP if f"{name}{tail}" in state}
+    expected = {name: _signature(name, tuple(tensor.shape)) for name, tensor in state.items() if _is_own(name) or name in mlps}
     found: dict[str, _Signature] = {}
     for path in map(str, checkpoint_files):
         if not path.endswith(".safetensors"):
             raise CheckpointError(f"'{path}' is not a safetensors file; moeify reads no pickled weights.")
         try:
             with safe_open(path, framework="pt") as file:
-                found |= {key: _signature(key, tuple(file.get_slice(key).get_shape())) for key in file.keys() if _is_own(key)}  # noqa: SIM118
+                found |= {
+                    key: _signature(key, tuple(file.get_slice(key).get_shape()))
+                    for key in file.keys()  # noqa: SIM118
+                    if _is_own(key) or (mlps and (key.endswith(_MLP) or list(file.get_slice(key).get_shape()) == [1]))
+                }
         except SafetensorError as error:
             raise CheckpointError(f"'{path}' is truncated or not a safetensors file ({error}).") from error
     missing = Counter(expected.values()) - Counter(found.values())
-    extra = Counter(found.values()) - Counter(expected.values())
+    extra = Counter(signature for key, signature in found.items() if _is_own(key)) - Counter(expected.values())
     if missing:
         like_missing = [(name, signature) for name, signature in expected.items() if signature in missing]
         # Several may be alike; one that the file does not have under this very name, or in another shape, is it.
         first, (*_, shape) = next((pair for pair in like_missing if found.get(pair[0]) != pair[1]), like_missing[0])
         raise CheckpointError(
-            f"the checkpoint lacks {missing.total()} {_kind(first)} tensors that its manifest asks for, first '{first}' of shape {shape}; "
-            "restore the file, or convert the model again."
+            f"the checkpoint lacks {missing.total()} {_kind(first, mlps)} tensors that its manifest asks for, first '{first}' of shape "
+            f"{shape}; restore the file, or convert the model again."
         )
     if extra and is_whole:
-        first = next(key for key, signature in found.items() if signature in extra)
+        first = next(key for key, signature in found.items() if _is_own(key) and signature in extra)
         raise CheckpointError(
-            f"the checkpoint has {extra.total()} {_kind(first)} tensors that its manifest does not name, first '{first}'."
+            f"the checkpoint has {extra.total()} {_kind(first, mlps)} tensors that its manifest does not name, first '{first}'."
         )
 
 
@@ -241,7 +271,11 @@ def _signature(key: str, shape: tuple[int, ...]) -> _Signature:
 
     The rest of the path may differ: files of ViT-like models say "vit.encoder.layer.0" for the module "layers.0".
     """
-    path, _, tail = f".{key}".partition(_ROUTER) if _ROUTER in f".{key}" else key.rpartition(".")
+    if _ROUTER in f".{key}":
+        path, _, tail = f".{key}".partition(_ROUTER)
+    else:
+        tail = next((tail for tail in _MLP if key.endswith(tail)), key.rpartition(".")[2])
+        path = key.removesuffix(tail)
     return tuple(part for part in path.split(".") if part.isdigit()), tail, shape
 
 
@@ -250,7 +284,9 @@ def _is_own(key: str) -> bool:
     return _ROUTER in f".{key}" or key.endswith((_SCALE, _LEVEL))
 
 
-def _kind(key: str) -> str:
+def _kind(key: str, mlps: Container[str]) -> str:
+    if key in mlps:
+        return "projection"
     return "router" if _ROUTER in f".{key}" else "level" if key.endswith(_LEVEL) else "scale"
 
 

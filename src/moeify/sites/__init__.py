@@ -1,5 +1,6 @@
 """Where the dense FFNs of a model are, and what they compute."""
 
+from .attention import find_projections as find_projections
 from .discover import Discovery as Discovery
 from .discover import Refusal as Refusal
 from .discover import discover as discover
@@ -19,6 +20,20 @@ from .policy import check_patterns as check_patterns
 from .policy import check_policy as check_policy
 from .policy import matching_key as matching_key
 from .policy import options_for as options_for
+from .projection import Attention as Attention
+from .projection import FusedProjection as FusedProjection
+from .projection import ProjectionMLP as ProjectionMLP
+from .projection import ProjectionPart as ProjectionPart
+from .projection import ProjectionRecord as ProjectionRecord
+from .projection import check_replaceable as check_replaceable
+from .projection import keep_rows as keep_rows
+from .projection import linear_sizes as linear_sizes
+from .projection import load_tensors as load_tensors
+from .projection import projection_mlps as projection_mlps
+from .projection import projection_width as projection_width
+from .projection import record_of as record_of
+from .projection import replaced_projections as replaced_projections
+from .projection import replacement_of as replacement_of
 from .site import FFNSite as FFNSite
 from .site import FFNWeights as FFNWeights
 from .site import dequantize_site as dequantize_site

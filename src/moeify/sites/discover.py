@@ -15,6 +15,8 @@ Every pass is one forward of the whole model with hooks on its linear leaves:
 4. *Explain*, only if a wide pair of leaves was left over: move some tokens and some neurons of it and see which others move along.
 
 Then the formula with the site's weights must give what `down` gave in pass 1. What fails is refused with the reason.
+
+The MLPs in the places of replaced linear layers (`projection.py`) are ours: what they compute is known, and only that they ran is asked.
 """
 
 import re
@@ -32,6 +34,7 @@ from torch import Tensor, nn
 from ..errors import UnsupportedModelError
 from .formula import ACTIVATIONS, ffn_dense
 from .probe import Call, Leaf, Probe, Trace, eval_mode, linear_leaves, sampled_rows
+from .projection import projection_mlps, projection_site
 from .site import FFNSite, FFNWeights, site_weights
 
 _SCREENED_VALUES = 256  # values per candidate compared in pass 1; pass 2 compares all that were kept
@@ -94,7 +97,7 @@ def discover(model: nn.Module, example_inputs: Mapping[str, Any]) -> Discovery:
     """Like `find_ffn_sites`, but tells what was refused too, and an empty result is no error."""
     if any(p.is_meta for p in model.parameters()):
         raise UnsupportedModelError(f"{type(model).__name__} has parameters on the meta device: load its weights before looking for FFNs.")
-    probe = Probe(model, example_inputs, linear_leaves(model))
+    probe = Probe(model, example_inputs, _leaves(model))
     refused: list[Refusal] = []
     with torch.no_grad(), eval_mode(model):
         watched = probe.run(keep=_possible_downs(probe.leaves))
@@ -107,8 +110,47 @@ def discover(model: nn.Module, example_inputs: Mapping[str, Any]) -> Discovery:
         sites = [site for site in sites if _prove_formula(probe, watched, site, refused)]
         sites = _tell_widths(probe, watched, sites)
     sites = _refuse_heads(sites, watched, example_inputs, refused)
-    sites.sort(key=lambda site: watched.calls[site.up].order)
+    own = _own_sites(model, watched, refused)
+    order = {site.name: watched.calls[site.name if site in own else site.up].order for site in (*sites, *own)}
+    sites = sorted((*sites, *own), key=lambda site: order[site.name])
     return Discovery(tuple(sites), tuple(dict.fromkeys(refused)))
+
+
+def _leaves(model: nn.Module) -> dict[str, Leaf]:
+    """The linear leaves; what stands in the place of a replaced one is a leaf, too, as a whole, and never part of another FFN."""
+    own = projection_mlps(model)
+    leaves = {path: leaf for path, leaf in linear_leaves(model).items() if path.rpartition(".")[0] not in own}
+    problem = "was replaced by an MLP"
+    return leaves | {name: Leaf(mlp, mlp.in_features, mlp.out_features, -1, problem) for name, mlp in own.items()}
+
+
+def _own_sites(model: nn.Module, watched: Trace, refused: list[Refusal]) -> list[FFNSite]:
+    """The MLPs in the places of replaced layers that ran in the forward."""
+    leaves, owners = linear_leaves(model), _parameter_owners(model)
+    found = []
+    for name, mlp in projection_mlps(model).items():
+        if name not in watched.calls:
+            continue
+        problems = [f"'{part}' {p}" for part in ("up", "down") if (p := _own_problem(leaves.get(f"{name}.{part}"), owners))]
+        try:
+            site = projection_site(name, mlp)
+        except UnsupportedModelError as error:
+            problems.append(str(error).rstrip("."))
+        if problems:
+            refused.append(Refusal(name, problems[0]))
+        else:
+            found.append(site)
+    return found
+
+
+def _own_problem(leaf: Leaf | None, owners: Mapping[int, set[int]]) -> str | None:
+    if leaf is None:
+        return "is no linear layer any more"
+    if leaf.problem:
+        return leaf.problem
+    if any(len(owners[id(p)]) > 1 for p in leaf.module.parameters()):
+        return "shares its weight with another module"
+    return None
 
 
 # ---- pass 1: candidates

@@ -17,6 +17,7 @@ from .._config import LATER
 from ..errors import UnsupportedModelError
 from .discover import find_ffn_sites
 from .probe import Call, Probe, eval_mode, linear_leaves
+from .projection import projection_mlps
 from .site import FFNSite
 
 Role = Literal["attn_in", "attn_out", "ffn_in", "ffn_hidden"]
@@ -70,7 +71,8 @@ def find_linear_sites(
         calls = probe.run().calls
     roles: dict[str, tuple[Role, str]] = {}
     gated = {site.down: site for site in ffn_sites if site.is_gated}
-    blocks = block_paths(ffn_sites)
+    own = projection_mlps(model)  # parts of a block's attention, which tell nothing of where it ends
+    blocks = block_paths([site for site in ffn_sites if site.name not in own] or ffn_sites)
     block_of = {path: next((block for block in blocks if path.startswith(f"{block}.")), "") for path in calls}
     for site in ffn_sites:
         for path in site.first:

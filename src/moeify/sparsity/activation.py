@@ -22,6 +22,7 @@ from .. import _config
 from ..errors import CheckpointError, ConfigError, UnsupportedModelError
 from ..sites.formula import ACTIVATIONS, ShiftedReLU
 from ..sites.policy import check_patterns, check_policy, options_for
+from ..sites.projection import ProjectionMLP, inside_projection
 from ..sites.site import FFNSite
 
 UNRESTORED = "restored_by_moeify"
@@ -150,6 +151,8 @@ def find_activation(model: nn.Module, site: FFNSite) -> str | None:
         for name, module in host.named_modules(remove_duplicate=False):
             if next(module.children(), None) is not None or next(module.parameters(), None) is not None:
                 continue
+            if not isinstance(host, ProjectionMLP) and inside_projection(host, name):
+                continue  # of an attention within the same module
             functions = (module, module.end) if isinstance(module, BlendedActivation) else (module,)
             if any(_computes(function, grid, wanted) for function in functions):
                 found.append(f"{site.name}.{name}".lstrip("."))
@@ -206,6 +209,11 @@ def set_activation(
             raise UnsupportedModelError(f"'{site.name}' is converted: change its activation before, or call to_dense(model) first.")
         if hasattr(model.get_submodule(site.down), "channels"):
             raise UnsupportedModelError(f"'{site.name}' is thinned: change its activation before, or call to_dense(model) first.")
+        if isinstance(model.get_submodule(site.name), ProjectionMLP):
+            raise UnsupportedModelError(
+                f"'{site.name}' replaces a linear layer and computes {site.activation}: choose its function when replacing "
+                "(find_projections(activation=...)), or leave it out by the policy."
+            )
         path = find_activation(model, site)
         if path is None:
             raise UnsupportedModelError(
@@ -360,7 +368,7 @@ def mark(model: nn.Module) -> None:
         cast(Any, config).quantization_config = {"quant_method": "moeify", "schema": 1, "sites": []}  # a manifest without a site
     elif quantization is not None and not hasattr(config, RECORD):
         data = quantization if isinstance(quantization, Mapping) else quantization.to_dict()
-        if data.get("quant_method") == "moeify" and not data["sites"] and not data.get("channels"):
+        if data.get("quant_method") == "moeify" and not (data["sites"] or data.get("channels") or data.get("projections")):
             del cast(Any, config).quantization_config
 
 

@@ -10,10 +10,10 @@ from families.models import build
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, LlamaModel
 
-from moeify.convert import ConvertConfig, convert, to_dense
+from moeify.convert import ConvertConfig, convert, manifest_of, replace_projections, to_dense
 from moeify.errors import CheckpointError, ConfigError, UnsupportedModelError
 from moeify.hf.checkpoint import load_model, read_manifest
-from moeify.sites import find_ffn_sites
+from moeify.sites import find_ffn_sites, find_projections, projection_mlps
 from moeify.sparsity import ActivationConfig, set_activation, set_mix
 from moeify.sparsity.activation import RECORD, UNRESTORED, BlendedActivation, find_activation
 
@@ -271,3 +271,16 @@ def test_restoring_when_the_record_is_damaged_raises(tmp_path):
     lost = LlamaForCausalLM.from_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match="were not restored"):
         lost(input_ids=torch.arange(4)[None])
+
+
+def test_functions_of_replaced_projections_are_not_taken_for_the_ffns_and_stay():
+    model, inputs = build("bart")  # FFNs lie in the layer itself, beside attention
+    replace_projections(model, find_projections(model, inputs, attention=("q", "o"), activation="gelu"), None)
+    sites = find_ffn_sites(model, inputs)
+    ffns = [site for site in sites if site.name not in projection_mlps(model)]
+    changed = set_activation(model, ffns)
+    assert [site.activation for site in changed] == ["relu"] * 4
+    assert model.config.activation_function == "relu"
+    assert {record.activation for record in manifest_of(model).projections} == {"gelu"}
+    with pytest.raises(UnsupportedModelError, match="choose its function when replacing"):
+        set_activation(model, sites)
