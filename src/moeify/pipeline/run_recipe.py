@@ -44,6 +44,7 @@ from .heldout import measure_converted
 from .inputs import calibration_batches, check_window, evaluation_batches, hold_out, num_tokens, take_tokens, tokens_per_image
 from .measure import sweep_checkpoint
 from .names import torch_device, torch_dtype
+from .project import ProjectionsConfig, distil_and_replace, projection_records
 from .recipe import MOEFICATION, VALIDATION, RecipeConfig, VariantConfig, merged
 from .results import check_report, recipe_result, write_result
 from .sparsify import check_enforcement
@@ -222,7 +223,9 @@ class _SeedRun:
         """Train the starting model as a variant has it, or as it is."""
         variant = variant or VariantConfig(name=name)
         config = self._seeded(config)
-        options, regress = variant.sparsify, variant.regress
+        options, regress, projections = variant.sparsify, variant.regress, variant.projections
+        if projections is not None:
+            projections = replace(projections, seed=projections.seed + self.seed)
         follows = options is not None and options.distill is not None
         inputs = {
             "stage": "train",
@@ -232,6 +235,8 @@ class _SeedRun:
             "sparsify": None if options is None else to_dict(options),
             "regress": None if regress is None else {**to_dict(regress), "tokens": variant.regress_tokens},
             "teacher": self._teacher_key(variant.teacher, None) if follows else None,
+            # Only where there are some: other variants' stages keep the keys that they had before there were any.
+            **({} if projections is None else {"projections": to_dict(replace(projections, workers=1))}),
         }
 
         def work(folder: Path, progress: Progress) -> dict[str, Any]:
@@ -241,12 +246,17 @@ class _SeedRun:
             model.to(torch_device(self._device))
             sites = find_ffn_sites(model, example_inputs(model))
             self._check_stages(start, sites)
-            tokens, errors = 0, None
+            tokens, errors, replaced = 0, None, {"tokens": 0}
             chosen = options
+            if projections is not None:  # first: they are fitted to what the model as it was reads there
+                replaced = self._replace_projections(model, processor, projections, folder / SCRATCH / "projections", progress)
             if regress is not None:
                 tokens, errors, sites = self._regress(model, processor, sites, variant, folder / SCRATCH / "regress", progress)
                 # The functions have changed; a threshold may be in a bias, and would be subtracted once more.
                 chosen = None if options is None else replace(options, activation="keep", threshold=0.0, policy={})
+            if projections is not None:
+                sites = find_ffn_sites(model, example_inputs(model))
+                self._check_replaced(model, sites, variant, chosen)
             kept: dict[str, Any] = {"state": folder / SCRATCH / "state", "run": inputs, "progress": progress}
             kept["evaluate"] = self._evaluator(model, processor, config, progress)
             if chosen is None:
@@ -255,14 +265,17 @@ class _SeedRun:
                 teacher = self._teacher(variant.teacher, None, progress) if follows else None
                 record = sparsify(model, sites, data, chosen, config, teacher=teacher, **kept)
             _replace_dense(model.to("cpu"), processor, folder / "model")
-            return {**_summary(record, config), "regress_errors": errors, "regress_tokens": tokens}
+            found = {"regress_errors": errors, "regress_tokens": tokens, "projection_errors": replaced.get("errors")}
+            return {**_summary(record, config), **found, "projection_tokens": replaced["tokens"]}
 
         self._run(name, inputs, work, timed=True)
 
     def _check_stages(self, start: Loaded, sites: Sequence[FFNSite]) -> None:
         """Refuse, before anything is trained, what a later stage would refuse after hours."""
         recipe, variants = self.recipe, self.recipe.variant
-        conversions = [(stage.config, stage.calibration) for stage in map(recipe.convert_of, variants)]
+        # Of a variant whose projections are replaced the policies may name these, which are not there yet.
+        plain = [variant for variant in variants if variant.projections is None]
+        conversions = [(stage.config, stage.calibration) for stage in map(recipe.convert_of, plain)]
         if recipe.moefication is not None:
             conversions.append((recipe.moefication.config, self._baseline_calibration()))
         for config, calibration in conversions:
@@ -271,8 +284,13 @@ class _SeedRun:
                 check_window(start.model, calibration.window)
         lessons = [] if recipe.finetune is None else [("finetune", recipe.finetune.teacher, recipe.finetune.config.distill)]
         for variant in variants:
+            if variant.projections is not None:
+                projection_records(start.model, variant.projections)
+                if TASKS[start.task].has_windows:
+                    check_window(start.model, recipe.convert_of(variant).calibration.window)
             if variant.sparsify is not None:
-                check_enforcement(start.model, sites, variant.sparsify)
+                if variant.projections is None:
+                    check_enforcement(start.model, sites, variant.sparsify)
                 lessons.append((f"variant {variant.name}", variant.teacher, variant.sparsify.distill))
         for where, teacher, distill in lessons:
             if start.has_new_head and teacher == "source" and distill is not None and distill.logits_weight:
@@ -293,6 +311,21 @@ class _SeedRun:
         batches = calibration_batches(model, processor, data, progress=progress)
         errors = regress_layers(model, before, sites, batches, variant.regress, work=folder, progress=progress)
         return sum(num_tokens(batch, tokens_per_image=1) for batch in batches), errors, list(sites)
+
+    def _replace_projections(
+        self, model: nn.Module, processor: Any, config: ProjectionsConfig, folder: Path, progress: Progress
+    ) -> dict[str, Any]:
+        """Put MLPs in the places of a variant's projections, in place; what `distil_and_replace` returns."""
+        data = replace(self.recipe.data, max_tokens=config.tokens)
+        batches = calibration_batches(model, processor, data, progress=progress)
+        replaced = distil_and_replace(model, projection_records(model, config), batches, config, work=folder, progress=progress)
+        return {**replaced, "tokens": math.ceil(replaced["tokens"] / tokens_per_image(model.config))}  # in training an image counts as one
+
+    def _check_replaced(self, model: nn.Module, sites: Sequence[FFNSite], variant: VariantConfig, config: SparsifyConfig | None) -> None:
+        """What `_check_stages` asks of the other variants, of one whose projections have been replaced now."""
+        plan_conversion(model, sites, self.recipe.convert_of(variant).config)
+        if config is not None:
+            check_enforcement(model, sites, config)
 
     def _measure(self, name: str, trained: Stage | None) -> None:
         evaluations = _evaluations(self.recipe)
@@ -538,6 +571,7 @@ class _SeedRun:
                 "epochs": trained.result["epochs"],
                 "train_s": trained.seconds,
                 "regress_errors": trained.result["regress_errors"],
+                "projection_errors": trained.result.get("projection_errors"),
                 "nonzeros_before": self.done["start"].result["nonzeros"],
                 **{key: measured[key] for key in ("nonzeros", "active", "neurons", "eps")},
                 "converted_dense": self.done[f"sweep.{variant.name}.{VALIDATION}"].result["dense"],
@@ -575,7 +609,7 @@ class _SeedRun:
 
 def _tokens(stage: Stage) -> int:
     """Tokens of the training data that a stage read."""
-    return int(stage.result["tokens"]) + int(stage.result.get("regress_tokens", 0))
+    return sum(int(stage.result.get(key, 0)) for key in ("tokens", "regress_tokens", "projection_tokens"))
 
 
 def task_of(model: nn.Module) -> str:
