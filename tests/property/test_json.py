@@ -22,7 +22,7 @@ from moeify.evaluate.sweep import Curve, CurvePoint, DenseQuality
 from moeify.pipeline import CalibrationConfig
 from moeify.routers import ROUTERS
 from moeify.select import RULES
-from moeify.sites import FFNSite
+from moeify.sites import FFNSite, ProjectionPart, ProjectionRecord
 from moeify.sparsity.profile import ActivationProfile
 from moeify.split import SPLITS
 from moeify.train.distill import DistillConfig
@@ -64,8 +64,26 @@ policies = st.dictionaries(
     st.none() | st.dictionaries(st.text(max_size=8), json_values, max_size=3),
     max_size=3,
 )
+# Parts must be all outputs, each once.
+projections = st.sampled_from(
+    [
+        ProjectionRecord(name="a.q", role="q", d_in=8, d_out=4, width=3, bias=True),
+        ProjectionRecord(
+            name="a.qkv",
+            d_in=8,
+            d_out=12,
+            activation="gelu",
+            bias=False,
+            parts=(
+                ProjectionPart(name="q", rows=((0, 2, 6, 2),), width=2),
+                ProjectionPart(name="k", rows=((2, 2, 6, 2),), width=None),
+                ProjectionPart(name="v", rows=((4, 2, 6, 2),), width=3),
+            ),
+        ),
+    ]
+)
 SPECIAL = {
-    Manifest: {"schema": st.integers(1, SCHEMA)},
+    Manifest: {"schema": st.integers(1, SCHEMA), "projections": st.lists(projections, max_size=2).map(tuple)},
     ConvertConfig: {"policy": policies},
     CurvePoint: dict.fromkeys(("value", "flops_fraction", "quality", "quality_ratio"), finite),
     DenseQuality: {"quality": finite},

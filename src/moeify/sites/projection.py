@@ -77,8 +77,11 @@ class ProjectionRecord:
         if any(width is not None and width < 1 for width in (self.width, *(part.width for part in self.parts))):
             raise ConfigError(f"projection '{self.name}' must have at least 1 neuron.")
         if self.parts:
-            names, indices = [part.name for part in self.parts], torch.cat([part.index_N() for part in self.parts])
-            if len(set(names)) < len(names) or not torch.equal(indices.sort().values, torch.arange(self.d_out, device="cpu")):
+            names = [part.name for part in self.parts]
+            # Their number first: a damaged record may name more rows than memory holds.
+            fits = len(set(names)) == len(names) and sum(part.d_out for part in self.parts) == self.d_out
+            indices = torch.cat([part.index_N() for part in self.parts]) if fits else torch.empty(0, device="cpu")
+            if not fits or not torch.equal(indices.sort().values, torch.arange(self.d_out, device="cpu")):
                 raise ConfigError(f"projection '{self.name}': its parts are not its {self.d_out} outputs, each once.")
             if all(part.width is None for part in self.parts):
                 raise ConfigError(f"projection '{self.name}' keeps all its parts; leave it out.")
