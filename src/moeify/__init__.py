@@ -47,6 +47,7 @@ from .layers import set_mode as set_mode
 from .layers import set_rule as set_rule
 from .layers import token_mask as token_mask
 from .pipeline import CalibrationConfig as CalibrationConfig
+from .pipeline import ProjectionsConfig as ProjectionsConfig
 from .pipeline import convert_checkpoint as convert_checkpoint
 from .pipeline import convert_model as convert_model
 from .pipeline import generate_text as generate_text
@@ -82,9 +83,11 @@ from .thin import ThinConfig as ThinConfig
 from .thin import thin as thin
 from .train import Distillation as Distillation
 from .train import DistillConfig as DistillConfig
+from .train import ProjectConfig as ProjectConfig
 from .train import SparsifyConfig as SparsifyConfig
 from .train import TrainConfig as TrainConfig
 from .train import TrainRecord as TrainRecord
+from .train import project_layers as project_layers
 from .train import sparsify as sparsify
 
 try:

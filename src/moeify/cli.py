@@ -24,7 +24,7 @@ from ._terminal import make_progress, show
 from .convert import ConvertConfig
 from .data import AugmentConfig, DataConfig
 from .errors import ConfigError, MoeifyError, is_out_of_memory
-from .pipeline import METHODS, STAGES, TASKS, CalibrationConfig, ChannelMethod, NeuronConfig
+from .pipeline import METHODS, STAGES, TASKS, CalibrationConfig, ChannelMethod, NeuronConfig, ProjectionsConfig
 from .routers import ROUTERS, GateRouterConfig, LowRankRouterConfig, NormRouterConfig
 from .select import RULES, RuleConfig
 from .sparsity import EnforcementConfig
@@ -141,6 +141,37 @@ def _data_or_none(fields: Mapping[str, Any]) -> DataConfig | None:
     return None
 
 
+Attention = Annotated[
+    str | None, typer.Option(metavar="q,k,v,o", help="Attention projections to replace by MLPs of equal cost first; any of the four.")
+]
+Patterns = Annotated[
+    list[str] | None,
+    typer.Option("--projections", metavar="NAME|re:PATTERN", help="Further linear layers to replace, by module path; may be given again."),
+]
+"""Of commands that replace linear layers."""
+
+takes_projections = takes(
+    "distilling",
+    ProjectionsConfig,
+    skip=("attention", "patterns", "seed"),
+    build=dict,
+    **{name: f"projection_{name}" for name in _config.field_docs(ProjectionsConfig)},
+)
+"""How they are distilled: "projection" in front of the options' names."""
+
+
+def _projections(attention: str | None, patterns: Sequence[str] | None, options: dict[str, Any], *, seed: int) -> ProjectionsConfig | None:
+    """The config of the layers to replace; None where none is named."""
+    if attention is None and not patterns:
+        defaults = {f.name: f.default for f in dataclasses.fields(ProjectionsConfig)}
+        if changed := next((name for name, value in options.items() if value != defaults[name]), None):
+            raise ConfigError(f"--projection-{changed.replace('_', '-')} needs --attention or --projections.")
+        return None
+    named = tuple(role.strip() for role in attention.split(",")) if attention is not None else ()
+    chosen = {**options, "attention": named, "patterns": tuple(patterns or ()), "seed": seed}
+    return _config.from_dict(ProjectionsConfig, chosen, where="--attention" if patterns is None else "")
+
+
 def command(
     *, resumes: Callable[[Mapping[str, Any]], bool] = lambda _values: False, text: Callable[[Any], Any] = lambda result: result
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -222,6 +253,7 @@ def profile(
 @takes("distillation", DistillConfig, **{field: f"distill_{field}" for field in _config.field_docs(DistillConfig)})
 @takes("train", TrainConfig, skip=("batch_sequences", "save_every", "betas", "seed"))
 @takes("augment", AugmentConfig)
+@takes_projections
 def sparsify(
     model: Model,
     *,
@@ -231,7 +263,10 @@ def sparsify(
     distillation: DistillConfig,
     train: TrainConfig,
     augment: AugmentConfig,
+    distilling: dict[str, Any],
     out: Annotated[Path, typer.Option(help="New folder for the trained checkpoint.")],
+    attention: Attention = None,
+    patterns: Patterns = None,
     data_split: Annotated[str, typer.Option(help=_config.field_docs(DataConfig)["split"])] = "train",
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Most training tokens, rounded down to whole windows.")] = None,
     validation: Annotated[str | None, typer.Option(help="What to measure on, as --data; by default --data itself.")] = None,
@@ -291,6 +326,7 @@ def sparsify(
         validation=dataclasses.replace(data, data=validation or data.data, split=validation_split, max_tokens=validation_tokens, seed=None),
         augment=augment,
         batch_tokens=batch_tokens,
+        projections=_projections(attention, patterns, distilling, seed=seed or 0),
         dtype=dtype,
         device=device,
         overwrite=overwrite,
@@ -302,14 +338,22 @@ def sparsify(
 @takes("data", DataConfig, skip=("seed",), split="data_split")
 @takes("calibration", CalibrationConfig, skip=("max_tokens", "window", "router", "seed"))
 @takes("training", RouterTrainConfig, skip=("seed",), epochs="router_epochs", batch_tokens="router_batch_tokens", lr="router_lr")
+@takes_projections
 def convert(
     model: Model,
     *,
     data: DataConfig,
     calibration: CalibrationConfig,
     training: RouterTrainConfig,
+    distilling: dict[str, Any],
     out: Annotated[Path, typer.Option(help="New folder for the converted checkpoint.")],
+    attention: Attention = None,
+    patterns: Patterns = None,
     expert_size: Annotated[int, typer.Option(help=_config.field_docs(ConvertConfig)["expert_size"])] = ConvertConfig.expert_size,
+    projection_expert_size: Annotated[
+        int, typer.Option(help=_config.field_docs(ConvertConfig)["projection_expert_size"])
+    ] = ConvertConfig.projection_expert_size,
+    projection_router_width: Annotated[int, typer.Option(help="Hidden width of the norm routers of replaced projections.")] = 16,
     router: Annotated[str, typer.Option(help=f"Router: {', '.join(ROUTERS)}.")] = "norm",
     router_width: Annotated[int | None, typer.Option(help="Hidden width of the norm router.")] = None,
     router_output: Annotated[
@@ -340,6 +384,8 @@ def convert(
     given = {name: value for name, value in options.items() if value is not None}
     config = ConvertConfig(
         expert_size=expert_size,
+        projection_expert_size=projection_expert_size,
+        projection_router=NormRouterConfig(width=projection_router_width),
         router=_config.from_dict(_config.lookup(ROUTERS, router, where="--router")[0], given, where=f"--router {router}"),
         split=_config.lookup(SPLITS, split, where="--split")(),
         rule=cast(RuleConfig, _config.lookup(RULES, rule, where="--rule").all_on()),
@@ -358,6 +404,7 @@ def convert(
         dtype=dtype,
         device=device,
         weights=weights,
+        projections=_projections(attention, patterns, distilling, seed=seed or 0),
         overwrite=overwrite,
         progress=make_progress(),
     )

@@ -10,7 +10,7 @@ def test_every_block_of_the_training_page_runs(tmp_path, monkeypatch, request):
     blocks = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
     name = "HuggingFaceTB/SmolLM2-135M"
     assert name in blocks[0]
-    assert len(blocks) == 9
+    assert len(blocks) == 10
     tiny.save_dense_tiny(tmp_path / "dense", hidden_act="silu")
     monkeypatch.chdir(tmp_path)
     namespace = {}

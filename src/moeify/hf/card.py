@@ -1,7 +1,7 @@
 """The model card of a checkpoint that moeify made, from measured numbers only."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +9,13 @@ from torch import nn
 
 from ..channels import sparse_inputs
 from ..convert import manifest_of
-from ..layers import moe_layers
+from ..layers import MoEProjection, moe_layers
+from ..sites import replaced_projections
 
 _TAGS = ("moeify", "mixture-of-experts", "dynamic-k", "activation-sparsity")
 _TRAINED_TAGS = ("moeify", "activation-sparsity")
 _AS_DENSE = "without it the same files load as the equal dense model"
+_NOT_REPLACED = "no other loader takes its replaced layers"
 _NOT_INT8 = "no other loader takes its int8 weights"
 
 
@@ -37,9 +39,11 @@ def model_card(
     rules = sorted({str(moe.rule) for moe in layers.values()})
     rule = rules[0] if len(rules) == 1 else f"{rules[0]} ... {rules[-1]} (one a layer)"
     has_int8 = manifest_of(model).has_int8
-    without = _NOT_INT8 if has_int8 else _AS_DENSE
+    replaced = replaced_projections(model)
+    without = _NOT_REPLACED if replaced else _NOT_INT8 if has_int8 else _AS_DENSE
     rows = {
-        "FFNs converted": str(len(layers)),
+        "FFNs converted": str(sum(not isinstance(moe, MoEProjection) for moe in layers.values())),
+        **_projection_rows(replaced, calibration.get("projections")),
         "experts per FFN": " or ".join(map(str, experts)),
         "router": ", ".join(sorted({moe.router.config.name for moe in layers.values()})),
         "selection rule": rule,
@@ -54,6 +58,7 @@ def model_card(
             f"# {name}",
             "",
             f"`{base_model}`, its dense FFNs turned into mixtures of experts with a dynamic number of experts per token by `moeify`.",
+            *_projection_lines(replaced),
             "",
             *_usage(cls, name, without=without),
             *_measured(rows),
@@ -125,11 +130,13 @@ def trained_card(model: nn.Module, *, name: str, base_model: str, record: Mappin
     Returns:
         Text of ``README.md``.
     """
-    config, train = record["config"], record["train"]
+    config, train, replaced = record["config"], record["train"], replaced_projections(model)
+    kind = f"a {type(model).__name__} that loads with `moeify` only" if replaced else f"an ordinary dense {type(model).__name__}"
     before, after = record["activations"]["before"]["mean"], record["activations"]["after"]["mean"]
     rows = {
         "task": record["task"],
         f"{record['metric'].replace('_', '-')}, before and after": [record["quality"][when] for when in ("before", "after")],
+        **_projection_rows(replaced, record.get("projections")),
         "zeros among activations, before and after": [before["zero_frac"], after["zero_frac"]],
         "at most 0.001 among activations, before and after": [before["near_zero_frac"], after["near_zero_frac"]],
         "non-zero neurons a token, before and after": [before["nonzeros_per_token"], after["nonzeros_per_token"]],
@@ -143,14 +150,40 @@ def trained_card(model: nn.Module, *, name: str, base_model: str, record: Mappin
             *_metadata(base_model, _TRAINED_TAGS),
             f"# {name}",
             "",
-            f"`{base_model}`, trained by `moeify` so that more of its FFN activations are zero; an ordinary dense {type(model).__name__}.",
+            f"`{base_model}`, trained by `moeify` so that more of its FFN activations are zero; {kind}.",
+            *_projection_lines(replaced),
             "`moeify convert` turns it into a mixture of experts.",
             "",
+            *(_usage(type(model).__name__, name, without=_NOT_REPLACED) if replaced else ()),
             *_measured({key: ", ".join(map(_cell, value)) if isinstance(value, list) else value for key, value in rows.items()}),
             "`sparsify.json` holds the same numbers by layer, the losses and the configuration.",
             "",
         ]
     )
+
+
+def _projection_rows(replaced: Collection[str], record: Mapping[str, Any] | None) -> dict[str, str]:
+    """Replaced linear layers for the table, and what the record says of them where they were replaced in the same run."""
+    if not replaced:
+        return {}
+    rows = {"linear layers replaced by MLPs": str(len(replaced))}
+    if record is None:
+        return rows
+    config, errors = record["config"], [numbers["after"] for numbers in record["errors"].values()]
+    chosen = ", ".join([*config["attention"], *(f"`{pattern}`" for pattern in config["patterns"])])
+    rows = {
+        "linear layers replaced by MLPs": f"{len(replaced)} ({chosen}), each of {config['flops_factor']:g} times the layer's cost",
+        "distilled on": f"{record['tokens']} tokens",
+        "relative squared error of their outputs, mean": _cell(sum(errors) / len(errors)),
+    }
+    return rows | ({"quality with them, before training": _cell(record["quality"])} if "quality" in record else {})
+
+
+def _projection_lines(replaced: Collection[str]) -> list[str]:
+    """What must be said of replaced linear layers."""
+    if not replaced:
+        return []
+    return ["Linear layers were replaced by two-layer MLPs that were distilled from them: there is no equal dense model."]
 
 
 def _usage(cls: str, name: str, *, without: str) -> list[str]:

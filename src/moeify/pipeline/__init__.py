@@ -1,10 +1,10 @@
 """The command line's verbs as functions: source checkpoint in, converted checkpoint or measurement out.
 
 `sparsify` trains a dense checkpoint, `convert` makes a converted one, `quantize` one with int8 weights of it, `thin` one that skips
-channels or neurons; `work` keeps what an interrupted run has done, `heldout` measures the result, `measure` holds the other verbs, `panels`
-what a report runs a checkpoint for, `inputs` reads batches of each kind of model, `tasks` knows what a model is trained for, `names` knows
-types and devices by name. `recipe`, `stages`, `run_recipe` and `results` carry out whole experiments, from the model that `start` loads or
-builds.
+channels or neurons; `project` replaces projections before either of the first two; `work` keeps what an interrupted run has done,
+`heldout` measures the result, `measure` holds the other verbs, `panels` what a report runs a checkpoint for, `inputs` reads batches of each
+kind of model, `tasks` knows what a model is trained for, `names` knows types and devices by name. `recipe`, `stages`, `run_recipe` and
+`results` carry out whole experiments, from the model that `start` loads or builds.
 """
 
 from ..train.calibration import TARGETS as TARGETS
@@ -19,11 +19,13 @@ from .measure import profile_checkpoint as profile_checkpoint
 from .measure import report_checkpoint as report_checkpoint
 from .measure import sweep_checkpoint as sweep_checkpoint
 from .panels import PanelRequest as PanelRequest
+from .project import ProjectionsConfig as ProjectionsConfig
 from .quantize import quantize_checkpoint as quantize_checkpoint
 from .recipe import RecipeConfig as RecipeConfig
 from .recipe import read_recipe as read_recipe
 from .run_recipe import STAGES as STAGES
 from .run_recipe import run_recipe as run_recipe
+from .run_recipe import run_stages as run_stages
 from .sparsify import sparsify_checkpoint as sparsify_checkpoint
 from .tasks import TASKS as TASKS
 from .thin import METHODS as METHODS

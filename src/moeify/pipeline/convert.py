@@ -26,6 +26,7 @@ from ..train.fit import FittedSite, RouterTrainConfig, fit_site
 from .heldout import card_rows, int8_rows, measure_converted
 from .inputs import calibration_batches, hold_out
 from .names import torch_device, torch_dtype
+from .project import ProjectionsConfig, distil_and_replace, projection_records
 from .work import fingerprint, finished_record, open_work, read_fitted, remove_work, run_id, weights_checksum, write_fitted
 
 _Plan = Sequence[tuple[SiteRecord, ConvertConfig]]
@@ -64,6 +65,7 @@ def convert_checkpoint(
     dtype: str = "float32",
     device: str = "cpu",
     weights: str = "float",
+    projections: ProjectionsConfig | None = None,
     notes: Mapping[str, Any] | None = None,
     overwrite: bool = False,
     progress: Progress = NO_PROGRESS,
@@ -79,13 +81,16 @@ def convert_checkpoint(
         dtype: of the model's weights, "float32", "bfloat16" or "float16".
         device: "cpu", "cuda" or "cuda:1": where the model runs; routers are fitted on the CPU, a layer at a time.
         weights: of the experts, "float" (as ``dtype`` says) or "int8": after everything else, and measured before and after.
+        projections: linear layers to replace by MLPs first, distilled on the calibration data, and then converted like the FFNs; None
+            replaces none. Such a checkpoint has no dense equal: it loads with moeify only.
         notes: JSON values that the result is to begin with.
         overwrite: replace an earlier conversion at ``out``.
         progress: told every stage.
 
     Returns:
         What ``moeify.json`` holds under "calibration"; of it, "measured" is what `measure_converted` found on windows kept for it. With
-        int8 weights, "measured_float" is what it found before them.
+        int8 weights, "measured_float" is what it found before them; with ``projections``, "projections" has their config, and what
+        `distil_and_replace` returns.
 
     Raises:
         MoeifyError: see `errors`; whatever goes wrong, ``source`` and an existing ``out`` are untouched.
@@ -106,14 +111,26 @@ def convert_checkpoint(
         raise UnsupportedModelError(f"'{source}' is converted already; give the dense checkpoint that it was made from.")
     model.to(place)
     batches, held_out = hold_out(model, calibration_batches(model, processor, data, progress=progress))
-    run = {"source": source, "dtype": dtype, "device": place.type, "held_out": fingerprint(held_out)}
+    run: dict[str, Any] = {"source": source, "dtype": dtype, "device": place.type, "held_out": fingerprint(held_out)}
+    if projections is not None:
+        run["projections"] = _config.to_dict(replace(projections, workers=1))
+        records = projection_records(model, projections)
+    identity = _run_of(model, batches, config, calibration, run)
     if finished is not None:
         same_weights = finished.get("weights", "float") == weights
-        if same_weights and _is_of(finished, run_id(_run_of(model, batches, config, calibration, run)), calibration):
+        if same_weights and _is_of(finished, run_id(identity), calibration):
             remove_work(work)
             return finished
         check_output(out, overwrite=overwrite)
-    record = convert_model(model, batches, config=config, calibration=calibration, work=work, run=run, progress=progress)
+    options: dict[str, Any] = {"config": config, "calibration": calibration, "run": run, "progress": progress}
+    if projections is None:
+        record = convert_model(model, batches, work=work, **options)
+    else:
+        open_work(work, identity)
+        replaced = distil_and_replace(model, records, batches, projections, work=work / "projections", progress=progress)
+        # The run is that of the dense source: whoever looks for a finished one has not distilled yet.
+        record = {**convert_model(model, batches, work=work / "conversion", **options), "run": run_id(identity)}
+        record["projections"] = {"config": run["projections"], **replaced}
     measured = measure_converted(model, held_out, progress=progress)
     record = {**(notes or {}), **record, "data": data.data, "source": source, "versions": library_versions(), "measured": measured}
     if weights == "int8":

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
-from .._config import did_you_mean, from_dict, to_dict
+from .._config import LATER, did_you_mean, from_dict, to_dict
 from ..baselines.ztw import ZTWConfig
 from ..convert import ConvertConfig
 from ..data import AugmentConfig, DataConfig
@@ -26,6 +26,7 @@ from ..train.loop import TrainConfig
 from ..train.regress import RegressConfig
 from ..train.sparsify import SparsifyConfig
 from .convert import CalibrationConfig
+from .project import ProjectionsConfig, check_teaching
 from .tasks import TASKS
 
 if sys.version_info >= (3, 11):
@@ -103,6 +104,9 @@ class VariantConfig:
     """Before training, each FFN is fitted to what the model's former FFN put out; none leaves that out."""
     regress_tokens: int = 40_000
     """Tokens of the training data that regress fits on."""
+    projections: ProjectionsConfig | None = field(default=None, metadata=LATER)
+    """Before training, linear layers are replaced by MLPs that are distilled from them; training and conversion then have FFNs and MLPs
+    alike. None replaces none."""
     teacher: Literal["source", "dense"] = "source"
     """Model that sparsify.distill follows: the one everything starts from, or the one trained without enforcement."""
     convert: dict[str, Any] = field(default_factory=dict)
@@ -113,6 +117,8 @@ class VariantConfig:
     def __post_init__(self) -> None:
         if self.regress is not None and self.sparsify is not None and self.sparsify.anneal_frac:
             raise ConfigError(f"variant {self.name}: regress starts with the final activation, so anneal_frac must be 0.")
+        if self.projections is not None and self.sparsify is not None:
+            check_teaching(self.sparsify.distill)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -425,6 +431,9 @@ def shrunk(recipe: RecipeConfig) -> RecipeConfig:
                 train=changed(variant.train),
                 regress=None if variant.regress is None else replace(variant.regress, epochs=1),
                 regress_tokens=min(2048, variant.regress_tokens),
+                projections=None
+                if variant.projections is None
+                else replace(variant.projections, epochs=1, tokens=min(2048, variant.projections.tokens)),
                 convert={key: value for key, value in variant.convert.items() if key != "calibration"},
             )
             for variant in recipe.variant

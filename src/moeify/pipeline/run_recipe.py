@@ -46,6 +46,7 @@ from .heldout import measure_converted
 from .inputs import calibration_batches, check_window, evaluation_batches, hold_out, num_tokens, take_tokens, tokens_per_image
 from .measure import sweep_checkpoint
 from .names import torch_device, torch_dtype
+from .project import ProjectionsConfig, distil_and_replace, projection_records
 from .recipe import MOEFICATION, VALIDATION, ZTW, RecipeConfig, VariantConfig, merged
 from .results import check_report, recipe_result, write_result
 from .sparsify import check_enforcement
@@ -90,9 +91,51 @@ def run_recipe(
     Raises:
         MoeifyError: whatever a stage refuses; what was finished before stays.
     """
+    last = _known_stage(stage)
+    runs = _run_seeds(recipe, out, last=last, device=device, progress=progress, say=say)
+    if last != "report":
+        return {found.label: dict(found.result) for run in runs for found in run.done.values()}
+    seconds = {found.label: found.seconds for run in runs for name, found in run.done.items() if name in run.timed}
+    result = recipe_result(recipe, [run.found() for run in runs], seconds=seconds, device=torch_device(device).type)
+    files = write_result(result, out)
+    return {**result, "files": files}
+
+
+def run_stages(
+    recipe: RecipeConfig,
+    out: Path,
+    *,
+    stage: str | None = None,
+    device: str = "cpu",
+    progress: Progress = NO_PROGRESS,
+    say: Callable[[str], None] = lambda _line: None,
+) -> list[dict[str, Stage]]:
+    """Carry out a recipe's stages without its report, for whoever reads what they wrote: checkpoints, curves.
+
+    Args:
+        recipe, out, device, progress, say: as `run_recipe`.
+        stage: the last of `STAGES` to run; None means the last before the report.
+
+    Returns:
+        For each seed its finished stages, by name: "sparsify.relu", "sweep.relu.validation".
+
+    Raises:
+        MoeifyError: as `run_recipe`.
+    """
+    last = _known_stage(stage or STAGES[-2])
+    return [run.done for run in _run_seeds(recipe, out, last=last, device=device, progress=progress, say=say)]
+
+
+def _known_stage(stage: str | None) -> str:
     if stage is not None and stage not in STAGES:
         raise ConfigError(f"--stage {stage!r} is unknown{did_you_mean(stage, STAGES)}")
-    last = stage or STAGES[-1]
+    return stage or STAGES[-1]
+
+
+def _run_seeds(
+    recipe: RecipeConfig, out: Path, *, last: str, device: str, progress: Progress, say: Callable[[str], None]
+) -> "list[_SeedRun]":
+    """Every stage up to ``last``, each for all seeds before the next."""
     torch_device(device)
     if last == "report":
         check_report()
@@ -107,12 +150,7 @@ def run_recipe(
         for name in STAGES[: STAGES.index(last) + 1]:
             for run in runs:
                 getattr(run, name, _nothing)()
-    if last != "report":
-        return {found.label: dict(found.result) for run in runs for found in run.done.values()}
-    seconds = {found.label: found.seconds for run in runs for name, found in run.done.items() if name in run.timed}
-    result = recipe_result(recipe, [run.found() for run in runs], seconds=seconds, device=torch_device(device).type)
-    files = write_result(result, out)
-    return {**result, "files": files}
+    return runs
 
 
 def _nothing() -> None:
@@ -250,7 +288,9 @@ class _SeedRun:
         """Train the starting model as a variant has it, or as it is."""
         variant = variant or VariantConfig(name=name)
         config = self._seeded(config)
-        options, regress = variant.sparsify, variant.regress
+        options, regress, projections = variant.sparsify, variant.regress, variant.projections
+        if projections is not None:
+            projections = replace(projections, seed=projections.seed + self.seed)
         follows = options is not None and options.distill is not None
         inputs = {
             "stage": "train",
@@ -260,6 +300,8 @@ class _SeedRun:
             "sparsify": None if options is None else to_dict(options),
             "regress": None if regress is None else {**to_dict(regress), "tokens": variant.regress_tokens},
             "teacher": self._teacher_key(variant.teacher, None) if follows else None,
+            # Only where there are some: other variants' stages keep the keys that they had before there were any.
+            **({} if projections is None else {"projections": to_dict(replace(projections, workers=1))}),
         }
 
         def work(folder: Path, progress: Progress) -> dict[str, Any]:
@@ -269,12 +311,17 @@ class _SeedRun:
             model.to(torch_device(self._device))
             sites = find_ffn_sites(model, example_inputs(model))
             self._check_stages(start, sites)
-            tokens, errors = 0, None
+            tokens, errors, replaced = 0, None, {"tokens": 0}
             chosen = options
+            if projections is not None:  # first: they are fitted to what the model as it was reads there
+                replaced = self._replace_projections(model, processor, projections, folder / SCRATCH / "projections", progress)
             if regress is not None:
                 tokens, errors, sites = self._regress(model, processor, sites, variant, folder / SCRATCH / "regress", progress)
                 # The functions have changed; a threshold may be in a bias, and would be subtracted once more.
                 chosen = None if options is None else replace(options, activation="keep", threshold=0.0, policy={})
+            if projections is not None:
+                sites = find_ffn_sites(model, example_inputs(model))
+                self._check_replaced(model, sites, variant, chosen)
             kept: dict[str, Any] = {"state": folder / SCRATCH / "state", "run": inputs, "progress": progress}
             kept["evaluate"] = self._evaluator(model, processor, config, progress)
             if chosen is None:
@@ -283,14 +330,17 @@ class _SeedRun:
                 teacher = self._teacher(variant.teacher, None, progress) if follows else None
                 record = sparsify(model, sites, data, chosen, config, teacher=teacher, **kept)
             _replace_dense(model.to("cpu"), processor, folder / "model")
-            return {**_summary(record, config), "regress_errors": errors, "regress_tokens": tokens}
+            found = {"regress_errors": errors, "regress_tokens": tokens, "projection_errors": replaced.get("errors")}
+            return {**_summary(record, config), **found, "projection_tokens": replaced["tokens"]}
 
         self._run(name, inputs, work, timed=True)
 
     def _check_stages(self, start: Loaded, sites: Sequence[FFNSite]) -> None:
         """Refuse, before anything is trained, what a later stage would refuse after hours."""
         recipe, variants = self.recipe, self.recipe.variant
-        conversions = [(stage.config, stage.calibration) for stage in map(recipe.convert_of, variants)]
+        # Of a variant whose projections are replaced the policies may name these, which are not there yet.
+        plain = [variant for variant in variants if variant.projections is None]
+        conversions = [(stage.config, stage.calibration) for stage in map(recipe.convert_of, plain)]
         if recipe.moefication is not None:
             conversions.append((recipe.moefication.config, self._baseline_calibration()))
         for config, calibration in conversions:
@@ -301,8 +351,13 @@ class _SeedRun:
             early_exit.find_heads(start.model, example_inputs(start.model), recipe.ztw.config)
         lessons = [] if recipe.finetune is None else [("finetune", recipe.finetune.teacher, recipe.finetune.config.distill)]
         for variant in variants:
+            if variant.projections is not None:
+                projection_records(start.model, variant.projections)
+                if TASKS[start.task].has_windows:
+                    check_window(start.model, recipe.convert_of(variant).calibration.window)
             if variant.sparsify is not None:
-                check_enforcement(start.model, sites, variant.sparsify)
+                if variant.projections is None:
+                    check_enforcement(start.model, sites, variant.sparsify)
                 lessons.append((f"variant {variant.name}", variant.teacher, variant.sparsify.distill))
         for where, teacher, distill in lessons:
             if start.has_new_head and teacher == "source" and distill is not None and distill.logits_weight:
@@ -323,6 +378,21 @@ class _SeedRun:
         batches = calibration_batches(model, processor, data, progress=progress)
         errors = regress_layers(model, before, sites, batches, variant.regress, work=folder, progress=progress)
         return sum(num_tokens(batch, tokens_per_image=1) for batch in batches), errors, list(sites)
+
+    def _replace_projections(
+        self, model: nn.Module, processor: Any, config: ProjectionsConfig, folder: Path, progress: Progress
+    ) -> dict[str, Any]:
+        """Put MLPs in the places of a variant's projections, in place; what `distil_and_replace` returns."""
+        data = replace(self.recipe.data, max_tokens=config.tokens)
+        batches = calibration_batches(model, processor, data, progress=progress)
+        replaced = distil_and_replace(model, projection_records(model, config), batches, config, work=folder, progress=progress)
+        return {**replaced, "tokens": math.ceil(replaced["tokens"] / tokens_per_image(model.config))}  # in training an image counts as one
+
+    def _check_replaced(self, model: nn.Module, sites: Sequence[FFNSite], variant: VariantConfig, config: SparsifyConfig | None) -> None:
+        """What `_check_stages` asks of the other variants, of one whose projections have been replaced now."""
+        plan_conversion(model, sites, self.recipe.convert_of(variant).config)
+        if config is not None:
+            check_enforcement(model, sites, config)
 
     def _measure(self, name: str, trained: Stage | None) -> None:
         evaluations = _evaluations(self.recipe)
@@ -588,6 +658,7 @@ class _SeedRun:
                 "epochs": trained.result["epochs"],
                 "train_s": trained.seconds,
                 "regress_errors": trained.result["regress_errors"],
+                "projection_errors": trained.result.get("projection_errors"),
                 "nonzeros_before": self.done["start"].result["nonzeros"],
                 **{key: measured[key] for key in ("nonzeros", "active", "neurons", "eps")},
                 "converted_dense": self.done[f"sweep.{variant.name}.{VALIDATION}"].result["dense"],
@@ -627,7 +698,7 @@ class _SeedRun:
 
 def _tokens(stage: Stage) -> int:
     """Tokens of the training data that a stage read."""
-    return int(stage.result["tokens"]) + int(stage.result.get("regress_tokens", 0))
+    return sum(int(stage.result.get(key, 0)) for key in ("tokens", "regress_tokens", "projection_tokens"))
 
 
 def task_of(model: nn.Module) -> str:

@@ -3,7 +3,7 @@
 import json
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,15 +23,16 @@ from ..sites import FFNSite, find_ffn_sites
 from ..sparsity import enforce_sparsity, profile_activations
 from ..train.loop import TrainConfig, TrainingData, TrainRecord
 from ..train.sparsify import SparsifyConfig, sparsify
-from .inputs import take_tokens, tokens_per_image
+from .inputs import calibration_batches, take_tokens, tokens_per_image
 from .names import torch_device, torch_dtype
+from .project import ProjectionsConfig, check_teaching, distil_and_replace, projection_records
 from .tasks import TASKS, Loaded, load_for_task, measure_task, task_batches, training_data, window_tokens
 from .work import TRAINING_STATE, fingerprint, finished_training, open_training, remove_work, run_id, weights_checksum
 
 VALIDATION_TOKENS = 100_000
 """Of the validation split, where nobody says."""
 
-_MEASURED = "before.json"
+_MEASURED, _REPLACED = "before.json", "replaced.json"
 _PROFILE_TOKENS = 8192  # zeros of 8192 tokens: a standard error of under 0.1 points in every layer
 _FORWARD_TOKENS = 2048  # of an evaluation, as far as windows allow; short texts and images come in batches of 32
 _POINTS = 20  # of a long run, in the record
@@ -48,6 +49,7 @@ def sparsify_checkpoint(
     validation: DataConfig | None = None,
     augment: AugmentConfig | None = None,
     batch_tokens: int | None = None,
+    projections: ProjectionsConfig | None = None,
     dtype: str = "float32",
     device: str = "cpu",
     overwrite: bool = False,
@@ -67,6 +69,8 @@ def sparsify_checkpoint(
             ``data``, up to `VALIDATION_TOKENS`.
         augment: variations of images.
         batch_tokens: tokens of an optimizer step instead of ``train.batch_sequences``, rounded down to whole windows.
+        projections: linear layers to replace by MLPs first, distilled on the training data; the penalty is then on FFNs and MLPs alike, its
+            mean over all of them. The result loads with moeify only. None replaces none.
         dtype: of the weights, "float32", "bfloat16" or "float16"; ``train.compute`` says what matrix products take.
         device: "cpu", "cuda" or "cuda:1".
         overwrite: replace an earlier result at ``out``, and the state of another run in ``<out>.work``.
@@ -75,7 +79,8 @@ def sparsify_checkpoint(
     Returns:
         What ``sparsify.json`` holds: ``task``, ``metric``, ``quality`` and ``activations`` (shares of zeros, by FFN and their mean), each
         "before" and "after", ``losses`` (means over a twentieth of the run each), ``evals``, ``parts`` (twenty readings of the penalties),
-        ``tokens``, ``epochs``, ``seconds``, ``config`` and ``versions``.
+        ``tokens``, ``epochs``, ``seconds``, ``config`` and ``versions``. With ``projections`` also ``projections``: their config,
+        what `distil_and_replace` returns, and the "quality" before training.
 
     Raises:
         MoeifyError: see `errors`; whatever goes wrong, ``source`` and an existing ``out`` are untouched.
@@ -100,20 +105,34 @@ def sparsify_checkpoint(
     train = replace(train, save_every=train.save_every or max(1, train.steps // 20))
     model.to(place)
     sites = find_ffn_sites(model, example_inputs(model))
-    check_enforcement(model, sites, config)
+    if projections is None:
+        check_enforcement(model, sites, config)
+    else:
+        records = projection_records(model, projections)
+        check_teaching(config.distill)
     examples = training_data(loaded, data, augment=augment, progress=progress)
     batch_size = max(1, _FORWARD_TOKENS // validation.window) if TASKS[loaded.task].has_windows else 32
     batches = task_batches(loaded, validation, batch_size=batch_size, progress=progress)
     _say_epochs(examples, train, data)
 
     run = _run_of(loaded, examples, batches, source=source, config=config, train=train, augment=augment, dtype=dtype)
+    if projections is not None:
+        run["projections"] = _config.to_dict(replace(projections, workers=1))
     if finished is not None:
         if finished.get("run") == run_id(run):
             remove_work(work)
             return finished
         check_output(out, overwrite=overwrite)
     open_training(work, run, overwrite=overwrite)
-    before = _before(work, loaded, sites, batches, progress)
+    before = _kept(work / _MEASURED, lambda: _measured(loaded, sites, batches, progress))
+    extra = {}
+    if projections is not None:
+        lessons = calibration_batches(model, loaded.processor, replace(data, max_tokens=projections.tokens), progress=progress)
+        replaced = distil_and_replace(model, records, lessons, projections, work=work / "projections", progress=progress)
+        sites = find_ffn_sites(model, example_inputs(model))
+        check_enforcement(model, sites, config)
+        found = _kept(work / _REPLACED, lambda: {"quality": measure_task(model, loaded.task, batches, progress=progress)})
+        extra = {"projections": {"config": run["projections"], **replaced, **found}}
     teacher = None
     if config.distill is not None:
         teacher = load_for_task(source, data, **options).model.to(place).requires_grad_(False)
@@ -138,6 +157,7 @@ def sparsify_checkpoint(
         "data": data.data,
         "config": run["config"],
         "train": run["train"],
+        **extra,
     }
     card = trained_card(model, name=out.name, base_model=source, record=report)
     save_trained(model, loaded.processor, out, record=report, card=card, overwrite=overwrite, progress=progress)
@@ -200,15 +220,12 @@ def _run_of(
     }
 
 
-def _before(
-    work: Path, loaded: Loaded, sites: Sequence[FFNSite], batches: Sequence[Mapping[str, Tensor]], progress: Progress
-) -> dict[str, Any]:
-    """What the source measures; kept, so that a run that goes on need not measure it again."""
-    path = work / _MEASURED
+def _kept(path: Path, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What was measured before training; kept, so that a run that goes on need not measure it again."""
     if path.exists():
         measured: dict[str, Any] = json.loads(path.read_text())
         return measured
-    measured = _measured(loaded, sites, batches, progress)
+    measured = measure()
     temporary = path.with_suffix(".new")
     try:
         temporary.write_text(json.dumps(measured))

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 import torch
@@ -21,9 +21,25 @@ from torch.utils.hooks import RemovableHandle
 
 from .._progress import NO_PROGRESS, Progress
 from ..errors import DataError
-from ..sites import FFNSite, mask_name, token_mask_of
+from ..sites import mask_name, token_mask_of
 
 _STATE = "capture.json"
+
+
+class Reader(Protocol):
+    """An FFN, or anything else whose input `capture_ffn_inputs` can store."""
+
+    @property
+    def name(self) -> str:
+        """What the capture calls it."""
+
+    @property
+    def d_model(self) -> int:
+        """Width of its input."""
+
+    @property
+    def first(self) -> tuple[str, ...]:
+        """Module paths of the layers that read the input; the first one is watched."""
 
 
 class _LastSiteReached(Exception):  # noqa: N818 - control flow: nothing after the last FFN is needed
@@ -54,7 +70,7 @@ class FFNInputs:
 @torch.no_grad()
 def capture_ffn_inputs(
     model: nn.Module,
-    sites: Sequence[FFNSite],
+    sites: Sequence[Reader],
     batches: Sequence[Mapping[str, Tensor]],
     directory: Path,
     *,
@@ -65,7 +81,7 @@ def capture_ffn_inputs(
 
     Args:
         model: dense model; put into eval mode for the pass and back.
-        sites: FFNs to record, in execution order.
+        sites: FFNs, or other layers, to record, in execution order.
         batches: keyword arguments of ``model``; rows where ``attention_mask`` is 0 are left out, in the decoder of an encoder-decoder those
             where ``decoder_attention_mask`` is.
         directory: where to write; a capture that was killed continues after its last whole batch.
@@ -171,13 +187,18 @@ def fast_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if native else torch.float32
 
 
+def short_batch(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Inputs of a forward that costs little: one example, and of text its first tokens."""
+    return {k: v[:1, :16] if v.dim() == 2 and not v.is_floating_point() else v[:1] for k, v in batch.items() if k != "labels"}
+
+
 def _autocast(model: nn.Module, compute: torch.dtype | None) -> AbstractContextManager[Any]:
     device = next(model.parameters()).device.type
     # No cache of cast weights: it would hold half of the model once more.
     return nullcontext() if compute in (None, torch.float32) else torch.autocast(device, dtype=compute, cache_enabled=False)
 
 
-def _count_calls(model: nn.Module, sites: Sequence[FFNSite], batch: Mapping[str, Tensor], compute: torch.dtype | None) -> int:
+def _count_calls(model: nn.Module, sites: Sequence[Reader], batch: Mapping[str, Tensor], compute: torch.dtype | None) -> int:
     """FFN calls of one forward, from a short one: layers that share weights run several times."""
     calls = 0
 
@@ -187,8 +208,7 @@ def _count_calls(model: nn.Module, sites: Sequence[FFNSite], batch: Mapping[str,
 
     handles = [model.get_submodule(site.first[0]).register_forward_pre_hook(count) for site in sites]
     try:
-        # One example, and of text its first tokens: the number of calls does not depend on the length.
-        short = {k: v[:1, :16] if v.dim() == 2 and not v.is_floating_point() else v[:1] for k, v in batch.items() if k != "labels"}
+        short = short_batch(batch)  # the number of calls does not depend on the length
         device = next(model.parameters()).device
         with _autocast(model, compute):
             model(**{k: v.to(device) for k, v in short.items()})

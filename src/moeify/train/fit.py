@@ -358,7 +358,8 @@ def minimise(
     """
     optimizer = torch.optim.AdamW(list(parameters), lr=lr, weight_decay=0.0, fused=True)
     total_steps = epochs * -(-num_tokens // batch_tokens) + 1
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=lr, total_steps=total_steps, pct_start=0.1)
+    warmup = max(0.1, 1.5 / total_steps)  # torch divides by total_steps * warmup - 1
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=lr, total_steps=total_steps, pct_start=warmup)
     with torch.enable_grad():
         for _ in range(epochs):
             for rows in torch.randperm(num_tokens, generator=generator).split(batch_tokens):

@@ -6,9 +6,7 @@ Trained end to end, a model whose activations were swapped first has to find its
 a regression with known inputs and outputs, those of the model as it was: no attention, no head, and no other layer in memory.
 """
 
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -18,52 +16,20 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import _config
-from .._config import lookup
 from .._progress import NO_PROGRESS, Progress
 from ..errors import ConfigError, DataError
 from ..sites import FFNSite, FFNWeights, ffn_hidden, find_ffn_sites, site_weights
 from ..sites.formula import ACTIVATIONS
-from ..sparsity.losses import LOSSES, sparsity_loss
-from .capture import capture_ffn_inputs, fast_dtype
+from .capture import capture_ffn_inputs, fast_dtype, short_batch
 from .distill import token_weights
-from .fit import cast_weights, held_out_tokens, minimise
+from .fit import cast_weights
+from .layerwise import CHUNK_TOKENS, LayerwiseConfig, fit_outputs, fitting_rows, in_parallel, measured_error
 from .work import fingerprint, open_work, read_tensors, weights_checksum, write_tensors
-
-_CHUNK_TOKENS = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
-class RegressConfig:
+class RegressConfig(LayerwiseConfig):
     """How each FFN is fitted to its former outputs."""
-
-    epochs: int = 2
-    """Passes over the captured tokens."""
-    batch_tokens: int = 512
-    """Tokens per optimizer step."""
-    lr: float = 5e-3
-    """Largest learning rate of AdamW; warms up and decays to zero within each layer's run."""
-    sparsity_loss: str = "hoyer"
-    """Penalty of a token's activations beside the error, 'hoyer' or 'l1'; see `EnforcementConfig.loss`. For functions with exact zeros."""
-    sparsity_weight: float = 0.0
-    """Its weight beside the relative error, at least 0; 0 leaves it out."""
-    holdout_frac: float = 0.05
-    """Share of the tokens, in blocks spread over the data, that the errors are measured on and nothing is fitted to."""
-    workers: int = 1
-    """Layers fitted at the same time, each by its share of torch's threads; on a CPU with more cores than a layer's products can use."""
-    seed: int = 0
-    """Seed of the order of tokens."""
-
-    def __post_init__(self) -> None:
-        for name in ("epochs", "batch_tokens", "workers"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        if not 0 < self.lr < math.inf:
-            raise ConfigError(f"lr must be finite and greater than 0, got {self.lr}.")
-        if not 0 <= self.sparsity_weight < math.inf:
-            raise ConfigError(f"sparsity_weight must be finite and at least 0, got {self.sparsity_weight}.")
-        if not 0 < self.holdout_frac < 1:
-            raise ConfigError(f"holdout_frac must be inside (0, 1), got {self.holdout_frac}.")
-        lookup(LOSSES, self.sparsity_loss, where="sparsity_loss")
 
 
 def regress_layers(
@@ -133,7 +99,7 @@ def regress_layers(
 
     errors = {}
     with progress.task("regress FFNs", total=len(sites)) as task:
-        for site, (tensors, error) in zip(sites, _in_parallel(fit, range(len(sites)), workers=config.workers), strict=True):
+        for site, (tensors, error) in zip(sites, in_parallel(fit, range(len(sites)), workers=config.workers), strict=True):
             weights = site_weights(model, site)
             with torch.no_grad():
                 for name, tensor in tensors.items():
@@ -147,8 +113,7 @@ def _teachers(teacher: nn.Module, sites: Sequence[FFNSite], batches: Sequence[Ma
     """The teacher's sites, in the order of ``sites``."""
     if not batches:
         raise DataError("no batch to regress on: the data gave no tokens.")
-    # Of text a few tokens, of other inputs one example.
-    short = {k: v[:1, :16] if v.dim() == 2 and not v.is_floating_point() else v[:1] for k, v in batches[0].items() if k != "labels"}
+    short = short_batch(batches[0])
     device = next(teacher.parameters()).device
     found = {site.name: site for site in find_ffn_sites(teacher, {k: v.to(device) for k, v in short.items()})}
     for site in sites:
@@ -158,32 +123,11 @@ def _teachers(teacher: nn.Module, sites: Sequence[FFNSite], batches: Sequence[Ma
     return [found[site.name] for site in sites]
 
 
-def _in_parallel(function: Callable[[int], Any], items: Iterable[int], *, workers: int) -> Iterator[Any]:
-    """Results in order, of threads that share torch's threads."""
-    if workers == 1:
-        yield from map(function, items)
-        return
-    threads = torch.get_num_threads()
-    share = max(1, threads // workers)
-    # The operators of one layer release Python's lock for the other.
-    pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(share,))
-    try:
-        yield from pool.map(function, items)
-    finally:
-        pool.shutdown(cancel_futures=True)
-        torch.set_num_threads(threads)  # a thread's number is its own, but for that of MKL
-
-
 def _regress(
     x_TD: Tensor, old: FFNWeights, old_site: FFNSite, new: FFNWeights, site: FFNSite, config: RegressConfig
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
     """The fitted tensors of one site by field name of `FFNWeights`, and its errors."""
-    num_tokens, device = len(x_TD), x_TD.device
-    held_out_T = held_out_tokens(num_tokens, config.holdout_frac)
-    num_train = num_tokens - int(held_out_T.sum())
-    if num_train < 1:
-        raise DataError(f"'{site.name}' saw {num_tokens} tokens, {num_train} of them to fit to; give more data.")
-    held_out_T = held_out_T.to(device)
+    rows, held_out = fitting_rows(len(x_TD), config, name=site.name)
     target_TD = _outputs(x_TD, old, old_site.activation)
     weight_T = token_weights(target_TD)
     # Down in the order of its Linear, for which its products are fastest.
@@ -198,35 +142,14 @@ def _regress(
     def weights() -> FFNWeights:
         return replace(new, **{name: leaf.t() if name == "down_FD" else leaf for name, leaf in leaves.items()})
 
-    def error() -> float:
-        y_TD = _outputs(x_TD[held_out_T], weights(), site.activation)
-        return ((y_TD.float() - target_TD[held_out_T].float()).square().sum(1) * weight_T[held_out_T]).mean().item()
+    def forward(x: Tensor) -> tuple[Tensor, Tensor]:
+        return _forward(x, weights(), site.activation)
 
-    rows_T = (~held_out_T).nonzero().flatten()
-    low = fast_dtype(device)
-
-    def loss_of(chosen: Tensor) -> Tensor:
-        rows = rows_T[chosen.to(device)]
-        with torch.autocast(device.type, dtype=low, enabled=low is not torch.float32):
-            x = x_TD[rows] if low is not torch.float32 else x_TD[rows].float()
-            a_TF, y_TD = _forward(x, weights(), site.activation)
-        loss = ((y_TD.float() - target_TD[rows].float()).square().sum(1) * weight_T[rows]).mean()
-        if config.sparsity_weight:
-            loss = loss + config.sparsity_weight * sparsity_loss(a_TF, loss=config.sparsity_loss)
-        return loss
-
-    before = error()
-    minimise(
-        leaves.values(),
-        loss_of,
-        num_train,
-        epochs=config.epochs,
-        batch_tokens=config.batch_tokens,
-        lr=config.lr,
-        generator=torch.Generator().manual_seed(config.seed),
-    )
+    before, _ = measured_error(forward, x_TD, target_TD, weight_T, held_out)
+    fit_outputs(leaves, forward, x_TD, target_TD, weight_T, rows, config)
+    after, _ = measured_error(forward, x_TD, target_TD, weight_T, held_out)
     fitted = {name: (leaf.t() if name == "down_FD" else leaf).detach().cpu().contiguous() for name, leaf in leaves.items()}
-    return fitted, {"before": before, "after": error()}
+    return fitted, {"before": before, "after": after}
 
 
 def _forward(x_TD: Tensor, weights: FFNWeights, activation: str) -> tuple[Tensor, Tensor]:
@@ -244,6 +167,6 @@ def _outputs(x_TD: Tensor, weights: FFNWeights, activation: str) -> Tensor:
     low = fast_dtype(x_TD.device)
     weights = cast_weights(weights, low)
     y_TD = torch.empty(len(x_TD), weights.down_FD.shape[1], dtype=torch.bfloat16, device=x_TD.device)
-    for y, x in zip(y_TD.split(_CHUNK_TOKENS), x_TD.split(_CHUNK_TOKENS), strict=True):
+    for y, x in zip(y_TD.split(CHUNK_TOKENS), x_TD.split(CHUNK_TOKENS), strict=True):
         y.copy_(F.linear(ffn_hidden(x.to(low), weights, activation=activation), weights.down_FD.t(), weights.down_bias_D))
     return y_TD

@@ -37,6 +37,7 @@ from moeify.train.fit import (
     fit_site,
     held_out_tokens,
     loudest_experts,
+    minimise,
     score_router,
     split_site,
 )
@@ -362,3 +363,11 @@ def test_an_ffn_where_calibration_saw_only_zeros_is_named(router):
     record = replace(record, site=replace(record.site, gate="gate"))
     with pytest.raises(DataError, match=f"'{record.site.name}': calibration saw only zeros at this FFN; give other data"):
         fit_site(weights, x_TD, record, ConvertConfig(expert_size=1), TRAIN)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 8, 9, 10, 14, 15])
+def test_minimise_takes_any_number_of_steps(steps):
+    leaf = torch.ones(3, requires_grad=True)
+    minimise([leaf], lambda rows: leaf.square().sum() * len(rows), steps, epochs=1, batch_tokens=1, lr=1e-2)
+    assert leaf.isfinite().all()
+    assert (leaf < 1).all()

@@ -12,7 +12,7 @@ from moeify import _config
 from moeify.errors import ConfigError
 from moeify.sites import find_ffn_sites
 from moeify.sparsity import set_activation
-from moeify.train import regress
+from moeify.train import layerwise, regress
 from moeify.train.fit import held_out_tokens
 from moeify.train.regress import RegressConfig, regress_layers
 
@@ -117,7 +117,7 @@ def test_regress_layers_fits_nothing_to_the_tokens_that_measure_it(tmp_path, mon
     teacher, model, sites = changed()
     seen = []
     monkeypatch.setattr(
-        regress, "minimise", lambda _leaves, loss_of, count, **_: seen.append(loss_of(torch.arange(count - 30, count)).item())
+        layerwise, "minimise", lambda _leaves, loss_of, count, **_: seen.append(loss_of(torch.arange(count - 30, count)).item())
     )
     regress_layers(model, teacher, sites, batches(), CONFIG, work=tmp_path / "work")
     for name, (x, y) in watched(teacher, sites).items():
