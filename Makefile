@@ -9,8 +9,10 @@ PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c co
 # What `make bench` runs, and whose folder of bench/results it writes; local is ignored by git.
 CASES  ?= split grouped exactness moe_ffn_cpu sparse_linear_cpu neuron_ffn_cpu generate_cpu generate_sparse_cpu enforcement compare
 DEVICE ?= local
+# Folder of `make paper` with novels, minilm, emotion and fashion_mnist; bench/paper/README.md has the commands that get them.
+INPUTS ?= inputs
 
-.PHONY: demo test lint types contracts docs-check bench sanitize clean
+.PHONY: demo test lint types contracts docs-check bench paper sanitize clean
 
 demo: $(VENV)/.runtime
 	$(BIN)/moeify demo --out demo-out --overwrite
@@ -36,6 +38,9 @@ bench: $(VENV)/.dev
 	$(PIP) -e '.[bench]'
 	for case in $(CASES); do $(BIN)/python -m bench.run $$case --json bench/results/$(DEVICE)/$$case.jsonl || exit 1; done
 
+paper: $(VENV)/.dev
+	$(BIN)/python -m bench.paper --all --inputs $(INPUTS) --out paper-out --page paper-out/paper.md
+
 # The compiled kernels under AddressSanitizer and UBSan; needs g++. Whatever fails, or is interrupted, the plain library is built again.
 sanitize: $(VENV)/.dev
 	trap : INT; \
@@ -58,4 +63,4 @@ $(VENV)/.dev: $(VENV)/.runtime
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo-out build dist src/*.egg-info .mypy_cache .ruff_cache
+	rm -rf $(VENV) demo-out paper-out build dist src/*.egg-info .mypy_cache .ruff_cache

@@ -16,7 +16,7 @@ from moeify.data import DataConfig
 from moeify.errors import CheckpointError, ConfigError, MoeifyError
 from moeify.hf.inputs import example_inputs
 from moeify.pipeline.recipe import RecipeConfig
-from moeify.pipeline.run_recipe import _SeedRun, count_nonzeros, data_id, model_id, run_recipe
+from moeify.pipeline.run_recipe import _SeedRun, count_nonzeros, data_id, model_id, run_recipe, run_stages
 from moeify.pipeline.stages import Stage, Stages
 from moeify.pipeline.start import start_model
 from moeify.sites import find_ffn_sites
@@ -246,3 +246,22 @@ def test_stages_of_another_seed_have_other_keys_the_starting_model_too(tmp_path)
         made.append(inputs)
     assert list(made[0]) == ["start", "dense", "dense.quality"], "all that is measured is read before anything is trained"
     assert all(made[0][name] != made[1][name] for name in made[0])
+
+
+def test_run_stages_gives_the_folders_of_every_seed_and_runs_nothing_twice(tmp_path):
+    data = {"data": "builtin:pydoc", "window": 16, "max_tokens": 256}
+    config = recipe(
+        seeds=[0, 1],
+        data=data,
+        validation={**data, "split": "validation"},
+        train={"steps": 1, "batch_sequences": 2, "warmup_steps": 0},
+        convert={"calibration": {"window": 16}},
+    )
+    one, two = run_stages(config, tmp_path / "out", stage="dense")
+    assert set(one) == {"start", "dense", "dense.quality"}
+    assert one["dense"].key != two["dense"].key
+    assert all((seed["dense"].folder / "model" / "config.json").is_file() for seed in (one, two))
+    again = run_stages(config, tmp_path / "out", stage="dense")
+    assert [seed["dense"] for seed in again] == [one["dense"], two["dense"]]
+    with pytest.raises(ConfigError, match="--stage 'dens' is unknown; did you mean 'dense'"):
+        run_stages(config, tmp_path / "out", stage="dens")

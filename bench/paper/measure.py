@@ -1,0 +1,178 @@
+"""What figures read off finished stages: curves of quality against cost, and where tokens spend it."""
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from moeify._config import from_dict
+from moeify._progress import NO_PROGRESS, Progress
+from moeify.evaluate import CurvePoint
+from moeify.hf.checkpoint import read_manifest
+from moeify.pipeline.recipe import VALIDATION, ZTW, RecipeConfig
+from moeify.pipeline.run_recipe import run_stages
+from moeify.pipeline.stages import Stage
+
+from .accounting import authors_ffn_flops_fraction, authors_flops_fraction
+from .recipes import Curve, experiment, pretraining, started_from
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What a call of the suite was asked for."""
+
+    inputs: Mapping[str, Path]
+    """Paths by name, of those that are there."""
+    out: Path
+    """Folder of the figures; stages are below it."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Of weights, order of data and conversion."""
+    smoke: bool = False
+    """Every stage in seconds: does it run, not what it gives."""
+    device: str = "cpu"
+    """Where models run."""
+    progress: Progress = NO_PROGRESS
+    """Told of every stage."""
+    say: Callable[[str], None] = lambda _line: None
+    """Told in a line what runs again and why."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finished:
+    """One seed of an experiment."""
+
+    seed: int
+    """Which."""
+    stages: Mapping[str, Stage]
+    """By name, as `run_stages` has them."""
+    recipe: RecipeConfig
+    """With the model that it started from."""
+
+    @property
+    def seconds(self) -> float:
+        """Of all its stages, each counted once; what other figures had run before is in it, too."""
+        return sum({stage.key: stage.seconds for stage in self.stages.values()}.values())
+
+
+def run_experiment(model: str, curves: Sequence[Curve], run: Run, *, stage: str | None = None, ztw: bool = False) -> list[Finished]:
+    """Pre-train, train, convert and sweep for every seed; what is on disk is used.
+
+    Args:
+        model: "gpt", "bert" or "vit".
+        curves: what to make.
+        run: how.
+        stage: the last stage; None sweeps.
+        ztw: early exit, too.
+    """
+    recipe = experiment(model, curves, run.inputs, smoke=run.smoke, ztw=ztw)
+    finished = []
+    for seed in run.seeds:
+        done = pretrain(model, run, seed=seed)
+        started = started_from(recipe, done["dense"].folder / "model", seed=seed)
+        (stages,) = run_stages(
+            started, run.out / "stages" / recipe.name, stage=stage, device=run.device, progress=run.progress, say=run.say
+        )
+        before = {f"pretrain.{name}": found for name, found in done.items()}
+        finished.append(Finished(seed=seed, stages={**before, **stages}, recipe=started))
+    return finished
+
+
+def pretrain(model: str, run: Run, *, seed: int) -> dict[str, Stage]:
+    """The stages of the model that everything starts from."""
+    recipe = replace(pretraining(model, run.inputs, smoke=run.smoke), seeds=(seed,))
+    folder = run.out / "stages" / recipe.name
+    (stages,) = run_stages(recipe, folder, stage="dense", device=run.device, progress=run.progress, say=run.say)
+    return stages
+
+
+def measured_curves(curves: Sequence[Curve], finished: Sequence[Finished], *, authors: bool = False) -> dict[str, Any]:
+    """Quality against cost of every curve, as JSON values.
+
+    Args:
+        curves: what was asked for.
+        finished: its seeds.
+        authors: count FLOPs as the authors do, too.
+
+    Returns:
+        "y": what the quality is, "loss" in nats or "accuracy"; "dense": of the model trained without anything, by seed; "ffn_share":
+        dense FFN FLOPs over all; "curves": by name "label", "trained" (quality before conversion, by seed) and "points", for each seed
+        a list of {"active", "ffn", "all", "y"}, with ``authors`` also "authors_ffn" and "authors_all"; fractions of the dense model that
+        was not changed, of "ffn" those of the FFNs and replaced projections that were converted. Early exit has "all" and "y" alone.
+    """
+    metric = finished[0].recipe.metric
+    shown = _loss if metric == "perplexity" else float
+    first = finished[0].stages[_sweep(curves[0].name)]
+    dense_flops = _dense_flops(first)
+    result: dict[str, Any] = {
+        "y": "loss" if metric == "perplexity" else metric,
+        "dense": [shown(one.stages["dense.quality"].result["quality"][VALIDATION]) for one in finished],
+        "start": [shown(one.stages["start"].result["quality"][VALIDATION]) for one in finished],
+        "ffn_share": _ffn_share(first),
+        "curves": {},
+    }
+    for curve in curves:
+        points = []
+        for one in finished:
+            sweep, converted = one.stages[_sweep(curve.name)], one.stages[f"convert.{curve.name}"]
+            rows = [from_dict(CurvePoint, point) for point in sweep.result["points"]]
+            scale = _dense_flops(sweep) / dense_flops
+            extra = _authors(sweep, converted) if authors else lambda _point: {}
+            points.append([{**_row(point, shown, scale), **extra(point)} for point in sorted(rows, key=lambda p: p.flops_fraction)])
+        trained = [shown(one.stages[f"sparsify.{curve.name}.quality"].result["quality"][VALIDATION]) for one in finished]
+        result["curves"][curve.name] = {"label": curve.label, "trained": trained, "points": points}
+    if (name := _sweep(ZTW)) in finished[0].stages:
+        exits = [[_exit_row(point, shown) for point in one.stages[name].result["points"]] for one in finished]
+        result["curves"][ZTW] = {"label": "ZTW", "trained": result["dense"], "points": exits}
+    return result
+
+
+def series(data: Mapping[str, Any], name: str, axis: str) -> list[list[tuple[float, float]]]:
+    """A curve of `measured_curves` as points (cost, quality) by seed."""
+    return [[(point[axis], point["y"]) for point in points] for points in data["curves"][name]["points"]]
+
+
+def _sweep(name: str) -> str:
+    return f"sweep.{name}.{VALIDATION}"
+
+
+def _exit_row(point: Mapping[str, Any], shown: Callable[[float], float]) -> dict[str, float]:
+    return {"theta": point["theta"], "all": point["flops_fraction"], "y": shown(point["quality"])}
+
+
+def _row(point: CurvePoint, shown: Callable[[float], float], scale: float) -> dict[str, float]:
+    return {
+        "active": point.active_fraction,
+        "ffn": point.ffn_flops_fraction,
+        "all": scale * point.flops_fraction,
+        "y": shown(point.quality),
+    }
+
+
+def _authors(sweep: Stage, converted: Stage) -> Callable[[CurvePoint], dict[str, float]]:
+    records = read_manifest(converted.folder / "moe").sites
+    sites, experts = [record.site for record in records], [record.num_experts for record in records]
+    share = _ffn_share(sweep)
+    return lambda point: {
+        "authors_ffn": authors_ffn_flops_fraction(point, sites, experts),
+        "authors_all": authors_flops_fraction(point, sites, experts, ffn_share=share),
+    }
+
+
+def _ffn_share(sweep: Stage) -> float:
+    return float(_curve(sweep)["cost"]["ffn_dense"]) / _dense_flops(sweep)
+
+
+def _dense_flops(sweep: Stage) -> float:
+    """FLOPs a token of the model that was swept, run dense; replaced projections cost about what the layers did, not exactly."""
+    return float(_curve(sweep)["dense"]["flops_per_token"])
+
+
+def _curve(sweep: Stage) -> dict[str, Any]:
+    curve: dict[str, Any] = json.loads((sweep.folder / "curve.json").read_text(encoding="utf-8"))
+    return curve
+
+
+def _loss(perplexity: float) -> float:
+    return math.log(perplexity)

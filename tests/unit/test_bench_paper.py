@@ -1,0 +1,457 @@
+"""The paper's figures: claims of synthetic numbers, the authors' accounting, fingerprints, missing inputs, the page."""
+
+import json
+import math
+import shutil
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from bench.paper import claims, figures, measure
+from bench.paper.__main__ import main
+from bench.paper.accounting import authors_ffn_flops_fraction, authors_flops_fraction, cost_ratio
+from bench.paper.draw import draw_curves
+from bench.paper.figures import FIGURES, WEIGHTS, make_figure
+from bench.paper.inputs import INPUTS, check_needs, find_inputs, write_stand_ins
+from bench.paper.measure import Finished, Run, measured_curves
+from bench.paper.page import check_page, page_text, write_page
+from bench.paper.recipes import Curve, experiment, pretraining
+from moeify._config import to_dict
+from moeify.data import DataConfig, read_texts
+from moeify.errors import ConfigError, DataError
+from moeify.evaluate import CurvePoint
+from moeify.pipeline.stages import Stage, key_of
+from moeify.sites import FFNSite
+
+
+def line(start, end, *, low=0.1, high=1.0, seeds=1):
+    """A straight curve, the same for every seed."""
+    return [[(low, start), (high, end)] for _ in range(seeds)]
+
+
+# -- claims, both outcomes each
+
+
+def test_better_everywhere_needs_every_shared_budget():
+    ours, other = line(4.0, 3.0, seeds=2), line(5.0, 3.1, seeds=2)
+    found = claims.better_everywhere("c", ours, other, lower_is_better=True)
+    assert found.holds is True
+    assert found.numbers["least"] == pytest.approx(0.1)
+    assert found.numbers["gain"]["0.1"] == pytest.approx(1.0)
+    crossing = claims.better_everywhere("c", ours, line(5.0, 2.9, seeds=2), lower_is_better=True)
+    assert crossing.holds is False
+    assert crossing.numbers["least"] == pytest.approx(-0.1)
+    assert "does not hold" in crossing.line()
+    assert claims.better_everywhere("c", ours, other, lower_is_better=False).holds is False
+
+
+def test_curves_without_a_common_budget_are_not_judged():
+    found = claims.better_everywhere("c", line(1, 1, low=0.1, high=0.3), line(1, 1, low=0.5, high=0.9), lower_is_better=True)
+    assert found.holds is None
+    assert "cannot be told" in found.line()
+
+
+def test_values_are_those_on_each_seeds_own_line():
+    series = [[(0.0, 0.0), (1.0, 1.0)], [(0.5, 3.0), (0.0, 1.0), (1.0, 4.0)]]
+    assert claims.values_at(series, 0.25) == pytest.approx([0.25, 2.0])
+    assert claims.values_at([*series, [(0.5, 1.0), (1.0, 1.0)]], 0.25) is None
+
+
+@pytest.mark.parametrize(
+    ("ours", "holds", "ratio"),
+    [
+        pytest.param([(0.1, 0.80), (0.2, 0.90), (1.0, 0.90)], True, 0.19 / 0.8, id="at a quarter"),
+        pytest.param([(0.1, 0.50), (0.5, 0.80), (0.6, 0.90), (1.0, 0.90)], False, 0.59 / 0.8, id="at three quarters"),
+    ],
+)
+def test_quality_kept_at_half_the_cost(ours, holds, ratio):
+    other = [[(0.4, 0.7), (0.8, 0.89), (1.0, 0.91)]]
+    found = claims.keeps_quality_at_half([ours], other, dense=[0.9])
+    assert found.holds is holds
+    assert found.numbers["ratio"] == pytest.approx(ratio, rel=0.02)
+
+
+def test_quality_that_is_never_reached_is_said():
+    assert claims.keeps_quality_at_half(line(0.5, 0.8), line(0.5, 0.95), dense=[0.9]).holds is False
+    assert "MoEfication never is" in claims.keeps_quality_at_half(line(0.9, 0.9), line(0.5, 0.8), dense=[0.9]).sentence
+
+
+def test_a_dip_after_the_first_crossing_counts():
+    series = [[(0.1, 0.9), (0.3, 0.9), (0.4, 0.5), (0.5, 0.9), (1.0, 0.9)]]
+    assert claims.cheapest_within(series, 0.85) == pytest.approx(0.4875, abs=0.01)
+    assert claims.cheapest_within(series, 0.95) is None
+
+
+def test_steps_of_the_ablation_and_the_floor():
+    steps = {"a": line(0.5, 0.9), "b": line(0.6, 0.9), "c": line(0.7, 0.9)}
+    assert claims.each_step_better(steps, lower_is_better=False).holds is True
+    worse = claims.each_step_better({**steps, "d": line(0.6, 0.9)}, lower_is_better=False)
+    assert worse.holds is False
+    assert worse.numbers["d"] < 0 < worse.numbers["c"]
+    assert claims.lower_floor(line(0, 0, low=0.2), line(0, 0, low=0.4)).holds is True
+    assert claims.lower_floor(line(0, 0, low=0.4), line(0, 0, low=0.4)).holds is False
+
+
+def test_early_exit_is_judged_at_medium_budgets_only():
+    ours = [[(0.1, 0.2), (0.3, 0.9), (1.0, 0.9)]]
+    assert claims.best_only_at_the_lowest(line(0.8, 0.85), ours).holds is True
+    assert claims.best_only_at_the_lowest(line(0.95, 0.95), ours).holds is False
+
+
+def test_the_four_curves_of_figure_9():
+    curves = {"relu": line(3.2, 3), "relu_hoyer": line(3.1, 3), "gelu": line(5, 3), "gelu_hoyer": line(3.15, 3)}
+    assert [v.holds for v in claims.sparsified_gelu_is_like_relu(curves)] == [True, True, True]
+    curves |= {"gelu": line(3.2, 3), "gelu_hoyer": line(4, 3), "relu": line(6, 3)}
+    assert [v.holds for v in claims.sparsified_gelu_is_like_relu(curves)] == [False, False, False]
+
+
+def test_sizes_in_both_orders():
+    fine = {1: line(3.5, 3), 2: line(3.1, 3), 8: line(3.2, 3), 32: line(3.4, 3)}
+    smaller, single = claims.smaller_experts_are_better(fine, accounting="ours")
+    assert (smaller.holds, single.holds) == (True, True)
+    assert single.numbers["gap"] > 0
+    coarse = {1: line(3.0, 3), 2: line(3.3, 3), 8: line(3.2, 3)}
+    assert [v.holds for v in claims.smaller_experts_are_better(coarse, accounting="ours")] == [False, False]
+
+
+def test_sparser_bases():
+    falling, flat = {0.0: line(4, 3), 1e-3: line(3.5, 3)}, {0.0: line(5, 3), 1e-3: line(5, 3)}
+    assert [v.holds for v in claims.sparser_bases_are_better(falling, flat)] == [True, False, True]
+    assert [v.holds for v in claims.sparser_bases_are_better(flat, falling)] == [False, True, False]
+
+
+def test_non_zeros_and_their_spread():
+    plain, sparse = [[(0.4, 0.04), (0.2, 0.02)]], [[(0.05, 0.02), (0.05, 0.02)]]
+    assert [v.holds for v in claims.fewer_but_more_varied(plain, sparse)] == [True, True]
+    assert [v.holds for v in claims.fewer_but_more_varied(sparse, plain)] == [False, False]
+
+
+def test_executed_experts_by_depth():
+    base, sparse = {"0.1": [[0.8, 0.9, 1.0]]}, {"0.1": [[0.1, 0.2, 0.3]]}
+    assert [v.holds for v in claims.fewer_executed_experts(base, sparse)] == [True, True]
+    assert [v.holds for v in claims.fewer_executed_experts(sparse, {"0.1": [[0.9, 0.8, 0.7]]})] == [False, False]
+    assert claims.projections_are_less_sparse(base, sparse, name="q").holds is True
+    assert claims.projections_are_less_sparse(sparse, base, name="q").holds is False
+
+
+def test_rank_correlation_of_ties_and_reversed_order():
+    assert claims.rank_correlation([1, 2, 5]) == 1
+    assert claims.rank_correlation([3, 2, 1]) == -1
+    assert claims.rank_correlation([2, 2, 2]) == 0
+    assert claims.rank_correlation([1, 1, 2]) == pytest.approx(0.866, abs=1e-3)
+
+
+def test_break_even_of_routers():
+    assert claims.pays_unless_all_run({128: 0.9, 512: 0.6}, width=128).holds is True
+    assert claims.pays_unless_all_run({128: 0.9, 512: 0.6}, width=512).holds is False
+
+
+# -- accounting
+
+
+def point(active, ffn, whole):
+    return CurvePoint(
+        rule="dynk_max", value=0.1, active_fraction=active, ffn_flops_fraction=ffn, flops_fraction=whole, quality=1.0, quality_ratio=1.0
+    )
+
+
+def site(**changes):
+    base = {"name": "mlp", "up": "mlp.up", "down": "mlp.down", "activation": "relu", "d_model": 96, "d_ff": 384, "d_out": 96}
+    return FFNSite(**{**base, **changes})
+
+
+@pytest.mark.parametrize(
+    ("size", "gated", "extra"),
+    [
+        pytest.param(1, False, 0.5, id="one neuron: half an expert"),
+        pytest.param(4, False, 0.125, id="four"),
+        pytest.param(32, False, 1 / 64, id="thirty-two"),
+        pytest.param(4, True, 1 / 12, id="gated: three projections"),
+    ],
+)
+def test_the_authors_count_d_more_for_each_expert(size, gated, extra):
+    sites = [site(gate="mlp.gate" if gated else None)] * 3
+    experts = [384 // size] * 3
+    found = authors_ffn_flops_fraction(point(0.4, 0.5, 0.7), sites, experts)
+    assert found == pytest.approx(0.5 + 0.4 * extra)
+    whole = authors_flops_fraction(point(0.4, 0.5, 0.7), sites, experts, ffn_share=0.6)
+    assert whole == pytest.approx(0.7 + 0.6 * 0.4 * extra)
+
+
+def test_unequal_ffns_are_refused_and_so_is_a_share_out_of_range():
+    with pytest.raises(ValueError, match="differ in shape"):
+        authors_ffn_flops_fraction(point(0.4, 0.5, 0.7), [site(), site(d_ff=192)], [96, 96])
+    with pytest.raises(ValueError, match="one of each"):
+        authors_ffn_flops_fraction(point(0.4, 0.5, 0.7), [site()], [])
+    with pytest.raises(ValueError, match="ffn_share"):
+        authors_flops_fraction(point(0.4, 0.5, 0.7), [site()], [96], ffn_share=0.0)
+
+
+def test_cost_ratio_is_the_closed_form():
+    assert cost_ratio(0.0, width=128, d_model=768) == pytest.approx(128 * (768 + 3072) / (2 * 4 * 768**2))
+    assert cost_ratio(0.3, width=128, d_model=768, expert_size=24) == pytest.approx(0.3 + 128 * (768 + 128) / (8 * 768**2))
+
+
+# -- recipes, fingerprints, files
+
+
+def test_weights_of_figure_12_are_those_of_the_recipe():
+    recipe = experiment("gpt", [Curve(name=name, label=name, training=name) for name in WEIGHTS], {})
+    assert {v.name: v.sparsify.enforcement.weight for v in recipe.variant} == WEIGHTS
+
+
+_TOKENS_OF_A_STEP = {"bert": 16 * 22, "vit": 64 * 49}  # tokens of a text on average; patches of an image
+
+
+def test_every_figures_recipes_can_be_read_and_train_the_same_tokens(tmp_path):
+    inputs = {name: tmp_path / name for name in INPUTS}
+    for figure in FIGURES.values():
+        if figure.model is not None:
+            recipe = experiment(figure.model, figure.curves(False), inputs, ztw=figure.ztw)
+            assert (recipe.ztw is not None) == figure.ztw
+            for variant in recipe.variant:  # distillation is paid for in steps, roughly: no text has the mean's length
+                steps, replaced = recipe.train_of(variant).steps, variant.projections
+                tokens = replaced.tokens / _TOKENS_OF_A_STEP[figure.model] if replaced is not None else 0
+                assert steps + tokens == pytest.approx(recipe.train.steps, abs=1)
+            assert pretraining(figure.model, inputs).metric == recipe.metric
+
+
+def test_a_curve_of_an_unknown_training_is_refused():
+    with pytest.raises(ConfigError, match=r"gpt.toml has no variant 'swish'; it has relu"):
+        experiment("gpt", [Curve(name="a", label="a", training="swish")], {})
+
+
+@pytest.fixture
+def novels(tmp_path):
+    folder = tmp_path / "novels"
+    folder.mkdir()
+    for split in ("train", "validation"):
+        pyarrow.parquet.write_table(pyarrow.table({"text": [f"A long story of {split}. " * 200]}), folder / f"{split}.parquet")
+    return folder
+
+
+def test_a_fingerprint_is_of_settings_and_content_not_of_places(novels, tmp_path):
+    def key(path, figure="5", **changes):
+        return key_of(FIGURES[figure].settings(Run(inputs={"novels": path}, out=tmp_path, **changes)))
+
+    moved = shutil.copytree(novels, tmp_path / "elsewhere")
+    assert key(novels) == key(moved) == key(novels, seeds=(0, 1, 2))
+    assert len({key(novels), key(novels, seeds=(0,)), key(novels, smoke=True), key(novels, figure="9")}) == 4
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["Another story. " * 200]}), moved / "train.parquet")
+    assert key(novels) != key(moved)
+
+
+def test_a_changed_recipe_is_another_fingerprint(monkeypatch, tmp_path):
+    run = Run(inputs={}, out=tmp_path)
+    before = FIGURES["5"].settings(run)
+    changed = lambda *args, **options: (lambda r: replace(r, train=replace(r.train, steps=r.train.steps + 1)))(experiment(*args, **options))  # noqa: E731
+    monkeypatch.setattr(figures, "experiment", changed)
+    assert key_of(FIGURES["5"].settings(run)) != key_of(before)
+
+
+def test_numbers_are_used_again_and_a_stale_file_is_said_and_not_used(tmp_path, capsys, monkeypatch):
+    arguments = ["--figure", "14", "--out", str(tmp_path)]
+    assert main(arguments) == 0
+    path = tmp_path / "fig14.json"
+    first = json.loads(path.read_text())
+    assert (tmp_path / "fig14.png").stat().st_size > 1000
+    assert "14" in capsys.readouterr().out
+
+    def again(*_args):
+        raise AssertionError("measured again")
+
+    monkeypatch.setitem(FIGURES, "14", replace(FIGURES["14"], measure=again))
+    assert main(arguments) == 0  # nothing is measured
+    monkeypatch.undo()
+    stale = {**first, "fingerprint": "0", "settings": {**first["settings"], "seeds": [7]}}
+    stale["data"] = {**first["data"], "break_even": {"128": 0.0}}
+    path.write_text(json.dumps(stale))
+    assert main(arguments) == 0
+    error = capsys.readouterr().err
+    assert "fig14.json' is of other settings (seeds [7] -> [0, 1, 2]) and is not used; it is measured again" in error
+    assert json.loads(path.read_text()) == first
+
+
+def test_a_file_that_is_no_figure_is_an_error(tmp_path, capsys):
+    (tmp_path / "fig14.json").write_text("{}")
+    assert main(["--figure", "14", "--out", str(tmp_path)]) == 2
+    assert "is no figure of this version" in capsys.readouterr().err
+
+
+# -- what is read off stages
+
+
+def stage(folder, result, *, dense_flops=100.0):
+    folder.mkdir(parents=True)
+    (folder / "curve.json").write_text(json.dumps({"dense": {"flops_per_token": dense_flops}, "cost": {"ffn_dense": 60.0}}))
+    return Stage(label=folder.name, key=folder.name, folder=folder, result=result, seconds=1.0)
+
+
+def finished(root, *, seed=0, **sweeps):
+    """A seed whose sweeps found perplexities e and e^2; "full" cost 5 % more than the layers that it replaced."""
+    quality = {"quality": {"validation": math.e}}
+    stages = {name: stage(root / name, quality) for name in ("start", "dense.quality")}
+    for name, dense_flops in sweeps.items():
+        points = [to_dict(replace(point(x, x, 0.4 + 0.6 * x), quality=math.e**power)) for x, power in ((1.0, 1), (0.5, 2))]
+        stages[f"sweep.{name}.validation"] = stage(root / f"sweep.{name}", {"points": points}, dense_flops=dense_flops)
+        stages[f"convert.{name}"] = stage(root / f"convert.{name}", {})
+        stages[f"sparsify.{name}.quality"] = stage(root / f"quality.{name}", quality)
+    recipe = experiment("gpt", [Curve(name="a", label="a", training="relu")], {})
+    return Finished(seed=seed, stages=stages, recipe=recipe)
+
+
+def test_curves_are_losses_over_the_flops_of_the_unchanged_model(tmp_path):
+    curves = [Curve(name=name, label=name, training="relu") for name in ("plain", "full")]
+    data = measured_curves(curves, [finished(tmp_path / str(seed), seed=seed, plain=100.0, full=105.0) for seed in (0, 1)])
+    assert (data["y"], data["dense"], data["ffn_share"]) == ("loss", [1.0, 1.0], 0.6)
+    cheap, dear = data["curves"]["plain"]["points"][1]
+    assert (cheap["ffn"], cheap["all"], cheap["y"]) == (0.5, 0.7, 2.0)
+    assert (dear["all"], dear["y"]) == (1.0, 1.0)
+    assert "authors_ffn" not in dear
+    assert data["curves"]["full"]["points"][0][1]["all"] == pytest.approx(1.05)
+    assert measure.series(data, "plain", "ffn") == [[(0.5, 2.0), (1.0, 1.0)]] * 2
+
+
+def test_curves_with_the_authors_accounting_and_early_exit(tmp_path, monkeypatch):
+    record = SimpleNamespace(site=site(), num_experts=96)
+    monkeypatch.setattr(measure, "read_manifest", lambda _folder: SimpleNamespace(sites=(record,)))
+    one = finished(tmp_path, plain=100.0)
+    exits = stage(tmp_path / "exits", {"points": [{"theta": 0.5, "quality": math.e, "flops_fraction": 0.3}]})
+    one = replace(one, stages={**one.stages, "sweep.ztw.validation": exits})
+    data = measured_curves([Curve(name="plain", label="plain", training="relu")], [one], authors=True)
+    cheap = data["curves"]["plain"]["points"][0][0]
+    assert cheap["authors_ffn"] == pytest.approx(0.5 + 0.5 * 0.125)
+    assert cheap["authors_all"] == pytest.approx(0.7 + 0.6 * 0.5 * 0.125)
+    assert data["curves"]["ztw"]["points"] == [[{"theta": 0.5, "all": 0.3, "y": 1.0}]]
+    for name in ("both.svg", "again.svg"):
+        draw_curves(data, [tmp_path / name], title="both", axes=("all", "authors_ffn"))
+    assert (tmp_path / "both.svg").read_text().count("ZTW") == 1  # early exit is no share of the FFNs
+    assert (tmp_path / "both.svg").read_text() == (tmp_path / "again.svg").read_text()
+
+
+# -- inputs and the command line
+
+
+def test_a_figure_without_its_inputs_says_what_is_missing_and_how_to_get_it(tmp_path, capsys):
+    assert main(["--figure", "11", "--out", str(tmp_path), "--emotion", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: figure 11: no --minilm (all-MiniLM-L6-v2); get it by: hf download sentence-transformers/")
+    assert "--emotion" not in error
+    assert error.count("\n") == 1
+    with pytest.raises(DataError, match=r"figures 7, 11: no --emotion .* and --fashion .* && hf download"):
+        check_needs({"5": (), "7": ("fashion",), "11": ("emotion",)}, {})
+
+
+def test_inputs_are_found_by_name_and_options_win(tmp_path):
+    for name in ("novels", "fashion_mnist", "mine"):
+        (tmp_path / name).mkdir()
+    found = find_inputs(tmp_path, {"novels": tmp_path / "mine", "emotion": None})
+    assert found == {"novels": tmp_path / "mine", "fashion": tmp_path / "fashion_mnist"}
+    with pytest.raises(DataError, match=r"--minilm '.*none' does not exist; it is all-MiniLM"):
+        find_inputs(None, {"minilm": tmp_path / "none"})
+    with pytest.raises(DataError, match="is no folder"):
+        find_inputs(tmp_path / "none", {})
+
+
+def test_stand_ins_are_readable_and_the_same_every_time(tmp_path):
+    one, two = (write_stand_ins(tmp_path / name, ["emotion", "fashion", "minilm"]) for name in "ab")
+    assert set(one) == {"emotion", "fashion"}
+    assert next(read_texts(DataConfig(data=str(one["emotion"]), split="train")))
+    for name in one:
+        for file in one[name].iterdir():
+            assert file.read_bytes() == (two[name] / file.name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "give --figure NUMBER"),
+        (["--figure", "2"], "no figure '2'"),
+        (["--all", "--figure", "5"], "give --all or --figure, not both"),
+        (["--check"], "--check is about a page"),
+    ],
+)
+def test_what_the_command_refuses(arguments, message, capsys):
+    assert main(arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("seeds", ["0,0", "-1", "x"])
+def test_bad_seeds_are_refused(seeds, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--figure", "14", f"--seeds={seeds}"])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.startswith("error: argument --seeds")
+
+
+# -- the page
+
+
+def synthetic(number, **settings):
+    """A figure's file with two curves, of which the paper's claim does not hold."""
+    points = [[{"active": x, "ffn": x, "all": x, "y": 3 + x} for x in (0.1, 1.0)] for _ in range(2)]
+    data = {
+        "y": "loss",
+        "dense": [3.0, 3.2],
+        "curves": {name: {"label": name.title(), "points": points} for name in ("sadmoe", "baseline")},
+    }
+    shared = {"code": "c", "seeds": [0, 1], "smoke": False, "device": "cpu", "moeify": "0", **settings}
+    train = {"train": {"steps": 10}}
+    return {
+        "figure": number,
+        "model": "gpt",
+        "caption": "What it shows.",
+        "commit": "abc",
+        "versions": {"torch": "2"},
+        "settings": {**shared, "pretraining": train, "experiment": {**train, "variant": [number], "ztw": None if number == "9" else {}}},
+        "data": data,
+        "claims": [{"claim": "better", "holds": number != "5", "sentence": "By 1."}],
+    }
+
+
+def test_the_page_says_what_holds_and_what_does_not():
+    text = page_text([synthetic("5"), synthetic("9")], pictures="fig/")
+    assert "| 5 | better | **does not hold** | By 1. |" in text
+    assert "| 9 | better | holds | By 1. |" in text
+    assert "![Figure 5](fig/fig5.svg)" in text
+    assert "| Sadmoe | 3.1000 ± 0.0000 |" in text
+    assert "dense 3.1000 ± 0.1414" in text
+    assert "Not made: figures 3, " in text
+    assert "smoke" not in text
+    assert "It shows that figures are made" in page_text([synthetic("5", smoke=True)], pictures="")
+
+
+def test_methods_that_save_outside_of_ffns_are_compared_by_all_flops():
+    figure = synthetic("6")
+    exits = {"label": "ZTW", "points": [[{"theta": 0.5, "all": x, "y": 0.5} for x in (0.2, 1.0)]] * 2}
+    figure["data"] = {**figure["data"], "y": "accuracy", "curves": {**figure["data"]["curves"], "ztw": exits}}
+    text = page_text([figure], pictures="")
+    assert "At shares of the dense FLOPs (accuracy;" in text
+    assert "| ZTW |  | 0.5000 ± 0.0000 |" in text
+
+
+def test_figures_of_different_settings_do_not_share_a_page():
+    with pytest.raises(DataError, match=r"figures 5 and 9 are of different settings \(seeds\)"):
+        page_text([synthetic("5"), synthetic("9", seeds=[0])], pictures="")
+    other = synthetic("9")
+    other["settings"]["pretraining"] = {"train": {"steps": 11}}
+    with pytest.raises(DataError, match=r"different settings \(gpt's training or data\)"):
+        page_text([synthetic("5"), other], pictures="")
+    with pytest.raises(DataError, match="no figure to write about"):
+        page_text([], pictures="")
+
+
+def test_a_page_is_checked_against_its_figures(tmp_path, capsys):
+    make_figure(FIGURES["14"], Run(inputs={}, out=tmp_path / "figures"))
+    page = tmp_path / "docs" / "paper.md"
+    with pytest.raises(DataError, match="is not what the figures in"):
+        check_page(page, tmp_path / "figures")
+    write_page(page, tmp_path / "figures")
+    assert "(../figures/fig14.svg)" in page.read_text()
+    assert main(["--page", str(page), "--out", str(tmp_path / "figures"), "--check"]) == 0
+    page.write_text(page.read_text().replace("holds", "fails"))
+    assert main(["--page", str(page), "--out", str(tmp_path / "figures"), "--check"]) == 2
+    assert "write it: python -m bench.paper" in capsys.readouterr().err
