@@ -84,9 +84,9 @@ def better_everywhere(claim: str, ours: Series, other: Series, *, lower_is_bette
     clear = sum(means[x] > spread(values) for x, values in found.items())
     seeds = len(found[worst])
     sentence = (
-        f"Better at {wins} of {len(budgets)} budgets between {_percent(budgets[0])} and {_percent(budgets[-1])}"
+        f"Better at {wins} of {len(budgets)} budgets from {_percent(budgets[0])} to {_percent(budgets[-1])}"
         + (f", at {clear} by more than the seeds' deviation" if seeds > 1 else "")
-        + f": by {_signed(found[best])} at {_percent(best)} and, least, {_signed(found[worst])} at {_percent(worst)}."
+        + f"; the largest gain {_signed(found[best])} at {_percent(best)}, the smallest {_signed(found[worst])} at {_percent(worst)}."
     )
     numbers = {"gain": {f"{x:g}": value for x, value in means.items()}, "least": means[worst], "spread": spread(found[worst])}
     return Verdict(claim=claim, holds=wins == len(budgets), sentence=sentence, numbers=numbers)

@@ -20,10 +20,16 @@ _SHARED = ("code", "seeds", "smoke", "device", "moeify")
 _WORDS = {False: "**does not hold**", None: "cannot be told", True: "holds"}
 _AXES = {"ffn": "share of the dense FLOPs of the FFNs", "all": "share of the dense FLOPs of the whole model"}
 
+_NAMES = {"gpt": "GPT", "bert": "BERT", "vit": "ViT"}
+_WHOLE = (
+    "The FLOPs are of the whole model, over the dense one's in which nothing was replaced. Early exit has a head after each block but the"
+    " last; it reads as many examples for them as the others do for their training, on top of the dense model's own."
+)
+
 NOTES: dict[str, str] = {
     "3": "Counted on the trained models before any conversion, on the first 8192 tokens of validation.",
-    "6": "The FLOPs are of the whole model, over the dense one's in which nothing was replaced. Early exit reads as many examples for its"
-    " heads as the others do for their training, on top of the dense model's own.",
+    "6": _WHOLE,
+    "7": _WHOLE,
     "8": "The paper's step to dynamic k has smaller experts in it; here they are a step of their own, split by co-activation and not by"
     " k-means. Steps are compared at the budgets that both reach, so what a step gains by reaching lower ones is not in its number.",
     "9": "Sparsified GELU pushes pre-activations below -2.5, the paper's below -10; at that square-Hoyer hardly pulls (docs/log).",
@@ -161,7 +167,7 @@ def _about(figures: Sequence[Mapping[str, Any]]) -> str:
     codes = sorted({code for settings_of in models.values() for code in settings_of.get("library", ())})
     kept = f" Stages are of {len(codes)} versions of the library's code ({', '.join(codes)})." if len(codes) > 1 else ""
     steps = ", ".join(
-        f"{name.upper()} {of['pretraining']['train']['steps']} and {of['experiment']['train']['steps']}" for name, of in models.items()
+        f"{_NAMES[name]} {of['pretraining']['train']['steps']} and {of['experiment']['train']['steps']}" for name, of in models.items()
     )
     trained = f" Steps of pre-training and of every method: {steps}." if steps else ""
     spread_told = f"Means over seeds {seeds}, ± their standard deviation" if len(settings["seeds"]) > 1 else f"One seed, {seeds}"

@@ -53,9 +53,8 @@ def test_no_gain_is_no_win_and_the_seeds_deviation_is_told():
     assert claims.better_everywhere("c", line(3.0, 3.0), line(3.0, 3.0), lower_is_better=True).holds is False
     ours, other = [[(0.1, 2.9), (1.0, 2.9)], [(0.1, 2.7), (1.0, 2.7)]], line(3.0, 3.0, seeds=2)
     found = claims.better_everywhere("c", ours, other, lower_is_better=True)
-    assert (
-        "Better at 19 of 19 budgets between 10 % and 100 %, at 19 by more than the seeds' deviation: by +0.2000 ± 0.1414" in found.sentence
-    )
+    assert "Better at 19 of 19 budgets from 10 % to 100 %, at 19 by more than the seeds' deviation" in found.sentence
+    assert "the largest gain +0.2000 ± 0.1414 at 10 %" in found.sentence
     noisy = [[(0.1, 3.1), (1.0, 3.1)], [(0.1, 2.7), (1.0, 2.7)]]
     assert "at 0 by more than the seeds' deviation" in claims.better_everywhere("c", noisy, other, lower_is_better=True).sentence
     assert "±" not in claims.better_everywhere("c", ours[:1], other[:1], lower_is_better=True).sentence

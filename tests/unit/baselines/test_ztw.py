@@ -3,7 +3,9 @@
 import itertools
 import json
 import math
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import tiny
@@ -530,3 +532,23 @@ def test_config_is_json_and_scales_to_a_number_of_examples():
     assert from_dict(ztw.ZTWConfig, json.loads(json.dumps(to_dict(chosen)))) == chosen
     scaled = ztw.ZTWConfig().for_sequences(256 * 100)
     assert (scaled.train.steps, scaled.ensemble.steps) == (95, 5)
+
+
+def test_the_block_of_the_docs_runs(request, tmp_path, monkeypatch):
+    page = (request.config.rootpath / "docs" / "baselines.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    assert "ztw.ZTWConfig()" in block
+    monkeypatch.chdir(tmp_path)
+    model, data = tiny_vit(), images()
+    one = {name: value[:1] for name, value in data.batch([0], generator=None).items()}
+    names = {
+        "model": model,
+        "data": data,
+        "batches": [data.batch(range(8), generator=None)],
+        "one_example": one,
+        "small": config(),
+        "Path": Path,
+    }
+    exec(block.replace("ztw.ZTWConfig()", "small"), names)
+    assert len(names["found"].points) == 100
+    assert {path.name for path in tmp_path.iterdir()} == {"work", "heads"}
