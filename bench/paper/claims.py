@@ -140,6 +140,21 @@ def keeps_quality_at_half(ours: Series, other: Series, *, dense: Sequence[float]
     return Verdict(claim=claim, holds=mine <= share * theirs, sentence=sentence, numbers={**numbers, "ratio": mine / theirs})
 
 
+def saves(series: Series, *, dense: Sequence[float], tolerance: float = 0.01, claimed: float = 0.6) -> Verdict:
+    """Whether ``claimed`` of the whole model's FLOPs can be left out with no more than ``tolerance`` lost (higher is better)."""
+    claim = f"{_percent(claimed)} of the FLOPs are saved without a significant drop"
+    cost = cheapest_within(series, fmean(dense) - tolerance)
+    by_seed = [cheapest_within([points], start - tolerance) for points, start in zip(series, dense, strict=True)]
+    found = "Nothing" if cost is None else _percent(1 - cost)
+    seeds = f"; from these shares of the FLOPs on by seed: {_listed(by_seed)}" if len(dense) > 1 else ""
+    return Verdict(
+        claim=claim,
+        holds=cost is not None and 1 - cost >= claimed,
+        sentence=f"{found} with at most {100 * tolerance:g} point lost against dense{seeds}.",
+        numbers={"cost": cost, "by_seed": by_seed},
+    )
+
+
 def each_step_better(steps: Mapping[str, Series], *, lower_is_better: bool) -> Verdict:
     """Whether every curve is better, in the mean over the budgets that it shares with the one before it, than that one."""
     claim = "every step of the method improves on the one before"

@@ -288,18 +288,20 @@ def _claim_6(data: Mapping[str, Any]) -> list[Verdict]:
         claims.keeps_quality_at_half(curves["full"], curves["baseline"], dense=data["dense"]),
         claims.lower_floor(curves["full"], curves["sadmoe"]),
         claims.best_only_at_the_lowest(curves["ztw"], curves["full"]),
+        claims.saves(curves["full"], dense=data["dense"]),
     ]
 
 
 def _claim_7(data: Mapping[str, Any]) -> list[Verdict]:
     curves = _all_series(data, "all")
     low, high = claims.MEDIUM
-    return [
+    above = [
         claims.better_everywhere(
             f"SADMoE is above {label} at medium budgets", curves["full"], curves[name], lower_is_better=False, low=low, high=high
         )
         for name, label in (("baseline", "MoEfication"), ("ztw", "ZTW"))
     ]
+    return [*above, claims.saves(curves["full"], dense=data["dense"])]
 
 
 def _claim_8(data: Mapping[str, Any]) -> list[Verdict]:

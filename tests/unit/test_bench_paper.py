@@ -67,6 +67,32 @@ def test_every_seeds_own_cost_of_keeping_quality_is_told():
     assert "By seed 20 %, never and 10 %, 10 %." in found.sentence
 
 
+def test_what_can_be_saved_without_a_drop():
+    series = [[(0.2, 0.5), (0.3, 0.9), (1.0, 0.9)], [(0.2, 0.5), (0.3, 0.9), (1.0, 0.9)]]
+    found = claims.saves(series, dense=[0.9, 0.9])
+    assert found.holds is True
+    assert found.numbers["cost"] == pytest.approx(0.2975, abs=0.005)
+    assert found.sentence.startswith(
+        "70.2 % with at most 1 point lost against dense; from these shares of the FLOPs on by seed: 29.8 %, 29.8 %"
+    )
+    assert claims.saves(series, dense=[0.9, 0.9], claimed=0.8).holds is False
+    never = claims.saves(series[:1], dense=[0.95])
+    assert (never.holds, never.sentence) == (False, "Nothing with at most 1 point lost against dense.")
+
+
+def test_what_cannot_be_run_is_one_line(tmp_path, capsys):
+    (tmp_path / "emotion").mkdir()
+    (tmp_path / "minilm").mkdir()
+    for options, message in (
+        (["--figure", "11", "--inputs", str(tmp_path)], "emotion"),
+        (["--figure", "5", "--smoke", "--device", "warp"], "warp"),
+    ):
+        assert main([*options, "--out", str(tmp_path / options[1])]) == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert sum(line.startswith("error: ") for line in error.splitlines()) == 1
+
+
 def test_all_experts_are_run_by_nobody_or_by_somebody():
     assert claims.never_all_experts({"tau = 0.1": [0.0, 0.0]}).holds is True
     found = claims.never_all_experts({"tau = 0.1": [0.0, 0.0], "tau = 0.01": [0.0, 0.02]})
