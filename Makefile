@@ -33,6 +33,7 @@ contracts: $(VENV)/.dev
 docs-check: $(VENV)/.dev
 	$(BIN)/python scripts/check_docs.py
 	$(BIN)/python scripts/families.py --check
+	test ! -f docs/paper.md || $(BIN)/python -m bench.paper --out docs/paper --page docs/paper.md --check
 
 bench: $(VENV)/.dev
 	$(PIP) -e '.[bench]'

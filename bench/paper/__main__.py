@@ -16,7 +16,9 @@ from transformers.utils.logging import disable_progress_bar
 from moeify._progress import NO_PROGRESS
 from moeify._terminal import make_progress
 from moeify.errors import ConfigError, MoeifyError
+from moeify.report import check_plots
 
+from .code import check_stages
 from .figures import FIGURES, make_figure
 from .inputs import INPUTS, check_needs, find_inputs, write_stand_ins
 from .measure import Run
@@ -36,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     disable_progress_bar()  # ours tells of the stages
     try:
         return _run(options)
-    except MoeifyError as error:
+    except (MoeifyError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
@@ -84,12 +86,15 @@ def _run_of(options: argparse.Namespace, numbers: Sequence[str]) -> Run:
         check_needs({number: FIGURES[number].needs for number in numbers}, found)
         if "novels" not in found and any(FIGURES[number].model == "gpt" for number in numbers):
             print("no --novels: the GPT reads builtin:pydoc.", file=sys.stderr)
+    check_plots()  # before hours of measuring
+    has_stages = any(FIGURES[number].model is not None for number in numbers)
     return Run(
         inputs=found,
         out=options.out,
         seeds=options.seeds or ((0,) if options.smoke else (0, 1, 2)),
         smoke=options.smoke,
         device=options.device,
+        library=check_stages(options.out / "stages", keep=options.keep_stages) if has_stages else (),
         progress=make_progress() if sys.stderr.isatty() else NO_PROGRESS,
         say=lambda line: print(line, file=sys.stderr),
     )
@@ -103,6 +108,7 @@ def _parser() -> _Parser:
     parser.add_argument("--seeds", type=_seeds, metavar="0,1,2", help="default: 0,1,2; of a smoke run 0")
     parser.add_argument("--smoke", action="store_true", help="tiny models and few steps: does it run; data that is missing is made up")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:1")
+    parser.add_argument("--keep-stages", action="store_true", help="use stages that other code of moeify made; figures and page say so")
     parser.add_argument("--inputs", type=Path, metavar="FOLDER", help=f"with folders {', '.join(i.folder for i in INPUTS.values())}")
     for name, about in INPUTS.items():
         parser.add_argument(f"--{name}", type=Path, metavar="PATH", help=about.content)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ from .accounting import cost_ratio
 from .claims import Verdict
 from .draw import draw_curves, draw_histograms, draw_ratios
 from .measure import Finished, Run, measured_curves, run_experiment, series
-from .recipes import NEEDS, Curve, code_version, experiment, identity, pretraining
+from .recipes import NEEDS, Curve, code_version, drawing_version, experiment, identity, pretraining
 
 SCHEMA = 1
 """Version of a figure's JSON file."""
@@ -44,6 +45,7 @@ SADMOE = Curve(name="sadmoe", label="SADMoE", training="relu_hoyer")
 MOEFICATION = Curve(name="baseline", label="MoEfication", training="relu", moefication=True)
 FULL = Curve(name="full", label="SADMoE with projections", training="full")
 _RELU = Curve(name="relu", label="ReLU", training="relu")
+_SPARSIFIED = replace(SADMOE, label="ReLU, sparsified")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +78,7 @@ class Figure:
         """All that decides its numbers, as JSON values; files by their content."""
         made: dict[str, Any] = {}
         if self.model is not None:
+            made["library"] = list(run.library)
             made["pretraining"] = identity(pretraining(self.model, run.inputs, smoke=run.smoke))
             made["experiment"] = identity(experiment(self.model, self.curves(run.smoke), run.inputs, smoke=run.smoke, ztw=self.ztw))
         return {
@@ -99,6 +102,7 @@ def make_figure(figure: Figure, run: Run) -> dict[str, Any]:
     Raises:
         MoeifyError: whatever a stage refuses; what was finished before stays.
     """
+    run.out.mkdir(parents=True, exist_ok=True)
     path = run.out / f"fig{figure.number}.json"
     settings = figure.settings(run)
     fingerprint = key_of(settings)
@@ -118,13 +122,20 @@ def make_figure(figure: Figure, run: Run) -> dict[str, Any]:
         "versions": {"python": platform.python_version(), **library_versions()},
         **figure.measure(figure, run),
     }
-    # wording and drawing are no part of the fingerprint: they follow from the numbers
+    # claims, their wording and drawing are no part of the fingerprint: they follow from the numbers
     verdicts = figure.claim(result["data"])
-    result = {**result, "caption": figure.caption, "claims": [{**to_plain(v), "line": v.line()} for v in verdicts]}
-    run.out.mkdir(parents=True, exist_ok=True)
-    write_json(path, result)
     pictures = [path.with_suffix(".png"), path.with_suffix(".svg")]
-    figure.draw(result["data"], pictures, title=f"Figure {figure.number}" + (" (smoke run)" if run.smoke else ""))
+    is_drawn = earlier is not None and earlier.get("drawn") == drawing_version() and all(picture.exists() for picture in pictures)
+    result = {
+        **result,
+        "drawn": drawing_version(),
+        "caption": figure.caption,
+        "claims": [{**to_plain(v), "line": v.line()} for v in verdicts],
+    }
+    if not is_drawn:
+        write_json(path, {**result, "drawn": None})  # numbers first: they are what takes hours
+        figure.draw(result["data"], pictures, title=f"Figure {figure.number}" + (" (smoke run)" if run.smoke else ""))
+    write_json(path, result)
     return {**result, "files": {"json": str(path), "png": str(pictures[0]), "svg": str(pictures[1])}}
 
 
@@ -232,22 +243,22 @@ def _ratios(figure: Figure, run: Run) -> dict[str, Any]:
 
 
 def _draw_nonzeros(data: Mapping[str, Any], paths: Sequence[Path], *, title: str) -> None:
-    rows = {one["label"]: _all_tokens(one["seeds"]) for one in data["models"].values()}
-    draw_histograms(rows, paths, title=title, xlabel="share of non-zero activations")
+    rows = {one["label"]: _all_seeds(one["seeds"]) for one in data["models"].values()}
+    draw_histograms(rows, paths, title=title, xlabel="non-zero activations / FFN width")
 
 
 def _draw_executed(data: Mapping[str, Any], paths: Sequence[Path], *, title: str) -> None:
     rows = {
-        f"{one['label']}, {tau}": _all_tokens([seed[tau] for seed in one["seeds"]])
+        f"{one['label']}, {tau}": _all_seeds([seed[tau] for seed in one["seeds"]])
         for one in data["models"].values()
         for tau in one["seeds"][0]
     }
-    draw_histograms(rows, paths, title=title, xlabel="share of executed experts")
+    draw_histograms(rows, paths, title=title, xlabel="executed experts / all", abreast=len(TAUS))
 
 
-def _all_tokens(seeds: Sequence[Mapping[str, Any]]) -> dict[str, list[int]]:
-    """Histograms by layer, the seeds' added up."""
-    return {name: [sum(bins) for bins in zip(*(seed[name]["histogram"] for seed in seeds), strict=True)] for name in seeds[0]}
+def _all_seeds(seeds: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    """Distributions by layer, of every seed."""
+    return {name: [seed[name] for seed in seeds] for name in seeds[0]}
 
 
 # -- what is claimed
@@ -277,18 +288,20 @@ def _claim_6(data: Mapping[str, Any]) -> list[Verdict]:
         claims.keeps_quality_at_half(curves["full"], curves["baseline"], dense=data["dense"]),
         claims.lower_floor(curves["full"], curves["sadmoe"]),
         claims.best_only_at_the_lowest(curves["ztw"], curves["full"]),
+        claims.saves(curves["full"], dense=data["dense"]),
     ]
 
 
 def _claim_7(data: Mapping[str, Any]) -> list[Verdict]:
     curves = _all_series(data, "all")
     low, high = claims.MEDIUM
-    return [
+    above = [
         claims.better_everywhere(
             f"SADMoE is above {label} at medium budgets", curves["full"], curves[name], lower_is_better=False, low=low, high=high
         )
         for name, label in (("baseline", "MoEfication"), ("ztw", "ZTW"))
     ]
+    return [*above, claims.saves(curves["full"], dense=data["dense"])]
 
 
 def _claim_8(data: Mapping[str, Any]) -> list[Verdict]:
@@ -319,7 +332,11 @@ def _claim_sizes(data: Mapping[str, Any]) -> list[Verdict]:
 
 def _claim_11(data: Mapping[str, Any]) -> list[Verdict]:
     found = {name: _executed_means(one) for name, one in data["models"].items()}
-    return claims.fewer_executed_experts(found["relu"], found["sadmoe"])
+    everything = {  # the last bin of the histograms
+        tau: [fmean(layer["histogram"][-1] / layer["tokens"] for layer in seed[tau].values()) for seed in data["models"]["sadmoe"]["seeds"]]
+        for tau in data["models"]["sadmoe"]["seeds"][0]
+    }
+    return [*claims.fewer_executed_experts(found["relu"], found["sadmoe"]), claims.never_all_experts(everything)]
 
 
 def _executed_means(model: Mapping[str, Any]) -> dict[str, list[list[float]]]:
@@ -382,7 +399,14 @@ _STEPS = (
         moefication=True,
         convert={"config": {"router": {"name": "norm", "width": 64}}},
     ),
-    replace(SADMOE, label="+ dynamic k, small experts"),
+    Curve(
+        name="dynamic_k",
+        label="+ dynamic k",
+        training="relu_hoyer",
+        moefication=True,
+        convert={"config": {"router": {"name": "norm", "width": 64}, "rule": {"name": "dynk_max", "tau": 0.0}}},
+    ),
+    replace(SADMOE, label="+ small experts"),
     replace(FULL, label="+ projections"),
 )
 """Of figure 8, each with all before it."""
@@ -402,7 +426,7 @@ FIGURES: dict[str, Figure] = {
             number="3",
             caption="How many activations of each FFN of the GPT are not zero on a token: ReLU without and with enforcement.",
             model="gpt",
-            curves=_fixed(_RELU, SADMOE),
+            curves=_fixed(_RELU, _SPARSIFIED),
             measure=_nonzeros,
             draw=_draw_nonzeros,
             claim=_claim_3,
@@ -472,7 +496,7 @@ FIGURES: dict[str, Figure] = {
             number="11",
             caption="BERT: share of executed experts by layer at several thresholds tau, without and with enforcement.",
             model="bert",
-            curves=_fixed(_RELU, SADMOE),
+            curves=_fixed(_RELU, _SPARSIFIED),
             measure=_executed,
             draw=_draw_executed,
             claim=_claim_11,

@@ -33,6 +33,8 @@ class Run:
     """Every stage in seconds: does it run, not what it gives."""
     device: str = "cpu"
     """Where models run."""
+    library: tuple[str, ...] = ()
+    """Codes of the library that its stages are of, from `check_stages`."""
     progress: Progress = NO_PROGRESS
     """Told of every stage."""
     say: Callable[[str], None] = lambda _line: None

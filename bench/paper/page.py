@@ -1,6 +1,7 @@
-"""``docs/paper.md`` from the figures' JSON files: settings, every claim with its verdict, pictures, numbers; what does not hold first."""
+"""``docs/paper.md`` from the figures' JSON files: settings, every claim with its verdict, what does not hold first; pictures, numbers."""
 
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -11,25 +12,54 @@ from moeify.errors import DataError
 from .claims import spread, values_at
 from .figures import FIGURES, read_figure
 from .measure import series
+from .recipes import HERE
 
 BUDGETS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 0.9)
 """Columns of a figure's table, fractions of the dense FLOPs."""
 _SHARED = ("code", "seeds", "smoke", "device", "moeify")
-_WORDS = {True: "holds", False: "**does not hold**", None: "cannot be told"}
+_WORDS = {False: "**does not hold**", None: "cannot be told", True: "holds"}
+_AXES = {"ffn": "share of the dense FLOPs of the FFNs", "all": "share of the dense FLOPs of the whole model"}
+
+_NAMES = {"gpt": "GPT", "bert": "BERT", "vit": "ViT"}
+_WHOLE = (
+    "The FLOPs are of the whole model, over the dense one's in which nothing was replaced. Early exit has a head after each block but the"
+    " last; it reads as many examples for them as the others do for their training, on top of the dense model's own."
+)
+
+NOTES: dict[str, str] = {
+    "3": "Counted on the trained models before any conversion, on the first 8192 tokens of validation.",
+    "6": _WHOLE,
+    "7": _WHOLE,
+    "8": "The paper's step to dynamic k has smaller experts in it; here they are a step of their own, split by co-activation and not by"
+    " k-means. Steps are compared at the budgets that both reach, so what a step gains by reaching lower ones is not in its number.",
+    "9": "Sparsified GELU pushes pre-activations below -2.5, the paper's below -10; at that square-Hoyer hardly pulls (docs/log).",
+    "10": "The authors' counter adds D multiply-adds for every executed expert, half an expert of one neuron; a product that adds experts"
+    " up as it goes has none of them. So their curve of size 1 is dearer than ours.",
+    "11": "Thresholds are shares of a token's largest predicted norm; a smaller tau executes more. Base is ReLU without enforcement.",
+    "14": "Computed, not measured.",
+}
+"""What a reader of a figure has to know, where ours differs from the paper's; reasons of claims that do not hold belong here, too."""
 
 
 def write_page(page: Path, folder: Path) -> None:
-    """Write the page about the figures in a folder.
+    """Write the page about the figures in a folder. Figures that do not lie below the page are copied into ``<page>/``, the page's name
+    without its ending: the page can go where it belongs, and be checked there.
 
     Raises:
         DataError: as `page_text`, or it cannot be written.
     """
-    text = page_text(read_figures(folder), pictures=_relative(folder, page))
+    figures, beside = read_figures(folder), _beside(page, folder)
+    text = page_text(figures, pictures=_link(beside, page), readme=_readme(page))
     try:
         page.parent.mkdir(parents=True, exist_ok=True)
+        if beside.resolve() != folder.resolve():
+            beside.mkdir(parents=True, exist_ok=True)
+            for figure in figures:
+                for ending in ("json", "svg"):
+                    shutil.copyfile(folder / f"fig{figure['figure']}.{ending}", beside / f"fig{figure['figure']}.{ending}")
         page.write_text(text, encoding="utf-8")
     except OSError as error:
-        raise DataError(f"cannot write '{page}': {error.strerror}.") from None
+        raise DataError(f"cannot write '{error.filename or page}': {error.strerror}.") from None
 
 
 def check_page(page: Path, folder: Path) -> None:
@@ -38,7 +68,8 @@ def check_page(page: Path, folder: Path) -> None:
     Raises:
         DataError: it is not, or as `page_text`.
     """
-    if not page.is_file() or page.read_text(encoding="utf-8") != page_text(read_figures(folder), pictures=_relative(folder, page)):
+    text = page_text(read_figures(folder), pictures=_link(_beside(page, folder), page), readme=_readme(page))
+    if not page.is_file() or page.read_text(encoding="utf-8") != text:
         raise DataError(
             f"'{page}' is not what the figures in '{folder}' give; write it: python -m bench.paper --out {folder} --page {page}"
         )
@@ -49,12 +80,13 @@ def read_figures(folder: Path) -> list[dict[str, Any]]:
     return [read_figure(path) for number in FIGURES if (path := folder / f"fig{number}.json").exists()]
 
 
-def page_text(figures: Sequence[Mapping[str, Any]], *, pictures: str) -> str:
+def page_text(figures: Sequence[Mapping[str, Any]], *, pictures: str, readme: str = "bench/paper/README.md") -> str:
     """The page.
 
     Args:
         figures: what `read_figures` returned.
         pictures: folder of the pictures as the page links to it.
+        readme: that of this folder, as the page names or links to it.
 
     Raises:
         DataError: no figure, or figures of different settings: they do not belong on one page.
@@ -67,16 +99,30 @@ def page_text(figures: Sequence[Mapping[str, Any]], *, pictures: str) -> str:
     lines += ["Generated by `python -m bench.paper --page`; do not edit.", ""]
     if first["smoke"]:
         lines += ["**Of a smoke run: tiny models and a handful of steps. It shows that figures are made, not what they show.**", ""]
+    lines += [
+        "SADMoE (Szatkowski et al., arXiv 2310.04361) trains a model to have sparse activations, splits its FFNs into experts and runs for"
+        " each token those whose predicted output is large. MoEfication runs the same number of experts for every token; early exit (ZTW)"
+        " leaves out whole blocks. Below, each figure of the paper is measured again on small models, and each of its claims is held"
+        f" against the numbers. What is trained and how, and what it costs to run: {readme}.",
+        "",
+    ]
     lines += [_about(figures), ""]
+    rows = [(figure["figure"], claim) for figure in figures for claim in figure["claims"]]
+    counts = {holds: sum(claim["holds"] is holds for _, claim in rows) for holds in _WORDS}
+    told = f", {counts[None]} cannot be told" if counts[None] else ""
+    lines += [f"## Claims: {counts[True]} of {len(rows)} hold, {counts[False]} do not{told}", ""]
+    lines += ["What does not hold comes first. A claim is judged by the means over the seeds; ± is the seeds' standard deviation.", ""]
     lines += ["| figure | claim | | found |", "|---|---|---|---|"]
-    for figure in figures:
-        lines += [f"| {figure['figure']} | {c['claim']} | {_WORDS[c['holds']]} | {c['sentence']} |" for c in figure["claims"]]
+    for holds, word in _WORDS.items():
+        lines += [f"| {number} | {c['claim']} | {word} | {c['sentence']} |" for number, c in rows if c["holds"] is holds]
     missing = [number for number in FIGURES if number not in {figure["figure"] for figure in figures}]
     if missing:
         lines += ["", f"Not made: figures {', '.join(missing)}."]
     for figure in figures:
         number = figure["figure"]
         lines += ["", f"## Figure {number}", "", figure["caption"], "", f"![Figure {number}]({pictures}fig{number}.svg)"]
+        if number in NOTES:
+            lines += ["", NOTES[number]]
         if "curves" in figure["data"]:
             lines += ["", *_table(figure["data"])]
     return "\n".join(lines) + "\n"
@@ -102,8 +148,9 @@ def check_same_suite(figures: Sequence[Mapping[str, Any]]) -> None:
 
 def _base(figure: Mapping[str, Any]) -> dict[str, Any]:
     """What all figures of a model share, whatever methods they compare."""
-    experiment = {key: value for key, value in figure["settings"]["experiment"].items() if key not in ("variant", "ztw")}
-    return {"pretraining": figure["settings"]["pretraining"], "experiment": experiment}
+    settings = figure["settings"]
+    experiment = {key: value for key, value in settings["experiment"].items() if key not in ("variant", "ztw")}
+    return {"pretraining": settings["pretraining"], "experiment": experiment, "library": settings.get("library")}
 
 
 def _differ(one: Mapping[str, Any], other: Mapping[str, Any], what: str) -> str:
@@ -117,11 +164,15 @@ def _about(figures: Sequence[Mapping[str, Any]]) -> str:
     versions = figures[0]["versions"]
     libraries = ", ".join(f"{name} {versions[name]}" for name in ("torch", "transformers") if name in versions)
     models = {f["model"]: f["settings"] for f in figures if f["model"] is not None}
-    steps = ", ".join(f"{name} {s['pretraining']['train']['steps']} and {s['experiment']['train']['steps']}" for name, s in models.items())
+    codes = sorted({code for settings_of in models.values() for code in settings_of.get("library", ())})
+    kept = f" Stages are of {len(codes)} versions of the library's code ({', '.join(codes)})." if len(codes) > 1 else ""
+    steps = ", ".join(
+        f"{_NAMES[name]} {of['pretraining']['train']['steps']} and {of['experiment']['train']['steps']}" for name, of in models.items()
+    )
     trained = f" Steps of pre-training and of every method: {steps}." if steps else ""
+    spread_told = f"Means over seeds {seeds}, ± their standard deviation" if len(settings["seeds"]) > 1 else f"One seed, {seeds}"
     return (
-        f"Means over seeds {seeds}, ± their standard deviation; device {settings['device']}; commit {', '.join(commits)}; {libraries}."
-        f"{trained}"
+        f"{spread_told}; device {settings['device']}; commit {', '.join(commits)}; {libraries}.{trained}{kept}"
         " Every method is trained for the same tokens from the same pre-trained model of its seed."
     )
 
@@ -129,19 +180,32 @@ def _about(figures: Sequence[Mapping[str, Any]]) -> str:
 def _table(data: Mapping[str, Any]) -> list[str]:
     """Qualities at budgets of the FFNs' FLOPs, or of all FLOPs where a method has others than the FFNs'."""
     axis = "ffn" if {"full", "ztw"}.isdisjoint(data["curves"]) else "all"
-    better = "loss, lower is better" if data["y"] == "loss" else data["y"]
-    dense = f"{fmean(data['dense']):.4f} ± {spread(data['dense']):.4f}"
-    lines = [f"At shares of the dense {'FFN ' if axis == 'ffn' else ''}FLOPs ({better}; dense {dense}):", ""]
+    better = "loss in nats, lower is better" if data["y"] == "loss" else f"{data['y']}, higher is better"
+    lines = [f"By {_AXES[axis]}, routers included ({better}; dense {_cell(data['dense'])}):", ""]
     lines += ["| |" + "".join(f" {100 * budget:g} % |" for budget in BUDGETS), "|---|" + "---|" * len(BUDGETS)]
     for name, curve in data["curves"].items():
-        cells = []
-        for budget in BUDGETS:
-            values = values_at(series(data, name, axis), budget)
-            cells.append("" if values is None else f"{fmean(values):.4f} ± {spread(values):.4f}")
-        lines.append(f"| {curve['label']} | " + " | ".join(cells) + " |")
+        found = (values_at(series(data, name, axis), budget) for budget in BUDGETS)
+        lines.append(f"| {curve['label']} | " + " | ".join("" if values is None else _cell(values) for values in found) + " |")
     return lines
 
 
-def _relative(folder: Path, page: Path) -> str:
+def _cell(values: Sequence[float]) -> str:
+    """Mean over the seeds, with their deviation where there are several."""
+    return f"{fmean(values):.4f}" + (f" ± {spread(values):.4f}" if len(values) > 1 else "")
+
+
+def _beside(page: Path, folder: Path) -> Path:
+    """Where the page's figures lie: the folder itself if it is the page's or below that, else one of the page's own."""
+    return folder if folder.resolve().is_relative_to(page.resolve().parent) else page.with_suffix("")
+
+
+def _link(folder: Path, page: Path) -> str:
     path = Path(os.path.relpath(folder.resolve(), page.resolve().parent)).as_posix()
     return "" if path == "." else f"{path}/"
+
+
+def _readme(page: Path) -> str:
+    """A link within the repository, a name outside of it."""
+    if not page.resolve().is_relative_to(HERE.parent.parent):
+        return "bench/paper/README.md"
+    return f"[bench/paper]({Path(os.path.relpath(HERE / 'README.md', page.resolve().parent)).as_posix()})"

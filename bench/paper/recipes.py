@@ -4,9 +4,9 @@ Every figure of a model starts from one pre-trained model a seed, and all share 
 from: a variant that two figures draw is trained, converted and measured once.
 """
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ from moeify._config import to_dict
 from moeify.errors import ConfigError
 from moeify.pipeline.recipe import ModelConfig, RecipeConfig, read_recipe
 from moeify.pipeline.run_recipe import data_id, model_id
+
+from .code import checksum
 
 HERE = Path(__file__).parent
 NEEDS = {"gpt": (), "bert": ("minilm", "emotion"), "vit": ("fashion",)}
@@ -99,13 +101,16 @@ def identity(recipe: RecipeConfig) -> dict[str, Any]:
     }
 
 
+@cache
 def code_version(folder: Path = HERE) -> str:
     """A checksum of the files of this folder that decide numbers."""
-    digest = hashlib.sha256()
-    for pattern in _DECISIVE:
-        for path in sorted(folder.glob(pattern)):
-            digest.update(path.name.encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()[:12]
+    return checksum((path for pattern in _DECISIVE for path in folder.glob(pattern)), folder)
+
+
+@cache
+def drawing_version() -> str:
+    """A checksum of what draws."""
+    return checksum([HERE / "draw.py"], HERE)
 
 
 def _read(name: str, settings: Sequence[str], *, smoke: bool) -> RecipeConfig:

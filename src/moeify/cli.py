@@ -585,6 +585,12 @@ def report(
     curve: Annotated[Path | None, typer.Option(help="curve.json of a sweep; by default the one in or beside the folder.")] = None,
     text: Annotated[str | None, typer.Option(help="A text: what each of its tokens costs, as tokens.html.")] = None,
     image: Annotated[Path | None, typer.Option(help="An image file: what each of its patches costs, as patches.png.")] = None,
+    compare: Annotated[
+        list[str] | None, typer.Option(help="Another checkpoint's curve of the same data, NAME=curve.json: a table at equal cost.")
+    ] = None,
+    within: Annotated[
+        float | None, typer.Option(min=0, help="With --compare: loss against dense that is accepted, in units of the metric.")
+    ] = None,
     targets: Annotated[
         str | None, typer.Option(help="With --data: active fractions, a,b,c, multiples of 0.05; by default 0.25,0.5,0.75.")
     ] = None,
@@ -600,7 +606,8 @@ def report(
     fractions = None if targets is None else _numbers(targets, option="--targets")
     request = PanelRequest(data=data and dataclasses.replace(data, seed=seed), text=text, image=image)
     options: dict[str, Any] = {"batch_size": batch_size, "dtype": dtype, "device": device, "progress": make_progress()}
-    return report_checkpoint(directory, curve=curve, out=out, request=request, targets=fractions, **options)
+    curves = _named_paths(compare or [], option="--compare", taken=directory.name)
+    return report_checkpoint(directory, curve=curve, out=out, request=request, compare=curves, within=within, targets=fractions, **options)
 
 
 @command()
@@ -662,6 +669,19 @@ def main() -> None:
 
 class _Interrupted(Exception):  # noqa: N818 - Ctrl-C, in a form that typer passes on in every version
     pass
+
+
+def _named_paths(texts: Sequence[str], *, option: str, taken: str) -> dict[str, Path]:
+    """NAME=PATH each."""
+    found: dict[str, Path] = {}
+    for text in texts:
+        name, equals, path = text.partition("=")
+        if not (name and equals and path):
+            raise ConfigError(f"{option} takes NAME=PATH, got {text!r}.")
+        if name in (taken, *found):
+            raise ConfigError(f"{option}: the name {name!r} is there twice; give each curve its own.")
+        found[name] = Path(path)
+    return found
 
 
 def _numbers(text: str, *, option: str) -> list[float]:

@@ -23,11 +23,13 @@ def test_all_figures_run_through_and_run_again_from_what_is_on_disk(tmp_path, ca
             assert len(curve["points"]) == 1, name
             assert all(point["all"] > 0 and (name == "ztw" or point["ffn"] > 0) for point in curve["points"][0]), name
     records = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("record.json")}
+    drawn = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.svg") if path.stem != "fig5"}
     (tmp_path / "fig5.json").unlink()  # its stages are still there
     assert main(arguments) == 0
     again = {figure["figure"]: figure for figure in json.loads(capsys.readouterr().out)["figures"]}
     assert again["5"]["data"] == next(figure for figure in first if figure["figure"] == "5")["data"]
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("record.json")} == records
+    assert {path: path.stat().st_mtime_ns for path in drawn} == drawn
     page = tmp_path / "paper.md"
     assert main(["--page", str(page), "--out", str(tmp_path)]) == 0
     assert "Of a smoke run" in page.read_text()

@@ -13,15 +13,16 @@ import pytest
 from bench.paper import claims, figures, measure
 from bench.paper.__main__ import main
 from bench.paper.accounting import authors_ffn_flops_fraction, authors_flops_fraction, cost_ratio
-from bench.paper.draw import draw_curves
+from bench.paper.code import check_stages, checksum, library_code
+from bench.paper.draw import _density, draw_curves, draw_histograms
 from bench.paper.figures import FIGURES, WEIGHTS, make_figure
 from bench.paper.inputs import INPUTS, check_needs, find_inputs, write_stand_ins
 from bench.paper.measure import Finished, Run, measured_curves
-from bench.paper.page import check_page, page_text, write_page
+from bench.paper.page import NOTES, check_page, page_text, write_page
 from bench.paper.recipes import Curve, experiment, pretraining
 from moeify._config import to_dict
 from moeify.data import DataConfig, read_texts
-from moeify.errors import ConfigError, DataError
+from moeify.errors import CheckpointError, ConfigError, DataError
 from moeify.evaluate import CurvePoint
 from moeify.pipeline.stages import Stage, key_of
 from moeify.sites import FFNSite
@@ -46,6 +47,57 @@ def test_better_everywhere_needs_every_shared_budget():
     assert crossing.numbers["least"] == pytest.approx(-0.1)
     assert "does not hold" in crossing.line()
     assert claims.better_everywhere("c", ours, other, lower_is_better=False).holds is False
+
+
+def test_no_gain_is_no_win_and_the_seeds_deviation_is_told():
+    assert claims.better_everywhere("c", line(3.0, 3.0), line(3.0, 3.0), lower_is_better=True).holds is False
+    ours, other = [[(0.1, 2.9), (1.0, 2.9)], [(0.1, 2.7), (1.0, 2.7)]], line(3.0, 3.0, seeds=2)
+    found = claims.better_everywhere("c", ours, other, lower_is_better=True)
+    assert "Better at 19 of 19 budgets from 10 % to 100 %, at 19 by more than the seeds' deviation" in found.sentence
+    assert "the largest gain +0.2000 ± 0.1414 at 10 %" in found.sentence
+    noisy = [[(0.1, 3.1), (1.0, 3.1)], [(0.1, 2.7), (1.0, 2.7)]]
+    assert "at 0 by more than the seeds' deviation" in claims.better_everywhere("c", noisy, other, lower_is_better=True).sentence
+    assert "±" not in claims.better_everywhere("c", ours[:1], other[:1], lower_is_better=True).sentence
+
+
+def test_every_seeds_own_cost_of_keeping_quality_is_told():
+    ours = [[(0.2, 0.9), (1.0, 0.9)], [(0.2, 0.5), (1.0, 0.5)]]
+    found = claims.keeps_quality_at_half(ours, line(0.9, 0.9, seeds=2), dense=[0.9, 0.9])
+    assert found.numbers["ours_by_seed"] == [pytest.approx(0.2), None]
+    assert "By seed 20 %, never and 10 %, 10 %." in found.sentence
+
+
+def test_what_can_be_saved_without_a_drop():
+    series = [[(0.2, 0.5), (0.3, 0.9), (1.0, 0.9)], [(0.2, 0.5), (0.3, 0.9), (1.0, 0.9)]]
+    found = claims.saves(series, dense=[0.9, 0.9])
+    assert found.holds is True
+    assert found.numbers["cost"] == pytest.approx(0.2975, abs=0.005)
+    assert found.sentence.startswith(
+        "70.2 % with at most 1 point lost against dense; from these shares of the FLOPs on by seed: 29.8 %, 29.8 %"
+    )
+    assert claims.saves(series, dense=[0.9, 0.9], claimed=0.8).holds is False
+    never = claims.saves(series[:1], dense=[0.95])
+    assert (never.holds, never.sentence) == (False, "Nothing with at most 1 point lost against dense.")
+
+
+def test_what_cannot_be_run_is_one_line(tmp_path, capsys):
+    (tmp_path / "emotion").mkdir()
+    (tmp_path / "minilm").mkdir()
+    for options, message in (
+        (["--figure", "11", "--inputs", str(tmp_path)], "emotion"),
+        (["--figure", "5", "--smoke", "--device", "warp"], "warp"),
+    ):
+        assert main([*options, "--out", str(tmp_path / options[1])]) == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert sum(line.startswith("error: ") for line in error.splitlines()) == 1
+
+
+def test_all_experts_are_run_by_nobody_or_by_somebody():
+    assert claims.never_all_experts({"tau = 0.1": [0.0, 0.0]}).holds is True
+    found = claims.never_all_experts({"tau = 0.1": [0.0, 0.0], "tau = 0.01": [0.0, 0.02]})
+    assert found.holds is False
+    assert "tau = 0.01: 1 ± 1.4 %" in found.sentence
 
 
 def test_curves_without_a_common_budget_are_not_judged():
@@ -203,6 +255,71 @@ def test_weights_of_figure_12_are_those_of_the_recipe():
     assert {v.name: v.sparsify.enforcement.weight for v in recipe.variant} == WEIGHTS
 
 
+def test_a_checksum_is_of_what_code_does(tmp_path):
+    def of(text, name="a.py"):
+        (tmp_path / name).write_text(text)
+        found = checksum([tmp_path / name], tmp_path)
+        (tmp_path / name).unlink()
+        return found
+
+    plain = of("def f(x):\n    if x < 0:\n        raise ValueError('no')\n    return x + 1\n")
+    said = '"""M."""\ndef f(x):\n    """What."""\n    # why\n    if x < 0:\n        raise ValueError(f"not {x}")\n    return (x  + 1)\n'
+    assert of(said) == plain
+    assert of(said.replace("+ 1", "+ 2")) != plain
+    assert of(said.replace("x < 0", "x <= 0")) != plain
+    assert of("a = 1", "a.toml") != of("a = 2", "a.toml")
+
+
+def test_the_librarys_code_is_that_of_its_numbers(tmp_path):
+    for name in ("train/loop.py", "report/plots.py", "hf/card.py", "cli.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("x = 1\n")
+    before = library_code(tmp_path)
+    for name in ("report/plots.py", "hf/card.py", "cli.py"):
+        (tmp_path / name).write_text("x = 2\n")
+    assert library_code(tmp_path) == before
+    (tmp_path / "train/loop.py").write_text("x = 2\n")
+    assert library_code(tmp_path) != before
+
+
+def test_stages_of_other_code_are_refused_in_one_line_unless_they_are_kept(tmp_path, capsys):
+    stages = tmp_path / "out" / "stages"
+    assert check_stages(stages, now="a") == check_stages(stages, now="a") == ("a",)
+    with pytest.raises(ConfigError, match=r"made by other code of moeify \(a; now b\): choose another --out, or --keep-stages") as error:
+        check_stages(stages, now="b")
+    assert "\n" not in str(error.value)
+    assert check_stages(stages, keep=True, now="b") == check_stages(stages, now="b") == check_stages(stages, now="a") == ("a", "b")
+    assert main(["--figure", "5", "--smoke", "--out", str(tmp_path / "out")]) == 2
+    assert "--keep-stages" in capsys.readouterr().err
+    assert not list(stages.glob("*/seed0")), "nothing is trained"
+    (tmp_path / "old" / "paper_gpt").mkdir(parents=True)
+    with pytest.raises(ConfigError, match=r"other code of moeify \(unknown; now a\)"):
+        check_stages(tmp_path / "old", now="a")
+    (stages / "library.json").write_text("[]")
+    with pytest.raises(CheckpointError, match=r"library.json' cannot be read"):
+        check_stages(stages, now="a")
+
+
+def test_a_figure_knows_the_code_that_its_stages_are_of(tmp_path):
+    keys = {key_of(FIGURES["5"].settings(Run(inputs={}, out=tmp_path, library=codes))) for codes in ((), ("a",), ("a", "b"))}
+    assert len(keys) == 3
+
+
+def test_steps_of_the_ablation_change_one_thing_each():
+    recipe = experiment("bert", FIGURES["8"].curves(False), {})
+    steps = [(variant, recipe.convert_of(variant).config) for variant in recipe.variant]
+
+    def changed(i):
+        (a, before), (b, after) = steps[i : i + 2]
+        parts = {key for key, value in to_dict(after).items() if to_dict(before)[key] != value}
+        ways = [replace(variant, name="", main=False, convert={}) for variant in (a, b)]
+        return parts | ({"training"} if ways[0] != ways[1] else set())
+
+    assert [variant.name for variant, _ in steps] == ["baseline", "enforced", "norm_router", "dynamic_k", "sadmoe", "full"]
+    assert [changed(i) for i in range(4)] == [{"training"}, {"router"}, {"rule"}, {"expert_size", "split"}]
+    assert changed(4) == {"training"}
+
+
 _TOKENS_OF_A_STEP = {"bert": 16 * 22, "vit": 64 * 49}  # tokens of a text on average; patches of an image
 
 
@@ -260,11 +377,14 @@ def test_numbers_are_used_again_and_a_stale_file_is_said_and_not_used(tmp_path, 
     assert (tmp_path / "fig14.png").stat().st_size > 1000
     assert "14" in capsys.readouterr().out
 
-    def again(*_args):
+    def again(*_args, **_options):
         raise AssertionError("measured again")
 
-    monkeypatch.setitem(FIGURES, "14", replace(FIGURES["14"], measure=again))
-    assert main(arguments) == 0  # nothing is measured
+    monkeypatch.setitem(FIGURES, "14", replace(FIGURES["14"], measure=again, draw=again))
+    assert main(arguments) == 0  # nothing is measured or drawn
+    monkeypatch.setattr(figures, "drawing_version", lambda: "other")
+    with pytest.raises(AssertionError, match="measured again"):  # drawn
+        main(arguments)
     monkeypatch.undo()
     stale = {**first, "fingerprint": "0", "settings": {**first["settings"], "seeds": [7]}}
     stale["data"] = {**first["data"], "break_even": {"128": 0.0}}
@@ -343,6 +463,22 @@ def test_a_figure_without_its_inputs_says_what_is_missing_and_how_to_get_it(tmp_
     assert error.count("\n") == 1
     with pytest.raises(DataError, match=r"figures 7, 11: no --emotion .* and --fashion .* && hf download"):
         check_needs({"5": (), "7": ("fashion",), "11": ("emotion",)}, {})
+
+
+@pytest.mark.parametrize("number", [number for number, figure in FIGURES.items() if figure.needs])
+def test_every_figure_without_inputs_is_one_line(number, tmp_path, capsys):
+    assert main(["--figure", number, "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert error.startswith(f"error: figure {number}: no --")
+    assert "get it by: hf download" in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert main(["--figure", "14", "--out", str(tmp_path / "file")]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_inputs_are_found_by_name_and_options_win(tmp_path):
@@ -424,12 +560,36 @@ def test_the_page_says_what_holds_and_what_does_not():
     assert "It shows that figures are made" in page_text([synthetic("5", smoke=True)], pictures="")
 
 
+def test_the_page_begins_with_what_does_not_hold():
+    text = page_text([synthetic("3"), synthetic("5")], pictures="")
+    assert "## Claims: 1 of 2 hold, 1 do not" in text
+    assert text.index("| 5 | better | **does not hold**") < text.index("| 3 | better | holds")
+    assert NOTES["3"] in text
+    assert set(NOTES) <= set(FIGURES)
+    one = page_text([synthetic("9", seeds=[0], library=["a", "b"])], pictures="")
+    assert "One seed, 0;" in one
+    assert "Stages are of 2 versions of the library's code (a, b)." in one
+    with pytest.raises(DataError, match="gpt's training or data"):
+        page_text([synthetic("5", library=["a"]), synthetic("9", library=["b"])], pictures="")
+
+
+def test_layers_are_drawn_from_the_top_with_their_means(tmp_path):
+    pytest.importorskip("matplotlib")
+    layer = {"histogram": [0] * 49 + [4] + [0] * 50, "mean": 0.495, "num_values": 48}
+    rows = {"tau = 0.1": {"first": [layer, layer], "second": [layer]}, "tau = 0.01": {"first": [layer], "second": [layer]}}
+    draw_histograms(rows, [tmp_path / "a.svg"], title="t", xlabel="x", abreast=1)
+    assert (tmp_path / "a.svg").stat().st_size > 1000
+    density = _density([layer, layer])
+    assert math.fsum(math.expm1(d) for d in density) / 100 == pytest.approx(1), "a density"
+    assert len({round(float(d), 6) for d in density}) == 2, "no stripes: bins of 48 possible shares are merged"
+
+
 def test_methods_that_save_outside_of_ffns_are_compared_by_all_flops():
     figure = synthetic("6")
     exits = {"label": "ZTW", "points": [[{"theta": 0.5, "all": x, "y": 0.5} for x in (0.2, 1.0)]] * 2}
     figure["data"] = {**figure["data"], "y": "accuracy", "curves": {**figure["data"]["curves"], "ztw": exits}}
     text = page_text([figure], pictures="")
-    assert "At shares of the dense FLOPs (accuracy;" in text
+    assert "By share of the dense FLOPs of the whole model, routers included (accuracy, higher is better;" in text
     assert "| ZTW |  | 0.5000 ± 0.0000 |" in text
 
 
@@ -444,14 +604,24 @@ def test_figures_of_different_settings_do_not_share_a_page():
         page_text([], pictures="")
 
 
+def test_a_page_elsewhere_takes_its_figures_with_it(tmp_path):
+    make_figure(FIGURES["14"], Run(inputs={}, out=tmp_path / "out"))
+    page = tmp_path / "docs" / "paper.md"
+    write_page(page, tmp_path / "out")
+    assert "(paper/fig14.svg)" in page.read_text()
+    assert {path.name for path in (tmp_path / "docs" / "paper").iterdir()} == {"fig14.json", "fig14.svg"}
+    check_page(page, tmp_path / "out")
+    check_page(page, tmp_path / "docs" / "paper")
+
+
 def test_a_page_is_checked_against_its_figures(tmp_path, capsys):
-    make_figure(FIGURES["14"], Run(inputs={}, out=tmp_path / "figures"))
+    make_figure(FIGURES["14"], Run(inputs={}, out=tmp_path / "docs" / "figures"))
     page = tmp_path / "docs" / "paper.md"
     with pytest.raises(DataError, match="is not what the figures in"):
-        check_page(page, tmp_path / "figures")
-    write_page(page, tmp_path / "figures")
-    assert "(../figures/fig14.svg)" in page.read_text()
-    assert main(["--page", str(page), "--out", str(tmp_path / "figures"), "--check"]) == 0
+        check_page(page, tmp_path / "docs" / "figures")
+    write_page(page, tmp_path / "docs" / "figures")
+    assert "(figures/fig14.svg)" in page.read_text()
+    assert main(["--page", str(page), "--out", str(tmp_path / "docs" / "figures"), "--check"]) == 0
     page.write_text(page.read_text().replace("holds", "fails"))
-    assert main(["--page", str(page), "--out", str(tmp_path / "figures"), "--check"]) == 2
+    assert main(["--page", str(page), "--out", str(tmp_path / "docs" / "figures"), "--check"]) == 2
     assert "write it: python -m bench.paper" in capsys.readouterr().err

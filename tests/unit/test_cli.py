@@ -575,6 +575,43 @@ def test_report_reads_a_curve_and_draws_it(converted, tmp_path, capsys):
     assert "</svg>" in files["svg"].read_text(encoding="utf-8")
 
 
+def test_report_compares_curves_at_equal_cost(converted, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    mine, other = tmp_path / "mine.json", tmp_path / "other.json"
+    for path, values in ((mine, "0.0,2.5"), (other, "0.0,1.0,4.0")):
+        assert run(capsys, "sweep", converted, "--values", values, "--out", path, *SMALL)[0] == 0
+    options = ["--curve", mine, "--out", tmp_path / "page"]
+    code, out, err = run(capsys, "report", converted, *options, "--compare", f"another | one={other}", "--within", "1000", "--json")
+    assert (code, err) == (0, "")
+    assert set(json.loads(out)) == {"page", "png", "svg", "compare"}
+    assert (tmp_path / "page" / "compare.png").stat().st_size > 1000
+    page = (tmp_path / "page" / "report.md").read_text(encoding="utf-8")
+    section = page.partition("## Methods at equal cost")[2]
+    rows = [line for line in section.splitlines() if line.startswith("|")]
+    assert rows[0].startswith("| perplexity at all FLOPs of")
+    assert [row.split(" | ")[0].strip("| ") for row in rows[2:4]] == [converted.name, "another \\| one"]
+    assert "%" in rows[2], "a loss of 1000 is met somewhere"
+    changed = json.loads(other.read_text())
+    for change, message in (
+        ({"metric": "accuracy"}, "is measured by accuracy, the checkpoint's curve by perplexity"),
+        ({"fingerprint": "x"}, "was not measured on the batches of the checkpoint's curve"),
+        ({"points": []}, "has no point to compare"),
+    ):
+        other.write_text(json.dumps({**changed, **change}))
+        code, _, err = run(capsys, "report", converted, *options, "--compare", f"b={other}")
+        assert (code, err.count("\n")) == (2, 1)
+        assert message in err
+    for wrong, message in (
+        (["--compare", "b"], "--compare takes NAME=PATH, got 'b'"),
+        (["--compare", f"{converted.name}={mine}"], "is there twice"),
+        (["--within", "1"], "--within is what curves to --compare may lose"),
+        (["--compare", "b=none.json"], "no such file"),
+    ):
+        code, _, err = run(capsys, "report", converted, *options, *wrong)
+        assert (code, err.count("\n")) == (2, 1)
+        assert message in err
+
+
 def test_report_with_data_and_text_runs_the_checkpoint(converted, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     options = ["--targets", "0.25,1", "--text", "a <b> & | c", "--out", tmp_path / "page", "--json", *SMALL]

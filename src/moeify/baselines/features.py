@@ -1,6 +1,6 @@
-"""What heads read of every training example, captured in one pass of the frozen model: their training is then minutes of small products.
+"""What heads read of the training examples, captured in one pass of the frozen model: their training is then minutes of small products.
 
-Letters: N examples (times views), F features: the widths of all places together.
+Letters: N examples (times views) that are read, F features: the widths of all places together.
 
     <folder>/run.json        what tells this capture from another
     <folder>/features.bf16   rows of F numbers
@@ -8,6 +8,7 @@ Letters: N examples (times views), F features: the widths of all places together
     <folder>/state.json      rows that are whole
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -34,20 +35,28 @@ class Features:
     """Captured rows as training data: batches of "x_NF" in fp32 and "labels".
 
     Args:
-        rows_NF: bfloat16 as int16, in memory or mapped from a file.
-        labels_N: class of each row.
+        rows_NF: bfloat16 as int16, in memory or mapped from a file; of the rows that were asked for.
+        labels_N: class of each.
+        read_N: their numbers among all rows, rising; None: all.
+        total: number of all rows.
     """
 
-    def __init__(self, rows_NF: Any, labels_N: Tensor) -> None:
-        self.rows_NF, self.labels_N = rows_NF, labels_N
+    def __init__(self, rows_NF: Any, labels_N: Tensor, *, read_N: Tensor | None = None, total: int | None = None) -> None:
+        self.rows_NF, self.labels_N, self._total = rows_NF, labels_N, len(labels_N) if total is None else total
+        self._read_N = torch.arange(self._total) if read_N is None else read_N
 
     def __len__(self) -> int:
-        return len(self.labels_N)
+        """Of all rows: the order of training follows from it."""
+        return self._total
 
     def batch(self, rows: Sequence[int], *, generator: torch.Generator) -> dict[str, Tensor]:
-        """The rows as they were captured; nothing is drawn."""
-        x_NF = torch.from_numpy(np.ascontiguousarray(self.rows_NF[np.asarray(rows)])).view(torch.bfloat16).float()
-        return {"x_NF": x_NF, "labels": self.labels_N[torch.as_tensor(rows)]}
+        """The rows as they were captured; nothing is drawn. A row that was not asked for is an IndexError."""
+        wanted = torch.as_tensor(rows)
+        at = torch.searchsorted(self._read_N, wanted)
+        if len(self._read_N) == 0 or bool((self._read_N[at.clamp(max=len(self._read_N) - 1)] != wanted).any()):
+            raise IndexError("a row was not captured.")
+        x_NF = torch.from_numpy(np.ascontiguousarray(self.rows_NF[at.numpy()])).view(torch.bfloat16).float()
+        return {"x_NF": x_NF, "labels": self.labels_N[at]}
 
 
 @torch.no_grad()
@@ -60,11 +69,12 @@ def capture_features(
     num_classes: int,
     views: int = 1,
     seed: int = 0,
+    rows: Sequence[int] | None = None,
     folder: Path | None = None,
     run: Mapping[str, Any] | None = None,
     progress: Progress = NO_PROGRESS,
 ) -> Features:
-    """Read the pooled token of every place for every example, in bfloat16 (2^-9 relative rounding).
+    """Read the pooled token of every place for every example that training will ask for, in bfloat16 (2^-9 relative rounding).
 
     Args:
         model: the frozen classifier, run in eval mode up to the last place; left as it was.
@@ -74,6 +84,8 @@ def capture_features(
         num_classes: C; labels are checked against it.
         views: passes over the data. With random augmentation each is another draw of every example; without, one is all there is.
         seed: of what ``data`` draws.
+        rows: numbers of the rows (view times examples + example) that will be read, rising; others are not run through the model. What is
+            drawn and how texts are padded is as for all rows. None: all.
         folder: where to keep them, 2 F bytes a row; a killed capture goes on after its last whole batch. None keeps them in memory.
         run: JSON object that tells this capture from others.
         progress: told the rows.
@@ -82,25 +94,30 @@ def capture_features(
         DataError: no example, labels that are no classes, or features that are not finite.
         CheckpointError: ``folder`` holds another capture or something else, or cannot be written.
     """
-    num_rows, width = views * len(data), sum(place.d_model for place in places)
-    if num_rows == 0:
+    total, width = views * len(data), sum(place.d_model for place in places)
+    if total == 0:
         raise DataError("the training data has no example.")
-    kept = _Memory() if folder is None else _Files(folder, run or {}, width=width)
-    starts = [(view, start) for view in range(views) for start in range(0, len(data), _BATCH)]
-    with eval_mode(model), kept, progress.task("read features", total=num_rows) as task:
+    read_N = torch.arange(total) if rows is None else torch.as_tensor(rows)
+    made_from = {**(run or {}), **({} if rows is None else {"rows": hashlib.sha256(read_N.numpy().tobytes()).hexdigest()[:16]})}
+    kept = _Memory() if folder is None else _Files(folder, made_from, width=width)
+    starts = [(view * len(data), start) for view in range(views) for start in range(0, len(data), _BATCH)]
+    seen = 0
+    with eval_mode(model), kept, progress.task("read features", total=len(read_N)) as task:
         task.advance(kept.done)
-        for view, start in starts:
+        for first, start in starts:
             stop = min(start + _BATCH, len(data))
-            if view * len(data) + stop <= kept.done:
+            inside_B = read_N[(read_N >= first + start) & (read_N < first + stop)] - first - start
+            seen += len(inside_B)
+            if len(inside_B) == 0 or seen <= kept.done:
                 continue
-            generator = torch.Generator().manual_seed(1_000_003 * (seed + 1) + view * len(data) + start)
-            batch = data.batch(range(start, stop), generator=generator)
+            generator = torch.Generator().manual_seed(1_000_003 * (seed + 1) + first + start)
+            batch = {name: value[inside_B] for name, value in data.batch(range(start, stop), generator=generator).items()}
             rows_BF = read_places(model, batch, places, token=token)
             if not rows_BF.isfinite().all():
                 raise DataError("a hidden state of the model holds NaN or infinity: its weights are damaged, or its dtype overflows.")
             kept.add(rows_BF, _classes(batch, num_classes))
-            task.advance(stop - start)
-    return kept.features(num_rows, width)
+            task.advance(len(inside_B))
+    return kept.features(read_N, total, width)
 
 
 def read_places(model: nn.Module, batch: Mapping[str, Tensor], places: Sequence[Place], *, token: Token) -> Tensor:
@@ -146,8 +163,8 @@ class _Memory:
         self._rows.append(_as_int16(rows_BF))
         self._labels.append(labels_B)
 
-    def features(self, _num_rows: int, _width: int) -> Features:
-        return Features(np.concatenate(self._rows), torch.cat(self._labels))
+    def features(self, read_N: Tensor, total: int, _width: int) -> Features:
+        return Features(np.concatenate(self._rows), torch.cat(self._labels), read_N=read_N, total=total)
 
 
 class _Files:
@@ -188,9 +205,10 @@ class _Files:
                 f"cannot write '{self._folder}': {error.strerror}; a row needs {sum(self._bytes)} bytes. Free space and run again."
             ) from error
 
-    def features(self, num_rows: int, width: int) -> Features:
-        rows_NF = np.memmap(self._paths[0], dtype=np.int16, mode="r", shape=(num_rows, width))
-        return Features(rows_NF, torch.from_numpy(np.fromfile(self._paths[1], dtype=np.int64, count=num_rows)))
+    def features(self, read_N: Tensor, total: int, width: int) -> Features:
+        rows_NF = np.memmap(self._paths[0], dtype=np.int16, mode="r", shape=(len(read_N), width))
+        labels_N = torch.from_numpy(np.fromfile(self._paths[1], dtype=np.int64, count=len(read_N)))
+        return Features(rows_NF, labels_N, read_N=read_N, total=total)
 
 
 def _as_int16(rows_BF: Tensor) -> np.ndarray[Any, Any]:

@@ -25,7 +25,7 @@ from .._random import seeded
 from ..cost import estimate_flops
 from ..errors import CheckpointError, ConfigError, DataError
 from ..sites.probe import eval_mode
-from ..train.loop import TrainConfig, TrainingData, TrainRecord, train
+from ..train.loop import TrainConfig, TrainingData, TrainRecord, sequences_read, train
 from ..train.work import fingerprint, read_tensors, weights_checksum, write_tensors
 from .features import capture_features
 from .places import Batch, Left, Place, Token, find_places, num_classes, own_token, pooled, to_device, visited
@@ -277,7 +277,8 @@ def fit(
 ) -> EarlyExit:
     """Train heads on a frozen classifier.
 
-    What each head reads of each example is computed once (`capture_features`); both stages train on that, by `moeify.train.train`.
+    What each head reads of each example that the steps come to is computed once (`capture_features`); both stages train on that, by
+    `moeify.train.train`.
 
     Args:
         model: sequence or image classifier; neither its weights nor its mode change.
@@ -297,7 +298,7 @@ def fit(
         DataError: as `capture_features`.
         CheckpointError: ``work`` holds the states of another training.
 
-    Cost: one forward for each example and view; then 6 FLOPs a step, example and parameter of the heads.
+    Cost: one forward for each example and view that is read; then 6 FLOPs a step, example and parameter of the heads.
     """
     config = config or ZTWConfig()
     if len(data) == 0:
@@ -315,6 +316,8 @@ def fit(
         "first": fingerprint([example]),
         "run": dict(run or {}),
     }
+    stages = [replace(options, seed=options.seed + config.seed) for options in (config.train, config.ensemble)]
+    rows = sorted({row for options in stages for row in sequences_read(config.views * len(data), options)})
     features = capture_features(
         model,
         data,
@@ -323,6 +326,7 @@ def fit(
         num_classes=classes,
         views=config.views,
         seed=config.seed,
+        rows=rows,
         folder=None if work is None else work / "features",
         run=made_from,
         progress=progress,
@@ -332,10 +336,9 @@ def fit(
     heads.to(next(model.parameters()).device)
     ensembling = {"weights_PP", "biases_PC"}
     records = []
-    for name, stage, options in (("heads", _Cascade(heads), config.train), ("ensemble", _Ensembling(heads), config.ensemble)):
+    for name, stage, options in zip(("heads", "ensemble"), (_Cascade(heads), _Ensembling(heads)), stages, strict=True):
         for key, parameter in heads.named_parameters():
             parameter.requires_grad_((key in ensembling) == (name == "ensemble"))
-        options = replace(options, seed=options.seed + config.seed)
         made_from |= {"depth": config.depth, "hidden": config.hidden}
         state = None if work is None else work / name
         records.append(train(stage, features, options, state=state, run=made_from, progress=progress))

@@ -14,12 +14,23 @@ from .._random import seeded
 from ..channels import sparse_inputs
 from ..convert import manifest_of
 from ..data import DataConfig, check_source
-from ..errors import CheckpointError, ConfigError
-from ..evaluate import Curve, CurvePoint, DenseQuality, DenseReference, LayerRules, default_metric, model_cost, sweep
+from ..errors import CheckpointError, ConfigError, DataError
+from ..evaluate import (
+    METRICS,
+    Curve,
+    CurvePoint,
+    DenseQuality,
+    DenseReference,
+    LayerRules,
+    ablation,
+    default_metric,
+    model_cost,
+    sweep,
+)
 from ..hf.checkpoint import MANIFEST_FILE, check_writable, library_versions, load_model, read_calibration, read_manifest
 from ..hf.inputs import example_inputs
 from ..layers import moe_layers, set_mode
-from ..report import check_plots, cost_markdown, curve_markdown, layers_markdown, plot_curve
+from ..report import ablation_markdown, check_plots, cost_markdown, curve_markdown, layers_markdown, plot_curve
 from ..select import RULES, Rule
 from ..sites import find_ffn_sites
 from ..sparsity import ActivationProfile, profile_activations
@@ -245,6 +256,8 @@ def report_checkpoint(
     curve: Path | None = None,
     out: Path | None = None,
     request: PanelRequest | None = None,
+    compare: Mapping[str, Path] | None = None,
+    within: float | None = None,
     targets: Sequence[float] | None = None,
     batch_size: int = 1,
     dtype: str = "float32",
@@ -259,6 +272,10 @@ def report_checkpoint(
         out: folder for ``report.md``, ``curve.png`` and ``curve.svg``; None means ``<directory>/report``. A request adds ``analysis.json``
             and, by what it asks for, ``experts.png``, ``active.png``, ``tokens.html``, ``patches.png``.
         request: data, text or image to run the checkpoint on; nothing by default, and nothing is loaded then.
+        compare: ``curve.json`` of other checkpoints by the name that the page gives them, of the same metric and batches: the page gets a
+            table of all at equal cost, and at (nearly) equal quality, and ``compare.png``.
+        within: what the latter may lose against this curve's dense model, in units of the metric; None: 0.01 where more is better, else 2 %
+            of the dense model's.
         targets: stored active fractions (multiples of 0.05) and 1, to run the data at beside the checkpoint's own rules; None:
             `REPORT_TARGETS`.
         batch_size: sequences per forward.
@@ -271,14 +288,17 @@ def report_checkpoint(
 
     Raises:
         CheckpointError: no converted checkpoint, or ``out`` cannot be written. DataError: no curve, or not one. ConfigError: targets
-            without data, or one that is not stored. Of a request also what `check_request` and `run_panels` raise; all but the latter
-            before the model is loaded.
+            without data, or one that is not stored, or a loss without curves to compare. Of a request also what `check_request` and
+            `run_panels` raise; all but the latter before the model is loaded.
     """
     directory, request = Path(directory), request or PanelRequest()
     if targets is not None and request.data is None:
         raise ConfigError("--targets are the active fractions to run --data at; name the data.")
     calibration = _calibration_of(directory, ScoreRecord)
-    measured = _curve_of(directory, curve, is_needed=not request)
+    measured = _curve_of(directory, curve, is_needed=not request or bool(compare))
+    others = _comparable(measured, compare or {})
+    if within is not None and not others:
+        raise ConfigError("--within is what curves to --compare may lose; name at least one.")
     settings: dict[str, Rule | Mapping[str, Rule]] = {}
     if request:
         check_plots()
@@ -304,6 +324,9 @@ def report_checkpoint(
         plot_curve(measured, files["svg"])
         cost = f"## Cost\n\n{parts}\n" if (parts := cost_markdown(measured)) else ""
         page += f"![quality against cost](curve.png)\n\n{curve_markdown(measured)}\n{cost}"
+    if measured is not None and others:
+        files["compare"] = str(out / "compare.png")
+        page += _compared({directory.name: measured, **others}, Path(files["compare"]), within=within)
     files, page = files | drawn, page + sections
     scores = {name: {key: f"{value:.4f}" for key, value in row.items()} for name, row in calibration.router_scores.items()}
     skipped = {name: {"skipped": f"{share:.4f}"} for name, share in calibration.skipped.items()}
@@ -313,6 +336,39 @@ def report_checkpoint(
     temporary.write_text(page, encoding="utf-8")
     temporary.replace(files["page"])
     return files
+
+
+def _comparable(measured: Curve | None, compare: Mapping[str, Path]) -> dict[str, Curve]:
+    """Curves that may stand beside the one that was measured.
+
+    Raises:
+        DataError: one cannot be read, has no point, or is of another metric or other batches; says which.
+    """
+    curves = {name: Curve.read(path) for name, path in compare.items()}
+    for name, curve in curves.items():
+        assert measured is not None
+        if not curve.points or not measured.points:
+            raise DataError(f"'{compare[name]}' or the checkpoint's own curve has no point to compare; moeify sweep measures them.")
+        if curve.metric != measured.metric:
+            raise DataError(f"'{compare[name]}' is measured by {curve.metric}, the checkpoint's curve by {measured.metric}.")
+        if curve.extra.get("fingerprint") != measured.extra.get("fingerprint"):
+            raise DataError(f"'{compare[name]}' was not measured on the batches of the checkpoint's curve; sweep both on the same data.")
+    return curves
+
+
+def _compared(curves: Mapping[str, Curve], picture: Path, *, within: float | None) -> str:
+    """The section of methods at equal cost; a curve of several rules has a row for each."""
+    first = next(iter(curves.values()))
+    lower = METRICS[first.metric].lower_is_better
+    within = within if within is not None else 0.02 * first.dense.quality if lower else 0.01
+    rows = {}
+    for name, curve in curves.items():
+        rules = dict.fromkeys(point.rule for point in curve.points)
+        for rule in rules:
+            rows[name if len(rules) == 1 else f"{name} {rule}"] = [point for point in curve.points if point.rule == rule]
+    table = ablation(rows, metric=first.metric, dense=first.dense.quality, within=within)
+    plot_curve(curves, picture)
+    return f"## Methods at equal cost\n\n![methods at equal cost](compare.png)\n\n{ablation_markdown(table)}\n"
 
 
 def _curve_of(directory: Path, curve: Path | None, *, is_needed: bool) -> Curve | None:

@@ -283,6 +283,14 @@ class _Log:
 # ---- what a step trains on
 
 
+def sequences_read(sequences: int, config: TrainConfig) -> list[int]:
+    """Numbers of the sequences that a training by `train` reads of so many, rising: from the first whole pass on all of them."""
+    order = _Order(sequences, config)
+    if order.epochs(config.steps) >= 1:
+        return list(range(sequences))
+    return sorted(row for step in range(config.steps) for rows in order.micro_batches(step) for row in rows)
+
+
 class _Order:
     """Which sequences a step takes: the same as with Trainer, whose sampler accelerate seeds by ``seed + epoch``."""
 

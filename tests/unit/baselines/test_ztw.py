@@ -3,7 +3,9 @@
 import itertools
 import json
 import math
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import tiny
@@ -313,7 +315,7 @@ class Fragile:
 
 def test_a_killed_capture_and_training_go_on_to_the_same_heads(tmp_path):
     model, data = tiny_vit(), images(rows=200)
-    options = config(train=replace(config().train, save_every=5))
+    options = config(train=replace(config().train, steps=25, save_every=5))
     whole = ztw.fit(model, data, options)
     with pytest.raises(KilledError):
         ztw.fit(model, Fragile(data, 3), options, work=tmp_path)  # the example, and two batches of 64
@@ -347,6 +349,47 @@ def test_a_killed_capture_and_training_go_on_to_the_same_heads(tmp_path):
     resumed = ztw.fit(model, last, options, work=tmp_path)
     assert last.asked[1:] == []
     assert all(torch.equal(a, b) for a, b in zip(whole.heads.state_dict().values(), resumed.heads.state_dict().values(), strict=True))
+
+
+class Varied:
+    """Images that every call varies at random, as augmentation does."""
+
+    def __init__(self, rows):
+        self.tensors, self.asked = images(rows=rows).tensors, []
+
+    def __len__(self):
+        return len(self.tensors["labels"])
+
+    def batch(self, rows, *, generator):
+        self.asked.append(list(rows))
+        pixels = self.tensors["pixel_values"][rows]
+        return {"pixel_values": pixels + torch.randn(pixels.shape, generator=generator), "labels": self.tensors["labels"][rows]}
+
+
+def test_only_examples_that_a_step_comes_to_are_run_and_they_give_what_all_would(monkeypatch):
+    model, options = tiny_vit(), config(train=replace(config().train, steps=4), views=2)  # 32 of 400 rows, and the same order twice
+    ran = []
+    handle = model.register_forward_pre_hook(lambda _m, _a, kwargs: ran.append(len(kwargs["pixel_values"])), with_kwargs=True)
+    few = ztw.fit(model, Varied(200), options)
+    captured = sum(ran)
+    ran.clear()
+    monkeypatch.setattr(ztw, "sequences_read", lambda count, _config: list(range(count)))
+    whole = ztw.fit(model, Varied(200), options)
+    handle.remove()
+    assert sum(ran) - captured == 400 - 32
+    for name, tensor in whole.heads.state_dict().items():
+        assert torch.allclose(few.heads.state_dict()[name], tensor, rtol=1e-2, atol=1e-3), name
+
+
+def test_a_row_that_was_not_captured_is_no_other_row():
+    model, data = tiny_vit(), images(rows=20)
+    found = places.find_places(model, data.batch([0, 1], generator=None))
+    features = capture_features(model, data, found, token="first", num_classes=3, rows=[3, 7, 12])
+    whole = capture_features(model, data, found, token="first", num_classes=3)
+    assert len(features) == len(whole) == 20
+    assert torch.allclose(features.batch([12, 3], generator=None)["x_NF"], whole.batch([12, 3], generator=None)["x_NF"], rtol=1e-2)
+    with pytest.raises(IndexError, match="not captured"):
+        features.batch([3, 4], generator=None)
 
 
 def test_features_of_other_data_are_not_used(tmp_path):
@@ -489,3 +532,23 @@ def test_config_is_json_and_scales_to_a_number_of_examples():
     assert from_dict(ztw.ZTWConfig, json.loads(json.dumps(to_dict(chosen)))) == chosen
     scaled = ztw.ZTWConfig().for_sequences(256 * 100)
     assert (scaled.train.steps, scaled.ensemble.steps) == (95, 5)
+
+
+def test_the_block_of_the_docs_runs(request, tmp_path, monkeypatch):
+    page = (request.config.rootpath / "docs" / "baselines.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    assert "ztw.ZTWConfig()" in block
+    monkeypatch.chdir(tmp_path)
+    model, data = tiny_vit(), images()
+    one = {name: value[:1] for name, value in data.batch([0], generator=None).items()}
+    names = {
+        "model": model,
+        "data": data,
+        "batches": [data.batch(range(8), generator=None)],
+        "one_example": one,
+        "small": config(),
+        "Path": Path,
+    }
+    exec(block.replace("ztw.ZTWConfig()", "small"), names)
+    assert len(names["found"].points) == 100
+    assert {path.name for path in tmp_path.iterdir()} == {"work", "heads"}

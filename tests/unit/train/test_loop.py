@@ -14,7 +14,7 @@ from training import F32, Rows, emotions, text, tiny_classifier, trainer_losses,
 
 from moeify.errors import ConfigError, DataError, TrainingError
 from moeify.train import loop
-from moeify.train.loop import TrainConfig, TrainRecord, train
+from moeify.train.loop import TrainConfig, TrainRecord, sequences_read, train
 
 
 def test_train_lowers_the_loss_and_leaves_eval_mode():
@@ -65,6 +65,13 @@ def test_train_takes_every_sequence_once_an_epoch_in_another_order():
     assert sorted(first) == sorted(second) == list(range(7))
     assert first != second
     assert record.epochs == TrainConfig(steps=6, batch_sequences=3).epochs(7) == 2
+
+
+def test_sequences_that_a_training_reads_are_known_before_it_runs():
+    for steps in (1, 2, 3, 5):
+        data, config = text(rows=7), TrainConfig(steps=steps, batch_sequences=3, seed=4, **F32)
+        train(tiny_llama(), data, config)
+        assert sequences_read(7, config) == sorted({row for rows in data.seen for row in rows})
 
 
 def test_train_counts_real_tokens():
