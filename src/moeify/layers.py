@@ -34,13 +34,13 @@ from torch.utils.hooks import RemovableHandle
 from . import _config
 from .channels import SparseInput, kept, sparse_inputs
 from .errors import ConfigError, UnsupportedModelError
-from .kernels import build_plan, cpu_always, moe_ffn, reads_rows
+from .kernels import DispatchPlan, build_plan, cpu_always, moe_ffn, reads_rows
 from .kernels.cpu import RULES as ROUTED_RULES
 from .kernels.cpu import Routed, RouterWeights, is_recorded, routed_refusal, wants_tangents
 from .kernels.cpu_neurons import MOST_TOKENS as NEURON_TOKENS
 from .kernels.cpu_neurons import LowRankWeights, NeuronRouterWeights, RoutedNeurons, neurons_refusal
 from .kernels.linear import IMPLS as LINEAR_IMPLS
-from .kernels.plan import neuron_mask
+from .kernels.plan import neuron_mask, straight_through
 from .kernels.routed_op import routed_ffn
 from .routers import GateRouter, LowRankRouter, NormRouter, OracleRouter, Router
 from .select import RULES, Rule
@@ -144,6 +144,9 @@ class MoEFFN(nn.Module):
         self.selector: Selector | None = None
         """In training: takes the place of router and rule in every forward in moe mode, and zeroes neurons itself, so that gradients can
         reach the router. The projections then run as they are, at dense cost; not for torch.compile."""
+        self.is_taught = False
+        """In training: whether the router learns from the selected experts alone, through 1 + p - stopgrad(p) with p = s / (sum of the
+        selected s); see `DispatchPlan.probs_TE`. By the kernels; x gets no gradient by way of the router."""
         # Input of the call in flight, one a thread: the same model may be called from several.
         self._calls: dict[int, _Call] = {}
         self._native: _Native | None = None
@@ -160,10 +163,23 @@ class MoEFFN(nn.Module):
 
     def select(self, x: Tensor) -> Tensor:
         """mask_TE: which experts run for which token of ``x`` (..., D); records it if a recorder listens."""
-        mask_TE = self.rule(self.scores(x.reshape(-1, x.shape[-1])))
+        return self._record(self._mask(self.scores(x.reshape(-1, x.shape[-1]))), x)
+
+    def _mask(self, scores_TE: Tensor) -> Tensor:
+        mask_TE = self.rule(scores_TE)
         if self.always_on:
             mask_TE = mask_TE.index_fill(1, torch.tensor(self.always_on, device=mask_TE.device), True)
-        return self._record(mask_TE, x)
+        return mask_TE
+
+    def _plan(self, x: Tensor) -> DispatchPlan:
+        """`select` as a plan, with the probabilities by which the router is taught where it is."""
+        if not (self.is_taught and self.host.training):
+            return build_plan(self.select(x))
+        scores_TE = self.scores(x.detach().reshape(-1, x.shape[-1]))
+        mask_TE = self._mask(scores_TE.detach())
+        kept_TE = scores_TE.masked_fill(~mask_TE, 0)
+        floor = torch.finfo(kept_TE.dtype).tiny  # a token whose experts are all predicted silent
+        return build_plan(self._record(mask_TE, x), kept_TE / kept_TE.sum(1, keepdim=True).clamp_min(floor))
 
     def _record(self, mask_TE: Tensor, x: Tensor) -> Tensor:
         if self.recorder is not None:
@@ -274,8 +290,8 @@ class MoEFFN(nn.Module):
             y, mask_TE = call.whole(x)
             self._record(mask_TE, x)
         else:
-            mask_TE = self.select(x) if call.select is None else self._record(call.select(x), x)
-            x_TD, plan, training = x.reshape(-1, x.shape[-1]), build_plan(mask_TE), self.host.training
+            plan = self._plan(x) if call.select is None else build_plan(self._record(call.select(x), x))
+            x_TD, training = x.reshape(-1, x.shape[-1]), self.host.training
             y = moe_ffn(x_TD, self.weights(), plan, activation=self.site.activation, impl=self.impl, training=training)
         return y.reshape(*h.shape[:-1], self.site.d_out)
 
@@ -466,8 +482,12 @@ class MoEFFN(nn.Module):
             h, mask_TE = self.selector(self, x, h)
             self._record(mask_TE, x)
             return h
-        mask_TF = neuron_mask(self.select(x), self.site.d_ff)
-        return h.masked_fill(~mask_TF.reshape(h.shape), 0)  # not a product: an overflow in an unselected neuron stays unseen
+        plan = self._plan(x)
+        mask_TF = neuron_mask(plan.mask_TE, self.site.d_ff)
+        h = h.masked_fill(~mask_TF.reshape(h.shape), 0)  # not a product: an overflow in an unselected neuron stays unseen
+        if plan.probs_TE is not None:
+            h = h * neuron_mask(straight_through(plan.probs_TE).to(h.dtype), self.site.d_ff).reshape(h.shape)
+        return h
 
     # -- modules that others put in a projection's place --------------------------------------------------------------------------------
 

@@ -54,6 +54,13 @@ class CentreRouterConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LinearRouterConfig:
+    """exp(x W), one matrix, no bias; starts from parameter centres and is then trained with the model (`moeify.ssd`)."""
+
+    name: ClassVar[str] = "linear"
+
+
+@dataclass(frozen=True, kw_only=True)
 class RandomRouterConfig:
     """Scores that are a fixed random function of x; the floor that every router must beat."""
 
@@ -100,6 +107,7 @@ RouterConfig: TypeAlias = (
     NormRouterConfig
     | MLPRouterConfig
     | CentreRouterConfig
+    | LinearRouterConfig
     | RandomRouterConfig
     | OracleRouterConfig
     | GateRouterConfig
@@ -218,6 +226,36 @@ class CentreRouter(Router):
     def set_centres(self, weights: FFNWeights, bounds: tuple[int, ...]) -> None:
         """Take the centres from the weights, neurons in expert order; stored with norm 1."""
         self.centres.weight.copy_(F.normalize(expert_means(_input_rows(weights), bounds), dim=1))
+
+
+class LinearRouter(Router):
+    """scores_e = exp(x . w_e): over their sum, the softmax of x . w.
+
+    w_e starts as the direction of the mean of expert e's normalised input weights, as long as an input weight is in the mean.
+
+    Source: the released clustering code of Zhang et al. 2024, arXiv:2410.03440, has x . w_e with w_e as long as the first neuron of
+    expert 0; the mean length is ours. exp keeps the order, so that top-k selects the same, and makes scores that every rule takes.
+    """
+
+    def __init__(self, config: LinearRouterConfig, *, d_model: int, num_experts: int) -> None:
+        super().__init__(config)
+        self.out = nn.Linear(d_model, num_experts, bias=False, dtype=torch.float32)
+
+    def forward(self, x_TD: Tensor, weights: FFNWeights | None = None) -> Tensor:
+        with _without_autocast(x_TD):
+            return cast(Tensor, self.out(x_TD.float())).clamp(-40, 40).exp()
+
+    @torch.no_grad()
+    def set_centres(self, weights: FFNWeights, bounds: tuple[int, ...]) -> None:
+        """Take the centres from the weights, neurons in expert order."""
+        rows_FD = _input_rows(weights)
+        self.out.weight.copy_(F.normalize(expert_means(rows_FD, bounds), dim=1) * _row_norms(rows_FD).mean())
+
+    @torch.no_grad()
+    def set_random(self, weights: FFNWeights, *, generator: torch.Generator) -> None:
+        """Gaussian directions of the same length, drawn on the CPU: what centres must beat."""
+        drawn_ED = torch.randn(self.out.weight.shape, generator=generator)
+        self.out.weight.copy_(F.normalize(drawn_ED, dim=1).to(self.out.weight.device) * _row_norms(_input_rows(weights)).mean())
 
 
 class RandomRouter(Router):
@@ -430,6 +468,7 @@ ROUTERS: dict[str, tuple[type, _Builder]] = {
     "norm": (NormRouterConfig, lambda c, s, e: NormRouter(c, d_model=s.d_model, num_experts=e)),
     "mlp": (MLPRouterConfig, lambda c, s, e: MLPRouter(c, d_model=s.d_model, num_experts=e)),
     "centre": (CentreRouterConfig, lambda c, s, e: CentreRouter(c, d_model=s.d_model, num_experts=e)),
+    "linear": (LinearRouterConfig, lambda c, s, e: LinearRouter(c, d_model=s.d_model, num_experts=e)),
     "random": (RandomRouterConfig, lambda c, s, e: RandomRouter(c, d_model=s.d_model, num_experts=e)),
     "oracle": (OracleRouterConfig, lambda c, s, e: OracleRouter(c, site=s, num_experts=e)),
     "gate": (GateRouterConfig, lambda c, s, e: GateRouter(c, site=s, num_experts=e)),

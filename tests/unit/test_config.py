@@ -16,6 +16,7 @@ from moeify.routers import ROUTERS
 from moeify.select import RULES
 from moeify.sites import FFNSite
 from moeify.split import SPLITS
+from moeify.ssd import ControllerState, Decision, Probe, Signals, SSDConfig, SwitchRecord
 from moeify.train.distill import DistillConfig
 from moeify.train.fit import RouterTrainConfig
 from moeify.train.loop import TrainConfig, TrainRecord
@@ -197,7 +198,7 @@ def test_field_docs_are_the_docstrings_under_the_fields_those_of_bases_too():
 
 CONFIGS = [
     ConvertConfig, SiteRecord, Manifest, FFNSite, DataConfig, CalibrationConfig, RouterTrainConfig, TrainConfig, TrainRecord,
-    DistillConfig, SparsifyConfig,
+    DistillConfig, SparsifyConfig, SSDConfig, ControllerState, Decision, Signals, Probe, SwitchRecord,
     *(config for config, _ in ROUTERS.values()), *RULES.values(), *SPLITS.values(),
 ]  # fmt: skip
 

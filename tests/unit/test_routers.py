@@ -16,6 +16,7 @@ from moeify.routers import (
     ROUTERS,
     CentreRouterConfig,
     GateRouterConfig,
+    LinearRouterConfig,
     LowRankRouterConfig,
     MLPRouterConfig,
     NormRouterConfig,
@@ -331,6 +332,29 @@ def test_low_rank_router_of_no_rank_is_refused():
         LowRankRouterConfig(rank=0)
 
 
+# -- the router of SSD -----------------------------------------------------------------------------------------------------------------
+
+
+def test_linear_router_scores_the_direction_of_each_experts_mean_row():
+    weights, bounds = random_ffn(D, 26, gated=True), expert_bounds(26, 4)
+    router = build_router(LinearRouterConfig(), site=site_of(26), num_experts=4)
+    router.set_centres(weights, bounds)
+    x_TD = torch.randn(T, D)
+    means = torch.stack(
+        [torch.nn.functional.normalize(weights.gate_FD[a:b], dim=1).mean(0) for a, b in zip(bounds, bounds[1:], strict=False)]
+    )
+    logits = x_TD @ (means / means.norm(dim=1, keepdim=True)).t() * weights.gate_FD.norm(dim=1).mean()
+    scores = router(x_TD)
+    torch.testing.assert_close(scores.log(), logits, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(scores / scores.sum(1, keepdim=True), logits.softmax(1))
+    assert router(1e4 * x_TD).isfinite().all()
+    router.set_random(weights, generator=torch.Generator().manual_seed(1))
+    first = router.out.weight.clone()
+    torch.testing.assert_close(first.norm(dim=1), weights.gate_FD.norm(dim=1).mean().expand(4))
+    router.set_random(weights, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(router.out.weight, first)
+
+
 # -- all of them -----------------------------------------------------------------------------------------------------------------------
 
 
@@ -382,6 +406,7 @@ def test_every_router_is_built_again_from_its_json_and_tensors(name):
         (NormRouterConfig(width=5), 2 * 5 * (D + 4)),
         (MLPRouterConfig(), 2 * 4 * (D + 4)),
         (CentreRouterConfig(), 2 * 4 * D),
+        (LinearRouterConfig(), 2 * 4 * D),
         (RandomRouterConfig(), 2 * 4 * D),
         (OracleRouterConfig(), 2 * (2 * D * 24 + 24 * 6)),
         (OracleRouterConfig(of="activation"), 2 * 2 * D * 24),

@@ -31,6 +31,9 @@ IMPLS: dict[str, Callable[..., Tensor]] = {
 AUTO_ORDER = ("cpu", "gather", "masked", "grouped")
 """What ``impl="auto"`` asks, in order; the first without an objection runs. The last one never objects."""
 
+TEACHING = ("reference", "masked", "grouped")
+"""Implementations whose backward pass gives `DispatchPlan.probs_TE` its gradient."""
+
 
 @dataclass(frozen=True)
 class Candidate:
@@ -76,6 +79,8 @@ def moe_ffn(
     x_TD, weights = _autocast(x_TD, weights)
     _check(x_TD, weights, plan)
     name = _auto(x_TD, weights, plan, activation=activation, training=training) if impl == "auto" else impl
+    if plan.probs_TE is not None and name in IMPLS and name not in TEACHING:
+        raise KernelError(f"impl {name!r} has no gradient for the router's probabilities; use one of {', '.join(TEACHING)}, or 'auto'.")
     return lookup(IMPLS, name, where="impl")(x_TD, weights, plan, activation=activation)
 
 
@@ -234,6 +239,8 @@ def _cpu_until(dtype: torch.dtype, *, is_int8: bool) -> tuple[tuple[float, float
 
 def _objection(name: str, x_TD: Tensor, weights: FFNWeights, plan: DispatchPlan, *, activation: str, training: bool) -> str | None:
     """Why "auto" should not run this implementation here; None if it should. No host sync."""
+    if plan.probs_TE is not None and name not in TEACHING:
+        return "it has no gradient for the router's probabilities"
     if name == "cpu":
         if (why_not := cpu.refusal(x_TD, activation=activation)) is not None:
             return why_not

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from ..sites.formula import ACTIVATIONS
 from ..sites.site import FFNWeights, expert_bounds
-from .plan import DispatchPlan
+from .plan import DispatchPlan, straight_through
 
 # What starting one more segment costs, in FLOPs that could have been done instead: about 15 small torch calls, 20 us at 100 GFLOP/s.
 SEGMENT_FLOPS = 2_000_000
@@ -64,6 +64,7 @@ def moe_ffn(x_TD: Tensor, weights: FFNWeights, plan: DispatchPlan, *, activation
         weights.up_bias_F,
         weights.gate_bias_F,
         weights.down_bias_D,
+        plan.probs_TE,
     )
 
 
@@ -141,6 +142,7 @@ def _padded_runs(counts: Sequence[int], *, is_wide: bool, flops_per_row: int, ma
 class _Work(NamedTuple):
     """One segment with its indices: what forward and backward both need."""
 
+    experts: slice
     neurons: slice
     batch: int | None
     """Experts b of a batched product; None where one plain product does: a single expert, or all tokens through neighbours."""
@@ -174,18 +176,18 @@ def _segment_work(plan: DispatchPlan, num_neurons: int, *, d_model: int, num_pro
     works = []
     for segment in segments:
         first, last = segment.first, segment.last
-        neurons = slice(bounds[first], bounds[last])
+        experts, neurons = slice(first, last), slice(bounds[first], bounds[last])
         pairs = slice(offsets[first], offsets[last])
         if segment.is_shared:
             is_full = pairs.stop - pairs.start == segment.num_rows
             drop = None if is_full else ~plan.mask_TE[:, first:last].unsqueeze(2)
-            works.append(_Work(neurons, None, None, None, drop))
+            works.append(_Work(experts, neurons, None, None, None, drop))
         elif segment.num_rows == pairs.stop - pairs.start:
             token_R = plan.token_N[pairs]
-            works.append(_Work(neurons, last - first if last - first > 1 else None, token_R, token_R, None))
+            works.append(_Work(experts, neurons, last - first if last - first > 1 else None, token_R, token_R, None))
         else:
             source_R, target_R, drop_R = next(padding)
-            works.append(_Work(neurons, last - first, source_R, target_R, drop_R.view(last - first, segment.rows, 1)))
+            works.append(_Work(experts, neurons, last - first, source_R, target_R, drop_R.view(last - first, segment.rows, 1)))
     return works
 
 
@@ -224,6 +226,7 @@ class _SegmentedFFN(torch.autograd.Function):
         up_bias_F: Tensor | None,
         gate_bias_F: Tensor | None,
         down_bias_D: Tensor | None,
+        probs_TE: Tensor | None,
     ) -> Tensor:
         sums_TD = _zero_sums(x_TD, down_FD.shape[1])
         if down_bias_D is not None:
@@ -245,7 +248,7 @@ class _SegmentedFFN(torch.autograd.Function):
                 works.append(work)
                 kept += [up, gate]
         if keeps:
-            ctx.works, ctx.activation = works, activation
+            ctx.works, ctx.activation, ctx.plan_shape = works, activation, plan.mask_TE.shape
             ctx.save_for_backward(x_TD, up_FD, down_FD, gate_FD, up_bias_F, gate_bias_F, *kept)
         # Not a view: what a custom function returns as one, nobody may add to in place, as Falcon does with its residual.
         return sums_TD.resize_(x_TD.shape[0], down_FD.shape[1]).to(x_TD.dtype)
@@ -254,7 +257,7 @@ class _SegmentedFFN(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:
         x_TD, up_FD, down_FD, gate_FD, up_bias_F, gate_bias_F, *kept = ctx.saved_tensors
-        _, _, wants_x, wants_up, wants_down, wants_gate, wants_up_bias, wants_gate_bias, wants_bias = ctx.needs_input_grad
+        _, _, wants_x, wants_up, wants_down, wants_gate, wants_up_bias, wants_gate_bias, wants_bias, wants_probs = ctx.needs_input_grad
         x_space, grad_space, out_space = _Workspace(), _Workspace(), _Workspace()
         grad_TD = grad_TD.contiguous()  # y.sum() sends a stride-0 gradient
         sums_TD = _zero_sums(grad_TD, x_TD.shape[1]) if wants_x else None
@@ -268,6 +271,7 @@ class _SegmentedFFN(torch.autograd.Function):
                 (gate_bias_F, wants_gate_bias),
             )
         )
+        grad_probs = torch.zeros(ctx.plan_shape, dtype=torch.float32, device=x_TD.device) if wants_probs else None
         for i, work in enumerate(ctx.works):
             with torch.enable_grad():
                 first = [tensor.detach().requires_grad_() for tensor in kept[2 * i : 2 * i + 2] if tensor is not None]
@@ -276,10 +280,12 @@ class _SegmentedFFN(torch.autograd.Function):
             grad_hidden = _project(grad_out, down_FD, None, work)
             _drop_(grad_hidden, work)
             first_grads = torch.autograd.grad(hidden, first, grad_hidden)
+            hidden = hidden.detach()
+            _drop_(hidden, work)
             if grad_down is not None:
-                hidden = hidden.detach()
-                _drop_(hidden, work)
                 grad_down[work.neurons] = (hidden.mT @ grad_out).view(-1, grad_out.shape[-1])
+            if grad_probs is not None:
+                _add_energies_(grad_probs, hidden * grad_hidden, work)
             x = _rows(x_TD, work, x_space)
             for grad_first, weight, grad_weight, grad_bias in zip(
                 first_grads, (up_FD, gate_FD), (grad_up, grad_gate), (grad_up_bias, grad_gate_bias), strict=False
@@ -292,7 +298,7 @@ class _SegmentedFFN(torch.autograd.Function):
                     _add_rows_(sums_TD, grad_first, _experts(weight, work), work, out_space)
         grad_x = None if sums_TD is None else sums_TD[:-1].to(x_TD.dtype)
         grad_bias_D = grad_TD.sum(0) if wants_bias else None
-        return None, None, grad_x, grad_up, grad_down, grad_gate, grad_up_bias, grad_gate_bias, grad_bias_D
+        return None, None, grad_x, grad_up, grad_down, grad_gate, grad_up_bias, grad_gate_bias, grad_bias_D, grad_probs
 
 
 def _hidden(up: Tensor, gate: Tensor | None, *, activation: str) -> Tensor:
@@ -370,6 +376,19 @@ def _add_rows_(sums_TD: Tensor, rows: Tensor, weight: Tensor, work: _Work, space
         sums_TD[:-1] += rows @ weight
 
 
+def _add_energies_(sums_TE: Tensor, products: Tensor, work: _Work) -> None:
+    """Add each pair's sum over its expert's neurons of h * (d loss / d h): that is <d loss / d y, y_e>. Padding is 0. In place."""
+    if work.source_R is None:
+        num_tokens, num_experts = products.shape[0], work.experts.stop - work.experts.start
+        sums_TE[:, work.experts] += products.view(num_tokens, num_experts, -1).sum(2, dtype=torch.float32)
+        return
+    energy_R = products.sum(-1, dtype=torch.float32).flatten()
+    experts_R = torch.arange(work.experts.start, work.experts.stop, device=sums_TE.device).repeat_interleave(
+        len(energy_R) // (work.experts.stop - work.experts.start)
+    )
+    sums_TE.view(-1).index_add_(0, work.source_R * sums_TE.shape[1] + experts_R, energy_R)
+
+
 def grouped_mm_refusal(x_TD: Tensor, weights: FFNWeights, plan: DispatchPlan) -> str | None:
     """Why `torch.nn.functional.grouped_mm` cannot compute this; None if it can.
 
@@ -405,6 +424,8 @@ def _by_grouped_mm(x_TD: Tensor, weights: FFNWeights, plan: DispatchPlan, *, act
     up_NG = project(weights.up_FD, weights.up_bias_F)
     gate_NG = None if weights.gate_FD is None else project(weights.gate_FD, weights.gate_bias_F)
     hidden_NG = _hidden(up_NG, gate_NG, activation=activation)
+    if plan.probs_TE is not None:
+        hidden_NG = hidden_NG * straight_through(plan.probs_TE[plan.token_N, expert_N]).to(hidden_NG.dtype)[:, None]
     out_ND = F.grouped_mm(hidden_NG, weights.down_FD.view(num_experts, -1, weights.down_FD.shape[1]), offs=offsets_E)
     sums_TD = out_ND.new_zeros(x_TD.shape[0], out_ND.shape[1], dtype=torch.float32).index_add(0, plan.token_N, out_ND.float())
     if weights.down_bias_D is not None:

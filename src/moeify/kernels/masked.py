@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from ..sites.formula import ffn_hidden
 from ..sites.site import FFNWeights
-from .plan import DispatchPlan, neuron_mask
+from .plan import DispatchPlan, neuron_mask, straight_through
 
 
 def moe_ffn(x_TD: Tensor, weights: FFNWeights, plan: DispatchPlan, *, activation: str) -> Tensor:
@@ -25,4 +25,6 @@ def moe_ffn(x_TD: Tensor, weights: FFNWeights, plan: DispatchPlan, *, activation
     hidden_TF = ffn_hidden(x_TD, weights, activation=activation)
     if not plan.is_countable or plan.num_pairs < plan.num_tokens * plan.num_experts:
         hidden_TF = hidden_TF.masked_fill(~neuron_mask(plan.mask_TE, weights.num_neurons), 0)
+    if plan.probs_TE is not None:
+        hidden_TF = hidden_TF * neuron_mask(straight_through(plan.probs_TE).to(hidden_TF.dtype), weights.num_neurons)
     return F.linear(hidden_TF, weights.down_FD.t(), weights.down_bias_D)

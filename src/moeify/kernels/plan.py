@@ -22,6 +22,9 @@ class DispatchPlan:
 
     mask_TE: Tensor
     """bool; the selection that the plan was made from."""
+    probs_TE: Tensor | None = None
+    """In training, how a gradient reaches whoever selected: each selected expert's output is multiplied by 1 + p - stopgrad(p), which is 1
+    and has the gradient <d loss / d y, y_e> for p. At unselected pairs any finite number, whose gradient is 0."""
 
     @cached_property
     def token_N(self) -> Tensor:
@@ -67,17 +70,18 @@ class DispatchPlan:
         return experts_E.repeat_interleave(self.offsets_E1.diff(), output_size=self.num_pairs)
 
 
-def build_plan(mask_TE: Tensor) -> DispatchPlan:
+def build_plan(mask_TE: Tensor, probs_TE: Tensor | None = None) -> DispatchPlan:
     """CSR plan of a selection mask.
 
     Args:
         mask_TE: bool; any number of True per row and column, T may be 0.
+        probs_TE: floating, see `DispatchPlan`; None where nothing is to learn from the selection.
 
     Returns:
         The plan, on the mask's device.
 
     Raises:
-        ValueError: not a 2-D bool tensor, or no expert; names the shape and dtype it got.
+        ValueError: not a 2-D bool tensor, no expert, or ``probs_TE`` of another shape; names the shape and dtype it got.
 
     Cost: none before its index is read; then two passes over the T*E mask, 30 us for 256 x 128 on two cores.
     """
@@ -85,7 +89,14 @@ def build_plan(mask_TE: Tensor) -> DispatchPlan:
         raise ValueError(f"mask_TE must be a 2-D bool tensor, got {tuple(mask_TE.shape)} {mask_TE.dtype}.")
     if mask_TE.shape[1] == 0:
         raise ValueError(f"mask_TE must have at least one expert, got shape {tuple(mask_TE.shape)}.")
-    return DispatchPlan(mask_TE)
+    if probs_TE is not None and (probs_TE.shape != mask_TE.shape or not probs_TE.is_floating_point()):
+        raise ValueError(f"probs_TE must be floating, {tuple(mask_TE.shape)}, got {tuple(probs_TE.shape)} {probs_TE.dtype}.")
+    return DispatchPlan(mask_TE, probs_TE)
+
+
+def straight_through(probs: Tensor) -> Tensor:
+    """1 + p - stopgrad(p): ones, with the gradient of p."""
+    return (probs - probs.detach()) + 1  # in this order: the difference is exactly 0
 
 
 def neuron_mask(mask_TE: Tensor, num_neurons: int) -> Tensor:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..sites.formula import ffn_hidden
 from ..sites.site import FFNWeights, expert_bounds
-from .plan import DispatchPlan
+from .plan import DispatchPlan, straight_through
 
 
 def moe_ffn(x_TD: Tensor, weights: FFNWeights, plan: DispatchPlan, *, activation: str) -> Tensor:
@@ -39,6 +39,8 @@ def moe_ffn(x_TD: Tensor, weights: FFNWeights, plan: DispatchPlan, *, activation
         token_n = plan.token_N[offsets[e] : offsets[e + 1]]
         expert = expert_slice(weights, slice(bounds[e], bounds[e + 1]))
         out_nD = ffn_hidden(x_TD.index_select(0, token_n), expert, activation=activation) @ expert.down_FD
+        if plan.probs_TE is not None:
+            out_nD = out_nD * straight_through(plan.probs_TE[token_n, e]).to(out_nD.dtype)[:, None]
         # in place, as a plain loop would: the base is a fresh tensor, and autograd needs no version of it
         y_TD.index_add_(0, token_n, out_nD)
     return y_TD

@@ -42,6 +42,7 @@ from .site import has_int8 as has_int8
 from .site import in_decoder as in_decoder
 from .site import linear_weight as linear_weight
 from .site import mask_name as mask_name
+from .site import neuron_parameters as neuron_parameters
 from .site import not_plain_reason as not_plain_reason
 from .site import permute_neurons as permute_neurons
 from .site import quantize_linear as quantize_linear

@@ -6,8 +6,9 @@ This file is the only place that knows how a module stores its weights (nn.Linea
 `FFNWeights`, the canonical (F, D) view. The views alias the model's own Parameters: writing into them writes into the model.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, Protocol, cast
 
 import torch
@@ -217,6 +218,35 @@ def permute_neurons(model: nn.Module, site: FFNSite, order_F: Tensor) -> None:
     """
     for tensor in site_weights(model, site).per_neuron():
         tensor.copy_(tensor.index_select(0, order_F.to(tensor.device)))
+
+
+def neuron_parameters(model: nn.Module, site: FFNSite) -> list[tuple[nn.Parameter, Callable[[Tensor], tuple[Tensor, ...]]]]:
+    """The parameters of a site that have a row, column or entry for every neuron: all but the output's bias.
+
+    Returns:
+        Each with a function that, of a tensor of the parameter's shape (an optimizer's moment), gives the views whose first dimension is
+        the neuron; of a fused projection there are two.
+
+    Raises:
+        UnsupportedModelError: a projection is no plain Linear or Conv1D, or has int8 weights.
+    """
+    found: list[tuple[nn.Parameter, Callable[[Tensor], tuple[Tensor, ...]]]] = []
+    for path in (*site.first, site.down):
+        module: Any = model.get_submodule(path)
+        reason = "has int8 weights" if isinstance(module, Int8Linear) else not_plain_reason(module, allow_meta=True)
+        if reason and not reason.startswith("has a forward hook"):
+            raise UnsupportedModelError(f"'{path}' {reason}; its neurons cannot be permuted while it trains.")
+        # Neurons are the outputs of the first projections and the inputs of the last; Conv1D stores (in, out).
+        is_column = is_transposed(module) != (path == site.down)
+        halves = 2 if site.fused and path != site.down else 1
+        found.append((module.weight, partial(_neuron_rows, is_column=is_column, halves=halves)))
+        if path != site.down and module.bias is not None:
+            found.append((module.bias, partial(_neuron_rows, is_column=False, halves=halves)))
+    return found
+
+
+def _neuron_rows(tensor: Tensor, *, is_column: bool, halves: int) -> tuple[Tensor, ...]:
+    return (tensor.t() if is_column else tensor).chunk(halves)
 
 
 def store_by_neuron(model: nn.Module, site: FFNSite) -> None:

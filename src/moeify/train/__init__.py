@@ -10,6 +10,7 @@ from .finetune import finetune_converted as finetune_converted
 from .finetune import train_routers as train_routers
 from .fit import RouterTrainConfig as RouterTrainConfig
 from .layerwise import LayerwiseConfig as LayerwiseConfig
+from .loop import KeptPart as KeptPart
 from .loop import Part as Part
 from .loop import TrainConfig as TrainConfig
 from .loop import TrainingData as TrainingData

@@ -19,6 +19,7 @@ from ..errors import ConfigError, DataError
 from ..routers import (
     CentreRouter,
     GateRouter,
+    LinearRouter,
     LowRankRouter,
     MLPRouter,
     NormRouter,
@@ -200,7 +201,7 @@ def fit_router(router: Router, x_TD: Tensor, weights: FFNWeights, *, activation:
         config: optimizer settings; the order of tokens comes from torch's generator, which the caller seeds.
     """
     bounds = expert_bounds(weights.num_neurons, num_experts)
-    if isinstance(router, CentreRouter):
+    if isinstance(router, CentreRouter | LinearRouter):
         router.set_centres(weights, bounds)
     elif isinstance(router, GateRouter):
         router.set_scales(weights, _mean_sizes(x_TD, weights, activation)[1])

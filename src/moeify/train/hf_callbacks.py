@@ -5,19 +5,22 @@
 Imports transformers and, through Trainer, accelerate (``pip install 'moeify[train]'``); nothing that ``import moeify`` loads imports it.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..errors import ConfigError
 from ..sites import FFNSite
+from ..ssd import SSD, SSDConfig
 from .distill import Distillation, DistillConfig
 from .finetune import FinetuneConfig, Finetuning, RouterTraining
-from .loop import Part
+from .loop import KeptPart, Part
 from .sparsify import Sparsification, SparsifyConfig
+from .state import load_part, save_parts
 
 
 class AttachedPart(Part, Protocol):
@@ -30,8 +33,9 @@ class AttachedPart(Part, Protocol):
 class PartsCallback(TrainerCallback):
     """Any parts of training as a callback: attached when the Trainer has been made, told every step, logged, and removed at the end.
 
-    Their values are in ``trainer.state.log_history`` and in what is printed, beside the loss. They depend on the step alone, so that
-    ``resume_from_checkpoint`` needs nothing of theirs. A run that ends in an exception leaves them on the model; the next one goes on.
+    Their values are in ``trainer.state.log_history`` and in what is printed, beside the loss. Most depend on the step alone; what a
+    `KeptPart` keeps is written into Trainer's checkpoints, and ``resume_from_checkpoint`` takes it from there. A run that ends in an
+    exception leaves them on the model; the next one goes on.
 
     Args:
         attach: makes the parts of a model; called with the Trainer's own model, neither wrapped nor compiled, and its arguments, and
@@ -53,6 +57,15 @@ class PartsCallback(TrainerCallback):
         for part in self._parts:
             if hasattr(part, "total_steps"):
                 cast(Any, part).total_steps = state.max_steps
+            if isinstance(part, KeptPart):
+                part.begin(kwargs["optimizer"])
+                if state.global_step:
+                    part.load_state(*load_part(_checkpoint(args, state), part.name))
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Into Trainer's checkpoint, which is there by now."""
+        if state.is_world_process_zero:
+            save_parts(_checkpoint(args, state, saving=True), {p.name: p.state() for p in self._parts if isinstance(p, KeptPart)})
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Before the first micro-batch of an optimizer step."""
@@ -157,6 +170,38 @@ class RouterTrainingCallback(PartsCallback):
             return [RouterTraining(model)]
 
         super().__init__(attach)
+
+
+class SSDCallback(PartsCallback):
+    """`SSD` for Trainer: switchable sparse-dense pre-training. The optimizer must be Trainer's own, or be made after the Trainer.
+
+    Args:
+        sites: FFNs of the model that the Trainer is given, as `find_ffn_sites` returned them.
+        config: experts and rules.
+        probe: batches that everything is measured on.
+
+    Raises:
+        ConfigError: with ``torch_compile``, or as `SSD`.
+    """
+
+    def __init__(self, sites: Sequence[FFNSite], config: SSDConfig | None = None, *, probe: Sequence[Mapping[str, Tensor]]) -> None:
+        self.ssd: SSD | None = None
+        """The part, once the Trainer has been made; its probes and decisions stay readable after training."""
+
+        def attach(model: nn.Module, args: TrainingArguments) -> list[AttachedPart]:
+            _refuse_compile(args)
+            self.ssd = SSD(model, sites, config, probe=probe, compute=_compute(args))
+            return [self.ssd]
+
+        super().__init__(attach)
+
+
+def _checkpoint(args: TrainingArguments, state: TrainerState, *, saving: bool = False) -> Path:
+    """Where Trainer keeps, or has found, the state of this step."""
+    given = getattr(args, "resume_from_checkpoint", None)
+    if not saving and isinstance(given, str) and Path(given).is_dir():
+        return Path(given)
+    return Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
 
 
 def _compute(args: TrainingArguments) -> torch.dtype | None:

@@ -14,7 +14,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Protocol, cast
+from typing import Any, Literal, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ from ..errors import ConfigError, DataError, TrainingError, is_out_of_memory
 from ..sites.policy import matching_key
 from .capture import fast_dtype
 from .labels import counted_labels, shifts_labels
-from .state import has_state, load_state, open_state, save_state
+from .state import PartState, has_state, load_part, load_state, open_state, save_state
 
 _log = logging.getLogger(__name__)
 _NOT_DECAYED = re.compile(r"bias|layernorm|rmsnorm|(^|\.)norm($|\.)|_norm($|\.)")
@@ -46,13 +46,31 @@ class TrainingData(Protocol):
 
 
 class Part(Protocol):
-    """What a stage adds to training, by hooks on the model. It depends on the step alone, so that resume needs no state of it."""
+    """What a stage adds to training, by hooks on the model. It depends on the step alone, so that resume needs no state of it; one that
+    cannot is a `KeptPart`."""
 
     def set_step(self, step: int) -> None:
         """Called before the forwards of every optimizer step."""
 
     def values(self) -> Mapping[str, Tensor]:
         """Detached scalars to log, by name; reading one synchronises."""
+
+
+@runtime_checkable
+class KeptPart(Part, Protocol):
+    """A part that has a state, or changes what the optimizer holds, between two steps."""
+
+    name: str
+    """Tells its state from other parts'."""
+
+    def begin(self, optimizer: torch.optim.Optimizer) -> None:
+        """Called once before the first step, and before a state is loaded."""
+
+    def state(self) -> PartState:
+        """A JSON object and tensors: all that the rest of the run depends on besides model, optimizer and step."""
+
+    def load_state(self, plain: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        """Go on from `state`; model and optimizer have been loaded."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,11 +203,16 @@ def train(
     scaler = torch.amp.GradScaler(device.type, enabled=compute is torch.float16)
     log = _Log()
     done = 0
+    kept_parts = {part.name: part for part in parts if isinstance(part, KeptPart)}
+    for own_part in kept_parts.values():
+        own_part.begin(optimizer)
     with seeded(config.seed, device), _gradient_checkpointing(model, enabled=config.gradient_checkpointing):
         if state is not None:
             open_state(state, {"train": config.decisive(), "sequences": len(data), "run": dict(run or {})})
             if kept := load_state(state, model=model, optimizer=optimizer, schedule=schedule, scaler=scaler):
-                done, log = kept[0], _Log.of(_config.from_dict(TrainRecord, kept[1], where=str(state)))
+                done, log = kept.step, _Log.of(_config.from_dict(TrainRecord, kept.record, where=str(state)))
+                for name, own_part in kept_parts.items():
+                    own_part.load_state(*load_part(kept.folder, name))
         order = _Order(len(data), config)
         shifted: bool | None = None
         model.train()
@@ -249,7 +272,10 @@ def train(
                 log.seconds += time.perf_counter() - start
                 if state is not None and (is_last or _is_due(done, config.save_every)):
                     so_far = _config.to_dict(log.record(order.epochs(done)))
-                    save_state(state, step=done, model=model, optimizer=optimizer, schedule=schedule, scaler=scaler, record=so_far)
+                    own = {name: own_part.state() for name, own_part in kept_parts.items()}
+                    save_state(
+                        state, step=done, model=model, optimizer=optimizer, schedule=schedule, scaler=scaler, record=so_far, parts=own
+                    )
                 task.advance(1)
     model.eval()
     return log.record(order.epochs(done))

@@ -1,7 +1,8 @@
 """What a killed training run leaves, and how it goes on from there with the very same losses.
 
     <state>/run.json           what tells this run from another
-    <state>/step-00000120/     model.safetensors, optimizer.safetensors, state.json: whole, or not there
+    <state>/step-00000120/     model.safetensors, optimizer.safetensors, state.json: whole, or not there; parts.json and parts.safetensors
+                               where parts of training have a state
 
 A new state is written beside the last one and gets its name when it is on the disk; only then the last one goes. Nothing is ever pickled.
 """
@@ -9,8 +10,9 @@ A new state is written beside the last one and gets its name when it is on the d
 import json
 import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from safetensors import SafetensorError
@@ -21,7 +23,22 @@ from .._files import sync
 from ..errors import CheckpointError
 from .work import RUN_FILE
 
-_PREFIX, _NEW = "step-", ".new"
+_PREFIX, _NEW, _PARTS = "step-", ".new", "parts"
+
+PartState: TypeAlias = tuple[Mapping[str, Any], Mapping[str, Tensor]]
+"""What a part of training keeps: a JSON object and tensors."""
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What `load_state` found, besides what it has put back."""
+
+    step: int
+    """Steps done."""
+    record: dict[str, Any]
+    """As it was saved."""
+    folder: Path
+    """Where; `load_part` reads there."""
 
 
 def open_state(folder: Path, run: Mapping[str, Any]) -> None:
@@ -61,6 +78,7 @@ def save_state(
     schedule: torch.optim.lr_scheduler.LRScheduler,
     scaler: torch.amp.GradScaler,
     record: Mapping[str, Any],
+    parts: Mapping[str, PartState] | None = None,
 ) -> None:
     """Keep everything that the rest of a run depends on, as it is after ``step`` steps; the state before it goes when this one is whole.
 
@@ -76,6 +94,7 @@ def save_state(
         new.mkdir()
         save_file(_contiguous(_without_ties(model)), new / "model.safetensors")
         save_file(_contiguous(tensors | _random_states(model)), new / "optimizer.safetensors")
+        save_parts(new, parts or {})
         (new / "state.json").write_text(json.dumps(rest))
         for path in (*new.iterdir(), new):
             sync(path)
@@ -96,11 +115,11 @@ def load_state(
     optimizer: torch.optim.Optimizer,
     schedule: torch.optim.lr_scheduler.LRScheduler,
     scaler: torch.amp.GradScaler,
-) -> tuple[int, dict[str, Any]] | None:
+) -> Kept | None:
     """Put back, in place, what `save_state` kept last.
 
     Returns:
-        The step and the record; None where nothing was kept.
+        What else was kept; None where nothing was.
 
     Raises:
         CheckpointError: it is damaged, or of another model or other parameters of it.
@@ -126,11 +145,39 @@ def load_state(
         optimizer.load_state_dict({"state": slots, "param_groups": groups})
         schedule.load_state_dict(rest["schedule"])
         scaler.load_state_dict(rest["scaler"])
-        return int(found.name.removeprefix(_PREFIX)), rest["record"]
+        return Kept(int(found.name.removeprefix(_PREFIX)), rest["record"], found)
     except (OSError, SafetensorError, ValueError, KeyError, IndexError) as error:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"'{found}' is damaged: {error}; delete it to train from the start.") from error
+
+
+def save_parts(folder: Path, parts: Mapping[str, PartState]) -> None:
+    """Write the states of parts of training, by name, into a folder that is there; nothing for none."""
+    if not parts:
+        return
+    tensors = {f"{name}:{key}": tensor for name, (_, own) in parts.items() for key, tensor in own.items()}
+    if tensors:
+        save_file(_contiguous(tensors), folder / f"{_PARTS}.safetensors")
+    (folder / f"{_PARTS}.json").write_text(json.dumps({name: plain for name, (plain, _) in parts.items()}))
+
+
+def load_part(folder: Path, name: str) -> PartState:
+    """What `save_parts` wrote for one part.
+
+    Raises:
+        CheckpointError: nothing, or it is damaged.
+    """
+    plain_file, tensor_file = folder / f"{_PARTS}.json", folder / f"{_PARTS}.safetensors"
+    try:
+        plain = json.loads(plain_file.read_text()) if plain_file.exists() else {}
+        tensors = load_file(tensor_file) if tensor_file.exists() else {}
+    except (OSError, SafetensorError, ValueError) as error:
+        raise CheckpointError(f"'{plain_file}' is damaged: {error}; delete '{folder}' to train from the start.") from error
+    if name not in plain:
+        raise CheckpointError(f"'{folder}' has no state of '{name}': it is of another run; choose another folder.")
+    prefix = f"{name}:"
+    return plain[name], {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
 
 
 def has_state(folder: Path) -> bool:

@@ -12,7 +12,7 @@ from ffn_cases import loop_over_tokens, map_weights, random_ffn, random_plan, te
 from numerics import assert_as_accurate_as_torch
 
 from moeify.errors import ConfigError, KernelError
-from moeify.kernels import IMPLS, build_plan, cpu, explain, masked, moe_ffn
+from moeify.kernels import IMPLS, TEACHING, build_plan, cpu, explain, masked, moe_ffn
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 
@@ -78,6 +78,49 @@ def test_gradients_match_fp64_loop(impl, dtype, activation, gated, biased, T, E,
     factor = 2.0 if impl != "reference" or dtype is torch.float32 else 2.0 * E
     for got, exact, plain in zip(out, oracle, baseline, strict=True):
         assert_as_accurate_as_torch(got, oracle=exact, baseline=plain, factor=factor)
+
+
+@pytest.mark.parametrize("impl", TEACHING)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize(("activation", "gated", "biased"), KINDS)
+@pytest.mark.parametrize(("T", "E", "F", "D", "keep"), SHAPES[1:8])
+def test_probabilities_change_nothing_but_get_each_selected_experts_share_of_the_gradient(
+    impl, dtype, activation, gated, biased, T, E, F, D, keep
+):
+    weights = random_ffn(D, F, gated=gated, biased=biased, dtype=dtype)
+    x_TD, upstream_TD = torch.randn(T, D).to(dtype), torch.randn(T, D).to(dtype)
+    mask_TE, probs_TE = torch.rand(T, E) < keep, torch.rand(T, E).requires_grad_()
+
+    def gradients(impl, probs_TE):
+        x = x_TD.clone().requires_grad_()
+        out = moe_ffn(x, weights, build_plan(mask_TE, probs_TE), activation=activation, impl=impl)
+        leaves = [x] if probs_TE is None else [x, probs_TE]
+        return out, *torch.autograd.grad(out, leaves, upstream_TD, allow_unused=True, materialize_grads=True)
+
+    out, grad_x, grad_probs = gradients(impl, probs_TE)
+    plain, plain_grad_x = gradients(impl, None)
+    assert torch.equal(out, plain)
+    torch.testing.assert_close(grad_x, plain_grad_x)
+    wide = map_weights(weights, torch.Tensor.double)
+    expected = torch.zeros(T, E, dtype=torch.float64)  # <upstream, y_e>, expert by expert
+    for e in range(E):
+        only_TE = torch.zeros_like(mask_TE).index_fill(1, torch.tensor(e), True) & mask_TE
+        y_TD = loop_over_tokens(x_TD.double(), dataclasses.replace(wide, down_bias_D=None), only_TE, activation=activation)
+        expected[:, e] = (y_TD * upstream_TD.double()).sum(1)
+    factor = 2.0 if impl != "reference" or dtype is torch.float32 else 2.0 * E
+    assert_as_accurate_as_torch(grad_probs, oracle=expected, baseline=gradients("masked", probs_TE)[2], factor=factor)
+    assert (grad_probs[~mask_TE] == 0).all()
+
+
+def test_implementations_without_a_gradient_for_probabilities_refuse_them():
+    weights, plan = random_ffn(8, 12), build_plan(torch.ones(3, 4, dtype=torch.bool), torch.rand(3, 4))
+    for impl in set(HERE) - set(TEACHING):
+        with pytest.raises(KernelError, match=f"impl '{impl}' has no gradient for the router's probabilities"):
+            moe_ffn(torch.randn(3, 8), weights, plan, activation="relu", impl=impl)
+        (row,) = (c for c in explain(torch.randn(3, 8), weights, plan, activation="relu") if c.name == impl)
+        assert (row.chosen, row.reason) == (False, "it has no gradient for the router's probabilities")
+    with pytest.raises(ValueError, match=r"probs_TE must be floating, \(3, 4\), got \(3, 5\)"):
+        build_plan(plan.mask_TE, torch.rand(3, 5))
 
 
 @pytest.mark.parametrize("impl", HERE)

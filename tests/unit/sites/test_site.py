@@ -12,6 +12,7 @@ from moeify.sites import (
     expert_bounds,
     ffn_dense,
     in_decoder,
+    neuron_parameters,
     not_plain_reason,
     permute_neurons,
     site_weights,
@@ -61,6 +62,18 @@ def test_permute_neurons_in_every_layout_keeps_the_function_and_the_parameters(l
     torch.testing.assert_close(ffn_dense(x_TD, after, activation="silu"), y_TD)
     assert after.num_neurons == 6
     assert (after.gate_FD is not None) == site.is_gated
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_neuron_parameters_view_tensors_of_a_parameters_shape_by_neuron(layout):
+    leaves, kwargs = LAYOUTS[layout]
+    model, site = nn.ModuleDict(leaves()), make_site(**kwargs)
+    found = neuron_parameters(model, site)
+    views = [rows for parameter, rows_of in found for rows in rows_of(parameter.detach())]
+    expected = list(site_weights(model, site).per_neuron())
+    assert sorted((v.data_ptr(), v.shape, v.stride()) for v in views) == sorted((v.data_ptr(), v.shape, v.stride()) for v in expected)
+    copies = [rows for parameter, rows_of in found for rows in rows_of(parameter.detach().clone(memory_format=torch.contiguous_format))]
+    assert all(torch.equal(a, b) for a, b in zip(copies, views, strict=True))
 
 
 def strides(model, name):
