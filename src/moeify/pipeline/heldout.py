@@ -21,6 +21,7 @@ _PARTS = {
     "experts": "experts",
     "routers": "router",
     "FFNs not converted": "ffn_unconverted",
+    "replaced projections": "projections",
     "attention": "attention_proj",
     "attention scores": "attention_scores",
     "head": "head",
@@ -66,7 +67,7 @@ def card_rows(measured: Mapping[str, Any] | None) -> dict[str, str]:
     }
     dense, converted = measured["cost"]["dense"], measured["cost"]["converted"]
     for label, key in _PARTS.items():
-        if dense[key] or converted[key]:
+        if dense.get(key) or converted.get(key):
             rows[f"MFLOPs per token, {label}"] = f"{converted[key] / 1e6:.4g} (dense {dense[key] / 1e6:.4g})"
     return rows
 
