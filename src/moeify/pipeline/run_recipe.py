@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from .._config import did_you_mean, from_dict, to_dict
 from .._progress import NO_PROGRESS, Progress
 from ..baselines import ztw as early_exit
-from ..convert import ConvertConfig, plan_conversion
+from ..convert import ConvertConfig, plan_conversion, tried_projections
 from ..data import DataConfig, check_source
 from ..errors import ConfigError
 from ..evaluate import CurvePoint, measure_quality, quality_at
@@ -353,7 +353,9 @@ class _SeedRun:
         lessons = [] if recipe.finetune is None else [("finetune", recipe.finetune.teacher, recipe.finetune.config.distill)]
         for variant in variants:
             if variant.projections is not None:
-                projection_records(start.model, variant.projections)
+                with tried_projections(start.model, projection_records(start.model, variant.projections)):
+                    tried = find_ffn_sites(start.model, example_inputs(start.model))
+                    self._check_replaced(start.model, tried, variant, None if variant.regress is not None else variant.sparsify)
                 if TASKS[start.task].has_windows:
                     check_window(start.model, recipe.convert_of(variant).calibration.window)
             if variant.sparsify is not None:
