@@ -69,7 +69,8 @@ def run(
         inputs, source = capture_layers(loaded, {site.name: site.d_in for site in chosen}, batches, Path(folder))
         for site in chosen:
             linear = loaded.get_submodule(site.name)
-            layer = linear_weight(linear).detach().float(), cast(Tensor | None, getattr(linear, "bias", None))
+            weight_NK, bias_N = linear_weight(linear).detach().float(), cast(Tensor | None, getattr(linear, "bias", None))
+            layer = weight_NK, weight_NK.new_zeros(len(weight_NK)) if bias_N is None else bias_N  # MLPs have biases in any case
             width = projection_width(site.d_in, site.d_out)
             for rate in lr:
                 for weight in weights:
@@ -87,7 +88,7 @@ def run(
                         }
 
 
-def _compare(x_TK: Tensor, layer: tuple[Tensor, Tensor | None], config: ProjectConfig, *, width: int, name: str) -> dict[str, Any]:
+def _compare(x_TK: Tensor, layer: tuple[Tensor, Tensor], config: ProjectConfig, *, width: int, name: str) -> dict[str, Any]:
     found: dict[str, Any] = {}
     curves: dict[str, list[float]] = {}
     for init in ("random", "svd"):

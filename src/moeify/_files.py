@@ -2,17 +2,22 @@
 
 import os
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 
 
-def remove_folder(folder: Path, *, last: str) -> None:
-    """Delete a folder, the file that says whose it is at the end: what remains if this is killed is still known to be ours."""
+def remove_folder(folder: Path, *, last: str, keep: Collection[str] = ()) -> None:
+    """Delete a folder, the file that says whose it is at the end: what remains if this is killed is still known to be ours. With names to
+    keep, only what else is in it."""
     for child in folder.iterdir():
+        if child.name in keep:
+            continue
         if child.is_dir() and not child.is_symlink():
             shutil.rmtree(child)
         elif child.name != last:
             child.unlink()
-    shutil.rmtree(folder)
+    if not keep:
+        shutil.rmtree(folder)
 
 
 def sync(path: Path) -> None:

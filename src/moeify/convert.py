@@ -7,7 +7,8 @@ FFN. Names and shapes of the model's own parameters do not change: a converted c
 router tensors (decision D2).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, cast
 
@@ -367,6 +368,23 @@ def _put_projections(
         if isinstance(module, FusedProjection):
             keep_rows(module, layer)
         put_module(model, name, module.train(layer.training))
+
+
+@contextmanager
+def tried_projections(model: nn.Module, records: Sequence[ProjectionRecord]) -> Iterator[None]:
+    """Random MLPs in the places of linear layers inside the ``with``, the layers themselves again afterwards: to see what the replaced
+    model has (`find_ffn_sites`) and takes (`plan_conversion`) before anything is fitted.
+
+    Raises:
+        CheckpointError, UnsupportedModelError: as `replace_projections`.
+    """
+    layers = {record.name: model.get_submodule(record.name) for record in records}
+    _put_projections(model, records, None, seed=0)
+    try:
+        yield
+    finally:
+        for name, layer in layers.items():
+            put_module(model, name, layer)
 
 
 def rebuild_projections(model: nn.Module, manifest: Manifest) -> None:

@@ -10,7 +10,7 @@ Nothing here knows a model family. One forward is watched op by op, and each op 
 module that computes attention (it runs a softmax over scores, or a fused attention), the output head, or elsewhere.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .sites import FFNSite, projection_mlps
+from .sites import FFNSite, ProjectionMLP, projection_mlps
 
 Active = float | Mapping[str, float]
 """Active fraction in [0, 1]: one for all MoE layers and all linear layers that skip channels, or by name (a layer that is not named runs
@@ -51,8 +51,18 @@ class FFNCost:
     """Router, all calls; 0 for an FFN that was not converted."""
     is_moe: bool = False
     """Whether the active fraction applies."""
-    is_projection: bool = False
-    """Whether it stands in the place of a linear layer (`moeify.sites.ProjectionMLP`); it counts as an FFN everywhere."""
+    replaced_flops: float | None = None
+    """Where it stands in the place of a linear layer (`moeify.sites.ProjectionMLP`): FLOPs of that layer, all calls."""
+
+    @property
+    def is_projection(self) -> bool:
+        """Whether it stands in the place of a linear layer."""
+        return self.replaced_flops is not None
+
+    @property
+    def original_flops(self) -> float:
+        """What the model had in its place before any layer was replaced."""
+        return self.dense_flops if self.replaced_flops is None else self.replaced_flops
 
     def flops(self, active_fraction: float) -> float:
         """Router and active experts. Linear in the neurons that run: biases are not counted, so an expert is its share of the dense FFN."""
@@ -66,19 +76,23 @@ class ChannelCost:
     dense_flops: float
     """All channels, all calls."""
     part: str
-    """What it is a part of: "ffn", or a key of `CostBreakdown.lines`."""
+    """What it is a part of: "ffn", "projections" (an MLP in the place of a linear layer), or another key of `CostBreakdown.lines`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CostBreakdown:
-    """FLOPs of one forward by part; `lines`, `flops_per_token` and the fractions are what to read."""
+    """FLOPs of one forward by part; `lines`, `flops_per_token` and the fractions are what to read.
+
+    Of a model whose linear layers were replaced by MLPs (`moeify.sites.ProjectionMLP`), "dense" is the model from before: fractions compare
+    with it, whatever the MLPs cost.
+    """
 
     tokens: int
     """Tokens of the forward: elements of ``input_ids``; for other inputs, the most positions that an FFN saw."""
     context: int
     """Longest sequence S of the forward; attention scores are quoted for it."""
     ffns: Mapping[str, FFNCost]
-    """By site name."""
+    """By site name; the MLPs in the places of linear layers are among them."""
     attention_proj_flops: float
     """Query, key, value and output projections, but for those that were replaced by MLPs and are among ``ffns``."""
     attention_score_flops: float
@@ -93,8 +107,13 @@ class CostBreakdown:
 
     @property
     def dense_ffn_flops(self) -> float:
-        """All FFN sites, dense, of the whole forward."""
-        return sum(ffn.dense_flops for ffn in self.ffns.values())
+        """All FFN sites, and the linear layers that MLPs have replaced, dense, of the whole forward."""
+        return sum(ffn.original_flops for ffn in self.ffns.values())
+
+    @property
+    def dense_projection_flops(self) -> float:
+        """Of `dense_ffn_flops`, the linear layers that MLPs have replaced."""
+        return sum(ffn.original_flops for ffn in self.ffns.values() if ffn.is_projection)
 
     @property
     def dense_flops(self) -> float:
@@ -108,11 +127,18 @@ class CostBreakdown:
 
     def ffn_flops(self, active: Active) -> float:
         """Routers, active experts and kept channels of all FFN sites, of the whole forward; an FFN that was not converted counts dense."""
-        return sum(ffn.flops(_fraction_of(active, name)) for name, ffn in self.ffns.items()) - self._skipped(active, "ffn")
+        skipped = self._skipped(active, "ffn") + self._skipped(active, "projections")
+        return sum(ffn.flops(_fraction_of(active, name)) for name, ffn in self.ffns.items()) - skipped
 
     def projection_flops(self, active: Active) -> float:
         """Of `ffn_flops`, what the MLPs in the places of linear layers cost: their routers and active experts."""
-        return sum(ffn.flops(_fraction_of(active, name)) for name, ffn in self.ffns.items() if ffn.is_projection)
+        costs = (ffn.flops(_fraction_of(active, name)) for name, ffn in self.ffns.items() if ffn.is_projection)
+        return sum(costs) - self._skipped(active, "projections")
+
+    def projection_flops_fraction(self, active: Active) -> float | None:
+        """(experts + routers) of the MLPs / linear layers that they replaced; None where there are none."""
+        dense = self.dense_projection_flops
+        return self.projection_flops(active) / dense if dense else None
 
     def ffn_flops_fraction(self, active: Active) -> float:
         """(experts + routers + kept channels) / dense FFNs; above 1 where the routers cost more than the idle experts save.
@@ -133,14 +159,23 @@ class CostBreakdown:
         return (self.ffn_flops(active) + sum(self._rest(active).values())) / self.tokens
 
     def lines(self, active: Active = 1.0) -> dict[str, float]:
-        """FLOPs per token by part, in the order to print them; all but ``ffn_dense``, given for comparison, add up to `flops_per_token`."""
-        unconverted = sum(ffn.dense_flops for ffn in self.ffns.values() if not ffn.is_moe) - self._skipped(active, "ffn")
-        router = sum(ffn.router_flops for ffn in self.ffns.values())
+        """FLOPs per token by part, in the order to print them; all but ``ffn_dense`` and ``projections_dense``, given for comparison, add
+        up to `flops_per_token`.
+
+        Only where linear layers were replaced by MLPs there are ``projections``, their routers and active experts, which the lines of FFNs
+        leave out then, and ``projections_dense``, the layers themselves, contained in ``ffn_dense``.
+        """
+        ffns = [ffn for ffn in self.ffns.values() if not ffn.is_projection]
+        unconverted = sum(ffn.dense_flops for ffn in ffns if not ffn.is_moe) - self._skipped(active, "ffn")
+        router = sum(ffn.router_flops for ffn in ffns)
+        projections = self.projection_flops(active)
+        replaced = {"projections_dense": self.dense_projection_flops, "projections": projections}
         parts = {
             "ffn_dense": self.dense_ffn_flops,
             "ffn_unconverted": unconverted,
-            "experts": self.ffn_flops(active) - router - unconverted,
+            "experts": self.ffn_flops(active) - projections - router - unconverted,
             "router": router,
+            **(replaced if len(ffns) < len(self.ffns) else {}),
             **self._rest(active),
         }
         return {name: flops / self.tokens for name, flops in parts.items()}
@@ -182,12 +217,13 @@ def estimate_flops(
     Args:
         model: any module; a converted model must be in dense mode (its experts are then priced from ``moe``).
         example_inputs: keyword arguments; one short sequence is enough for text (`CostBreakdown.at_context`). ``labels`` are left out.
-        sites: the FFNs, to tell them from attention projections.
+        sites: the FFNs, to tell them from attention projections. The MLPs in the places of linear layers that run are known without.
         moe: what runs in place of the dense FFN, by site name.
         channels: names of linear layers that skip input channels, none of them within a converted FFN.
 
     Returns:
-        The breakdown; its dense total equals torch's FlopCounterMode with `register_formulas`.
+        The breakdown; its dense total equals torch's FlopCounterMode with `register_formulas`, on the model from before any layer was
+        replaced.
 
     Raises:
         ValueError: ``moe`` names no site, or a site did not run in the forward.
@@ -207,7 +243,14 @@ def estimate_flops(
             model(**inputs)
     finally:
         model.train(was_training)
-    ffn, parts, linears = _book(model, counter, by_name.values(), channels)
+    replaced = projection_mlps(model)
+    places = {path: site.name for site in by_name.values() for path in (*site.first, site.down)}
+    others = [name for name in replaced if name not in by_name]
+    places |= {f"{name}.{part}": name for name in others for part in ("up", "down")}
+    ffn, parts, linears = _book(model, counter, places, replaced, channels)
+    for name in others:
+        if ffn[name] == 0:  # asked for by nobody, and not a part of this forward
+            del ffn[name]
     if silent := [name for name, flops in ffn.items() if flops == 0]:
         raise ValueError(f"FFN '{silent[0]}' did not run in the forward that was watched; is the model in dense mode?")
     if silent := [name for name in channels if name not in linears]:
@@ -215,13 +258,18 @@ def estimate_flops(
 
     rows = {name: ffn[name] / site_flops_per_token(site) for name, site in by_name.items()}
     router = {name: rows[name] * cost.router_flops for name, cost in moe.items()}
-    replaced = projection_mlps(model)
     ids, most_rows = inputs.get("input_ids"), int(max(rows.values(), default=1))
     return CostBreakdown(
         tokens=ids.numel() if isinstance(ids, Tensor) else most_rows,
         context=ids.shape[-1] if isinstance(ids, Tensor) else max(1, most_rows // _batch_size(inputs)),
         ffns={
-            n: FFNCost(dense_flops=ffn[n], router_flops=router.get(n, 0.0), is_moe=n in moe, is_projection=n in replaced) for n in by_name
+            name: FFNCost(
+                dense_flops=flops,
+                router_flops=router.get(name, 0.0),
+                is_moe=name in moe,
+                replaced_flops=_replaced_flops(replaced[name], flops) if name in replaced else None,
+            )
+            for name, flops in ffn.items()
         },
         attention_proj_flops=parts["attention_proj"],
         attention_score_flops=parts["attention_scores"],
@@ -232,11 +280,13 @@ def estimate_flops(
 
 
 def _book(
-    model: nn.Module, counter: "_Counter", sites: Iterable[FFNSite], channels: Iterable[str]
+    model: nn.Module, counter: "_Counter", owner: Mapping[str, str], replaced: Collection[str], channels: Iterable[str]
 ) -> tuple[dict[str, int], dict[str, int], dict[str, ChannelCost]]:
-    """FLOPs of each FFN site by its name, of everything else by part, and once more of the linear layers in ``channels``."""
-    owner = {path: site.name for site in sites for path in (*site.first, site.down)}
-    replaced = projection_mlps(model)  # inside of attention: where they lie says nothing of where the FFN does
+    """FLOPs of each FFN by its name, of everything else by part, and once more of the linear layers in ``channels``.
+
+    ``owner`` names the FFN of each of its projections; where those of ``replaced`` lie, inside of attention, says nothing of where the FFN
+    does.
+    """
     attention = _attention_roots(counter.attention, [path for path, name in owner.items() if name not in replaced])
     heads = _head_paths(model)
     ffn = dict.fromkeys(owner.values(), 0)
@@ -244,14 +294,14 @@ def _book(
     names, linears = set(channels), dict[str, ChannelCost]()
     for (path, op), flops in counter.flops.items():
         if path in owner:
-            part = "ffn"
+            part = "projections" if owner[path] in replaced else "ffn"
         elif path in counter.attention and (op.startswith(_FUSED_ATTENTION) or op in _SCORE_PRODUCTS):
             part = "attention_scores"
         elif _inside(path, attention):
             part = "attention_proj"
         else:
             part = "head" if _inside(path, heads) else "other"
-        if part == "ffn":
+        if path in owner:
             ffn[owner[path]] += flops
         else:
             parts[part] += flops
@@ -259,6 +309,11 @@ def _book(
             before = linears[path].dense_flops if path in linears else 0.0
             linears[path] = ChannelCost(dense_flops=before + flops, part=part)
     return ffn, parts, linears
+
+
+def _replaced_flops(mlp: ProjectionMLP, flops: int) -> float:
+    """What the linear layer would cost where the MLP costs ``flops``: K N in place of P (K + N)."""
+    return flops * mlp.in_features * mlp.out_features / (mlp.width * (mlp.in_features + mlp.out_features))
 
 
 def site_flops_per_token(site: FFNSite) -> int:

@@ -8,7 +8,9 @@ import torch
 import transformers
 
 from moeify.convert import ConvertConfig, manifest_of
+from moeify.cost import estimate_flops
 from moeify.data import DataConfig
+from moeify.evaluate import Curve
 from moeify.hf.checkpoint import load_model
 from moeify.layers import MoEProjection, moe_layers, record_active
 from moeify.pipeline import (
@@ -90,7 +92,19 @@ def test_a_sweep_and_a_report_see_the_replaced_model_as_dense(root):
     assert points[0].flops_fraction < points[-1].flops_fraction
     assert 0.1 < points[0].active_fraction < 0.5
     report_checkpoint(root / "moe", curve=root / "curve.json", out=root / "report")
-    assert "| experts |" in (root / "report" / "report.md").read_text()
+    assert "| replaced projections |" in (root / "report" / "report.md").read_text()
+    again = Curve.read(root / "curve.json")
+    assert again.points == curve.points
+    dense, cheap = again.cost_by_part(), again.cost_by_part(points[0])
+    assert sum(dense.values()) == pytest.approx(curve.dense.flops_per_token)
+    for point in points:
+        assert sum(again.cost_by_part(point).values()) == pytest.approx(point.flops_fraction * curve.dense.flops_per_token)
+    assert cheap["projections"] == pytest.approx(points[0].projection_flops_fraction * dense["projections"])
+    assert cheap["projections"] < 0.9 * dense["projections"]
+    assert cheap["experts"] < 0.9 * dense["experts"]
+    # The dense model is the one from before projections were replaced: a fresh one costs as much.
+    original = estimate_flops(tiny.tiny_llama(), {"input_ids": torch.zeros(1, WINDOW, dtype=torch.long)}).dense_flops_per_token
+    assert curve.dense.flops_per_token == pytest.approx(original)
 
 
 def test_int8_checkpoints_of_replaced_projections_load(root):

@@ -143,7 +143,9 @@ def test_recipe_gives_the_documented_result(folder):
     (calibrated,) = (folder / "whole/seed0").glob("routers.relu-*")
     assert found["points"][1]["value"] == json.loads((calibrated / "record.json").read_text())["result"]["value"]
     assert found["at_flops"]["relu"]["0.9"] == pytest.approx(quality_at([CurvePoint(**point) for point in found["points"]], 0.9))
-    assert set(found["at_flops"]) == {"relu", "plain", "moefication"}
+    assert set(found["at_flops"]) == set(found["at_all_flops"]) == {"relu", "plain", "moefication"}
+    whole = quality_at([CurvePoint(**point) for point in found["points"]], 0.9, cost="flops_fraction")
+    assert found["at_all_flops"]["relu"]["0.9"] == pytest.approx(whole)
     relu, plain = found["variants"]["relu"], found["variants"]["plain"]
     assert relu["main"]
     assert relu["quality"] == found["sparsified"]

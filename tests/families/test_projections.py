@@ -114,7 +114,9 @@ def test_replaced_and_converted_with_every_expert_is_the_replaced_model(family_i
     sites = find_ffn_sites(model, inputs)
     mlps = {name for record in records for name in record.mlps}
     assert mlps <= {site.name for site in sites}
-    assert abs(estimate_flops(model, inputs, sites=sites).dense_flops / original - 1) < 0.01, "equal cost, up to a neuron of these widths"
+    cost = estimate_flops(model, inputs, sites=sites)
+    assert cost.dense_flops == pytest.approx(original)
+    assert abs(cost.flops_fraction(1.0) - 1) < 0.01, "equal cost, up to a neuron of these widths"
     assert mlps <= {site.name.rpartition(".")[0] for site in find_linear_sites(model, inputs, ffn_sites=sites)}
     convert(model, ConvertConfig(projection_expert_size=5), sites=sites)
     assert {name for name, layer in moe_layers(model).items() if isinstance(layer, MoEProjection)} == mlps

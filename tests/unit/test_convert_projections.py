@@ -7,7 +7,7 @@ import pytest
 import tiny
 import torch
 
-from moeify._config import to_dict
+from moeify._config import from_dict, to_dict
 from moeify.convert import (
     ConvertConfig,
     Manifest,
@@ -18,6 +18,7 @@ from moeify.convert import (
     rebuild_projections,
     replace_projections,
     to_dense,
+    tried_projections,
 )
 from moeify.errors import CheckpointError, ConfigError, UnsupportedModelError
 from moeify.kernels.plan import neuron_mask
@@ -25,7 +26,7 @@ from moeify.layers import MoEProjection, moe_layers, set_mode
 from moeify.quantize import quantize
 from moeify.routers import NormRouterConfig
 from moeify.select import TopK
-from moeify.sites import find_ffn_sites, replaced_projections
+from moeify.sites import ProjectionRecord, find_ffn_sites, find_projections, replaced_projections
 
 
 @pytest.fixture
@@ -51,6 +52,51 @@ def test_replacing_puts_the_given_weights_in_place_and_writes_the_manifest(repla
     assert Manifest.from_dict(json.loads(json.dumps(manifest_of(model).to_dict()))) == manifest_of(model)
     assert model.config.quantization_config["projections"][0]["name"] == "model.layers.0.self_attn.q_proj"
     assert not model.model.layers[0].self_attn.q_proj.training
+
+
+def test_mlps_of_layers_without_a_bias_have_biases_and_the_record_says_so(tmp_path):
+    model = tiny.tiny_llama()
+    records = find_projections(model, tiny.tiny_inputs(), attention=("k", "o"))
+    assert all(record.adds_bias and not record.bias and record.mlp_bias for record in records)
+    replace_projections(model, records, None)
+    k_proj = model.model.layers[0].self_attn.k_proj
+    assert (k_proj.up.bias.shape, k_proj.down.bias.shape) == ((11,), (16,))
+    assert manifest_of(model).projections == tuple(records)
+    model.save_pretrained(tmp_path)
+    loaded, info = type(model).from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert torch.equal(logits(loaded), logits(model))
+    assert manifest_of(loaded).projections == tuple(records)
+    older = {key: value for key, value in to_dict(tiny.projection_records(tiny.tiny_llama())[0]).items() if key != "adds_bias"}
+    assert "adds_bias" not in to_dict(tiny.projection_records(tiny.tiny_llama())[0]), "manifests from before read and write as they were"
+    assert not from_dict(ProjectionRecord, older).mlp_bias
+    with pytest.raises(ConfigError, match="adds_bias is for layers without"):
+        dataclasses.replace(records[0], bias=True)
+
+
+def test_tried_replacements_are_there_inside_and_nothing_has_changed_afterwards():
+    model = tiny.tiny_llama()
+    expected, modules, config = logits(model), dict(model.named_modules()), model.config.to_dict()
+
+    def fails_inside():
+        with tried_projections(model, tiny.projection_records(model)):
+            assert len(replaced_projections(model)) == 8
+            assert not torch.equal(logits(model), expected)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fails_inside()
+    assert dict(model.named_modules()) == modules
+    assert model.config.to_dict() == config
+    assert torch.equal(logits(model), expected)
+
+
+def test_a_layer_with_two_names_in_one_module_is_refused():
+    model = tiny.tiny_llama()
+    attention = model.model.layers[0].self_attn
+    attention.also = attention.q_proj
+    with pytest.raises(UnsupportedModelError, match="one module in several places"):
+        replace_projections(model, tiny.projection_records(model)[:1], None)
 
 
 def test_random_replacements_follow_the_seed_and_leave_others_random_numbers():

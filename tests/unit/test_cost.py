@@ -304,4 +304,30 @@ def test_replaced_projections_count_as_ffns_at_the_cost_of_the_layers():
     tokens, query = cost.tokens, 2 * 2 * 32 * 16  # two products of 32 x 16
     assert cost.projection_flops(1.0) == 2 * tokens * (3 * query + 100)
     assert cost.projection_flops(0.25) == 2 * tokens * (2 * query + query / 4 + 100)
-    assert sum(flops for part, flops in cost.lines(0.25).items() if part != "ffn_dense") == pytest.approx(cost.flops_per_token(0.25))
+    compared = ("ffn_dense", "projections_dense")
+    assert sum(flops for part, flops in cost.lines(0.25).items() if part not in compared) == pytest.approx(cost.flops_per_token(0.25))
+    assert cost.lines(0.25)["projections"] == cost.projection_flops(0.25) / tokens
+    assert cost.lines()["projections_dense"] == dense.attention_proj_flops * 3 / 4 / tokens
+    assert (cost.lines()["experts"], cost.lines()["router"]) == (0, 0), "those of projections have a line of their own"
+    assert "projections" not in dense.lines()
+
+
+@pytest.mark.parametrize("factor", [0.5, 1.0, 3.0])
+@pytest.mark.parametrize("named", [pytest.param(True, id="sites"), pytest.param(False, id="no site is named")])
+def test_fractions_of_a_replaced_model_are_of_the_original(factor, named):
+    """GPT-2's fused q, k and v, of which k is kept, and widths that are no whole multiple."""
+    model, inputs = build_family("gpt2")
+    dense = estimate_flops(model, inputs, sites=find_ffn_sites(model, inputs))
+    records = find_projections(model, inputs, attention=("q", "v", "o"), flops_factor=factor)
+    replace_projections(model, records, None)
+    sites = find_ffn_sites(model, inputs)
+    cost = estimate_flops(model, inputs, sites=sites if named else [site for site in sites if site.name.endswith("mlp")])
+    assert cost.dense_flops == pytest.approx(dense.dense_flops)
+    register_formulas()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(**inputs)
+    assert cost.flops_fraction(1.0) == pytest.approx(counter.get_total_flops() / dense.dense_flops)
+    replaced = dense.attention_proj_flops * 3 / 4
+    assert cost.dense_projection_flops == pytest.approx(replaced)
+    assert cost.projection_flops_fraction(1.0) == pytest.approx(factor, rel=0.01)
+    assert dense.projection_flops_fraction(1.0) is None

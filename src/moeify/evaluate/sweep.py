@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from .._config import from_dict, to_dict
+from .._config import LATER, from_dict, to_dict
 from .._progress import NO_PROGRESS, Progress
 from ..channels import SparseInput, kept, record_channels, sparse_inputs
 from ..cost import CostBreakdown, MoECost, WeightCost, estimate_flops, estimate_weights
@@ -41,15 +41,18 @@ class CurvePoint:
     """Executed / all neurons of the MoE layers, padding left out; of a model without them, kept / all input channels of its linear layers
     that skip some, weighted by parameters."""
     ffn_flops_fraction: float
-    """(experts + routers + kept channels) / dense FFNs."""
+    """(experts + routers + kept channels) / dense FFNs; replaced linear layers count as FFNs, and what they were as dense ones."""
     flops_fraction: float
-    """Whole model, at the context length of the batches."""
+    """Whole model, at the context length of the batches; also where layers were replaced, of the model from before. So models with and
+    without replaced layers compare by this one."""
     quality: float
     """What the curve's metric says."""
     quality_ratio: float
     """quality / dense quality."""
     kl: float | None = None
     """Mean KL(dense || moe) per token or example in nats; none for models without logits."""
+    projection_flops_fraction: float | None = field(default=None, metadata=LATER)
+    """Where linear layers were replaced by MLPs: (experts + routers) of these / the layers; contained in ``ffn_flops_fraction``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,17 +107,22 @@ class Curve:
 
         Routers, scores and head cost the same at every point; so do FFNs that were not converted where others were. What a point saves of
         the FFNs it saves of the experts, or of the FFNs as they are where there are none, and what else it saves is skipped channels of
-        attention.
+        attention. Replaced projections are a part of their own, the layers that were there in the dense model's place, but in curves from
+        before they had one, where they are among the FFNs.
         """
         if not (parts := dict(self.extra.get("cost") or {})):
             return {}
-        dense = parts.pop("ffn_dense")
+        dense, replaced = parts.pop("ffn_dense"), parts.pop("projections_dense", 0.0)
+        own = {"projections": replaced} if "projections" in parts else {}
         if point is None:
-            return parts | {"experts": dense - parts["ffn_unconverted"], "router": 0.0}
+            return parts | {"experts": dense - replaced - parts["ffn_unconverted"], "router": 0.0, **own}
         ffn = point.ffn_flops_fraction * dense
         elsewhere = (1 - point.flops_fraction) * self.dense.flops_per_token - (dense - ffn)
         if elsewhere > 1e-9 * self.dense.flops_per_token:  # what is less is rounding
             parts["attention_proj"] -= elsewhere
+        if own and point.projection_flops_fraction is not None:
+            parts["projections"] = point.projection_flops_fraction * replaced
+            ffn -= parts["projections"]
         if not parts["experts"]:
             return parts | {"ffn_unconverted": ffn - parts["router"]}
         return parts | {"experts": ffn - parts["ffn_unconverted"] - parts["router"]}
@@ -309,6 +317,7 @@ def _measure_point(
         quality=measured.value,
         quality_ratio=measured.value / reference.quality,
         kl=measured.agreement.kl,
+        projection_flops_fraction=cost.projection_flops_fraction(per_layer),
     )
 
 

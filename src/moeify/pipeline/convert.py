@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .. import _config
 from .._progress import NO_PROGRESS, Progress
 from ..channels import all_channels
-from ..convert import ConvertConfig, SiteRecord, apply_site, plan_conversion
+from ..convert import ConvertConfig, SiteRecord, apply_site, plan_conversion, tried_projections
 from ..data import DataConfig, check_source
 from ..errors import ConfigError, UnsupportedModelError
 from ..hf.card import model_card
@@ -23,13 +23,13 @@ from ..sites import find_ffn_sites, site_weights
 from ..train.calibration import calibrate_rules, spread
 from ..train.capture import FFNInputs, capture_ffn_inputs, fast_dtype
 from ..train.fit import FittedSite, RouterTrainConfig, fit_site
-from .heldout import card_rows, int8_rows, measure_converted
+from .heldout import card_rows, int8_rows, measure_converted, replaced_rows
 from .inputs import calibration_batches, hold_out
 from .names import torch_device, torch_dtype
 from .project import ProjectionsConfig, distil_and_replace, projection_records
-from .work import fingerprint, finished_record, open_work, read_fitted, remove_work, run_id, weights_checksum, write_fitted
+from .work import DISTILLATION, fingerprint, finished_record, open_work, read_fitted, remove_work, run_id, weights_checksum, write_fitted
 
-_Plan = Sequence[tuple[SiteRecord, ConvertConfig]]
+_Plans = Sequence[tuple[SiteRecord, ConvertConfig]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +90,7 @@ def convert_checkpoint(
     Returns:
         What ``moeify.json`` holds under "calibration"; of it, "measured" is what `measure_converted` found on windows kept for it. With
         int8 weights, "measured_float" is what it found before them; with ``projections``, "projections" has their config, and what
-        `distil_and_replace` returns.
+        `distil_and_replace` returns, "measured" against the source among it: the dense mode of the result is the replaced model.
 
     Raises:
         MoeifyError: see `errors`; whatever goes wrong, ``source`` and an existing ``out`` are untouched.
@@ -115,6 +115,8 @@ def convert_checkpoint(
     if projections is not None:
         run["projections"] = _config.to_dict(replace(projections, workers=1))
         records = projection_records(model, projections)
+        with tried_projections(model, records):  # what is wrong with the conversion shows before minutes of distillation
+            _plan(model, batches, config)
     identity = _run_of(model, batches, config, calibration, run)
     if finished is not None:
         same_weights = finished.get("weights", "float") == weights
@@ -127,7 +129,7 @@ def convert_checkpoint(
         record = convert_model(model, batches, work=work, **options)
     else:
         open_work(work, identity)
-        replaced = distil_and_replace(model, records, batches, projections, work=work / "projections", progress=progress)
+        replaced = distil_and_replace(model, records, batches, projections, work=work / DISTILLATION, held_out=held_out, progress=progress)
         # The run is that of the dense source: whoever looks for a finished one has not distilled yet.
         record = {**convert_model(model, batches, work=work / "conversion", **options), "run": run_id(identity)}
         record["projections"] = {"config": run["projections"], **replaced}
@@ -171,11 +173,7 @@ def convert_model(
     """
     from ..hf.quantizer import adopt  # here, and not on top: it imports transformers' model code, which takes seconds
 
-    with all_channels(model):
-        sites = find_ffn_sites(model, batches[0] if not hasattr(model, "config") else example_inputs(model))
-    plan = plan_conversion(model, sites, config)
-    if changed := next((record.site.name for record, _ in plan if record.rule != config.rule), None):
-        raise ConfigError(f"policy of '{changed}': one rule is calibrated for all layers; set_rule changes a layer's afterwards.")
+    plan = _plan(model, batches, config)
     identity = _run_of(model, batches, config, calibration, run or {})
     open_work(work, identity)
     compute = fast_dtype(next(model.parameters()).device)
@@ -199,15 +197,26 @@ def convert_model(
     return {**record, "tokens": tokens, "seed": calibration.seed, "run": run_id(identity)}
 
 
+def _plan(model: nn.Module, batches: Sequence[Mapping[str, Tensor]], config: ConvertConfig) -> _Plans:
+    """What is converted, and how; refuses what cannot be."""
+    with all_channels(model):
+        sites = find_ffn_sites(model, batches[0] if not hasattr(model, "config") else example_inputs(model))
+    plan = plan_conversion(model, sites, config)
+    if changed := next((record.site.name for record, _ in plan if record.rule != config.rule), None):
+        raise ConfigError(f"policy of '{changed}': one rule is calibrated for all layers; set_rule changes a layer's afterwards.")
+    return plan
+
+
 def card_of(model: nn.Module, record: Mapping[str, Any], *, name: str) -> str:
     """The model card of a converted model with its calibration record."""
     shown = {key: value for key, value in record.items() if key not in ("run", "weights", "measured", "measured_float")}
-    results = {**card_rows(record["measured"]), **int8_rows(record)}
+    replaced = replaced_rows(record.get("projections", {}).get("measured"))
+    results = {**replaced, **card_rows(record["measured"]), **int8_rows(record)}
     return model_card(model, name=name, base_model=record["source"], calibration=shown, results=results)
 
 
 def _fit_sites(
-    model: nn.Module, plan: _Plan, inputs: FFNInputs, calibration: CalibrationConfig, work: Path, progress: Progress
+    model: nn.Module, plan: _Plans, inputs: FFNInputs, calibration: CalibrationConfig, work: Path, progress: Progress
 ) -> dict[str, FittedSite]:
     """Fit every site, or read what an earlier run fitted."""
     fitted = {}

@@ -1,7 +1,7 @@
 """How good a conversion is, measured once on sequences that nothing was fitted to, before it is saved."""
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from .._config import to_dict
 from .._progress import NO_PROGRESS, Progress
 from ..channels import sparse_inputs
 from ..errors import ConfigError, MoeifyError
-from ..evaluate import Curve, DenseQuality, DenseReference, LayerRules, agreement, default_metric, model_cost, sweep
+from ..evaluate import Curve, DenseQuality, DenseReference, LayerRules, agreement, default_metric, measure_quality, model_cost, sweep
 from ..layers import moe_layers
 
 _MOST_TOKENS = 256  # of a sequence: the logits of 1024 tokens would be the largest tensor of a whole conversion
@@ -21,6 +21,7 @@ _PARTS = {
     "experts": "experts",
     "routers": "router",
     "FFNs not converted": "ffn_unconverted",
+    "replaced projections": "projections",
     "attention": "attention_proj",
     "attention scores": "attention_scores",
     "head": "head",
@@ -53,6 +54,57 @@ def measure_converted(
         return None
 
 
+def before_replacing(
+    model: nn.Module, held_out: Sequence[Mapping[str, Tensor]], *, progress: Progress = NO_PROGRESS
+) -> Callable[[nn.Module], dict[str, Any] | None]:
+    """Measure a dense model, some of whose layers are to be replaced.
+
+    Args:
+        model: as it is before.
+        held_out: batches that nothing is fitted to; text windows are cut to 256 tokens.
+        progress: told every batch.
+
+    Returns:
+        A function that measures the model as it is then, on the same batches: JSON values ``metric``, ``dense_quality`` (before),
+        ``quality``, ``quality_ratio``, ``kl`` (None without logits, or where the outputs of before are too large to keep) and
+        ``sequences``. It gives None where there is nothing to measure on, or, with a warning, no way to measure such a model.
+    """
+    batches = [short for batch in held_out for short in _cut(batch)]
+    try:
+        if not batches:
+            return lambda _model: None
+        metric = _metric(model, batches[0])
+        reference = DenseReference(model, batches, metric=metric, cache_bytes=_CACHE_BYTES, progress=progress)
+    except (MoeifyError, ValueError) as error:
+        warnings.warn(f"the model was not measured before its layers were replaced: {error}", stacklevel=2)
+        return lambda _model: None
+    is_kept = reference.keeps != "nothing"  # what was not kept would be made again by the model, which is another by then
+
+    def measure(model: nn.Module) -> dict[str, Any] | None:
+        if metric == "cosine" and not is_kept:
+            warnings.warn("the outputs of the model before its layers were replaced are too large to keep: not measured.", stacklevel=2)
+            return None
+        found = measure_quality(model, batches, metric=metric, reference=reference if is_kept else None, progress=progress)
+        return {
+            "metric": metric,
+            "dense_quality": reference.quality,
+            "quality": found.value,
+            "quality_ratio": found.value / reference.quality,
+            "kl": None if found.agreement is None else found.agreement.kl,
+            "sequences": len(batches),
+        }
+
+    return measure
+
+
+def replaced_rows(measured: Mapping[str, Any] | None) -> dict[str, str]:
+    """What `before_replacing` found, as rows of the model card."""
+    if measured is None:
+        return {}
+    values = f"{measured['quality']:.4g} (before {measured['dense_quality']:.4g}, ratio {measured['quality_ratio']:.4f})"
+    return {f"held-out {measured['metric']} with replaced layers, before conversion": values}
+
+
 def card_rows(measured: Mapping[str, Any] | None) -> dict[str, str]:
     """`measure_converted`'s result as rows of the model card."""
     if measured is None:
@@ -66,7 +118,7 @@ def card_rows(measured: Mapping[str, Any] | None) -> dict[str, str]:
     }
     dense, converted = measured["cost"]["dense"], measured["cost"]["converted"]
     for label, key in _PARTS.items():
-        if dense[key] or converted[key]:
+        if dense.get(key) or converted.get(key):
             rows[f"MFLOPs per token, {label}"] = f"{converted[key] / 1e6:.4g} (dense {dense[key] / 1e6:.4g})"
     return rows
 

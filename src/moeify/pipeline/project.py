@@ -15,6 +15,7 @@ from ..hf.inputs import example_inputs
 from ..sites import Attention, ProjectionRecord, check_patterns, find_projections
 from ..train.distill import DistillConfig
 from ..train.project import ProjectConfig, project_layers
+from .heldout import before_replacing
 from .inputs import num_tokens, take_tokens, tokens_per_image
 
 _ATTENTION: tuple[Attention, ...] = ("q", "k", "v", "o")
@@ -83,6 +84,7 @@ def distil_and_replace(
     *,
     work: Path,
     run: Mapping[str, Any] | None = None,
+    held_out: Sequence[Mapping[str, Tensor]] = (),
     progress: Progress = NO_PROGRESS,
 ) -> dict[str, Any]:
     """Fit an MLP to each layer and put it in the layer's place, in place; the model saves and loads as one that moeify replaced.
@@ -94,10 +96,12 @@ def distil_and_replace(
         config: which layers and how.
         work: folder that a killed call continues from; removed by the caller.
         run: what else tells this run from another.
+        held_out: batches to measure the model on before and after (`before_replacing`); none measures nothing.
         progress: told every batch and layer.
 
     Returns:
-        JSON values: "layers" (number of them), "tokens" distilled on, and "errors" as `project_layers` gives them, by module path.
+        JSON values: "layers" (number of them), "tokens" distilled on, "errors" as `project_layers` gives them, by module path, and with
+        ``held_out`` "measured".
 
     Raises:
         ConfigError, DataError: as `project_layers`; the model is unchanged then.
@@ -107,7 +111,10 @@ def distil_and_replace(
     size = tokens_per_image(getattr(model, "config", None))
     taken = take_tokens(batches, config.tokens, tokens_per_image=size)
     found = project_layers(model, records, taken, config.distillation, work=work, run=run, progress=progress)
+    original = before_replacing(model, held_out, progress=progress)
     replace_projections(model, records, {name: parts["tensors"] for name, parts in found.items()})
     adopt(model)
     errors = {path: numbers for parts in found.values() for path, numbers in parts["errors"].items()}
-    return {"layers": len(records), "tokens": sum(num_tokens(batch, tokens_per_image=size) for batch in taken), "errors": errors}
+    tokens = sum(num_tokens(batch, tokens_per_image=size) for batch in taken)
+    measured = {"measured": original(model)} if held_out else {}
+    return {"layers": len(records), "tokens": tokens, "errors": errors, **measured}

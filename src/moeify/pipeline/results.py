@@ -32,8 +32,8 @@ def recipe_result(recipe: RecipeConfig, seeds: Sequence[Mapping[str, Any]], *, s
     Args:
         recipe: what was run.
         seeds: for each seed, in order, what `run_recipe` collected: "seed", "start", "dense", "control", "sparsified", "moefication",
-            "points", "moefication_points", "ztw_points", "at_flops", "variants", "extra_evaluations", "train_tokens", "control_tokens",
-            "main_s".
+            "points", "moefication_points", "ztw_points", "at_flops", "at_all_flops", "variants", "extra_evaluations", "train_tokens",
+            "control_tokens", "main_s".
         seconds: training and conversion time by stage, all seeds together.
         device: where it ran.
 
@@ -51,6 +51,7 @@ def recipe_result(recipe: RecipeConfig, seeds: Sequence[Mapping[str, Any]], *, s
         "moefication_points": mean["moefication_points"],
         "ztw_points": mean["ztw_points"],
         "at_flops": mean["at_flops"],
+        "at_all_flops": mean["at_all_flops"],
         "variants": mean["variants"],
         "extra_evaluations": mean["extra_evaluations"],
         "seeds": [seed["seed"] for seed in seeds],

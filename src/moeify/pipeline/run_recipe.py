@@ -28,10 +28,11 @@ from torch import Tensor, nn
 from .._config import did_you_mean, from_dict, to_dict
 from .._progress import NO_PROGRESS, Progress
 from ..baselines import ztw as early_exit
-from ..convert import ConvertConfig, plan_conversion
+from ..convert import ConvertConfig, plan_conversion, tried_projections
 from ..data import DataConfig, check_source
 from ..errors import ConfigError
 from ..evaluate import CurvePoint, measure_quality, quality_at
+from ..evaluate.sweep import CostAxis
 from ..hf.checkpoint import MANIFEST_FILE, load_model, read_calibration, save_checkpoint, save_dense
 from ..hf.inputs import example_inputs
 from ..sites import FFNSite, find_ffn_sites
@@ -58,7 +59,7 @@ STAGES = ("dense", "sparsify", "convert", "finetune", "routers", "control", "moe
 """In the order in which they run, each for all seeds and variants before the next."""
 
 AT_FLOPS = tuple(round(0.1 * i, 1) for i in range(1, 10))
-"""Fractions of the dense FFN FLOPs at which results state qualities."""
+"""Fractions of the dense FLOPs, of FFNs and of the whole model, at which results state qualities."""
 
 _PROFILE_TOKENS = 8192
 _EPS = 1e-3
@@ -352,7 +353,9 @@ class _SeedRun:
         lessons = [] if recipe.finetune is None else [("finetune", recipe.finetune.teacher, recipe.finetune.config.distill)]
         for variant in variants:
             if variant.projections is not None:
-                projection_records(start.model, variant.projections)
+                with tried_projections(start.model, projection_records(start.model, variant.projections)):
+                    tried = find_ffn_sites(start.model, example_inputs(start.model))
+                    self._check_replaced(start.model, tried, variant, None if variant.regress is not None else variant.sparsify)
                 if TASKS[start.task].has_windows:
                     check_window(start.model, recipe.convert_of(variant).calibration.window)
             if variant.sparsify is not None:
@@ -644,9 +647,9 @@ class _SeedRun:
         def ztw_points(evaluation: str = VALIDATION) -> list[Any]:
             return [] if self.recipe.ztw is None else self.done[f"sweep.{ZTW}.{evaluation}"].result["points"]
 
-        def at_flops(evaluation: str = VALIDATION) -> dict[str, dict[str, float | None]]:
+        def at_flops(evaluation: str = VALIDATION, *, cost: CostAxis = "ffn_flops_fraction") -> dict[str, dict[str, float | None]]:
             curves = {name: [from_dict(CurvePoint, point) for point in points(name, evaluation)] for name in (*variants, *baseline)}
-            return {name: {f"{share:g}": quality_at(curve, share) for share in AT_FLOPS} for name, curve in curves.items()}
+            return {name: {f"{share:g}": quality_at(curve, share, cost=cost) for share in AT_FLOPS} for name, curve in curves.items()}
 
         variants = {}
         for variant in self.recipe.variant:
@@ -672,6 +675,7 @@ class _SeedRun:
                 "moefication_points": points(MOEFICATION, name) if baseline else [],
                 "ztw_points": ztw_points(name),
                 "at_flops": at_flops(name),
+                "at_all_flops": at_flops(name, cost="flops_fraction"),
                 "variants": {
                     variant.name: {"quality": quality(f"sparsify.{variant.name}", name), "points": points(variant.name, name)}
                     for variant in self.recipe.variant
@@ -688,6 +692,7 @@ class _SeedRun:
             "moefication_points": points(MOEFICATION) if baseline else [],
             "ztw_points": ztw_points(),
             "at_flops": at_flops(),
+            "at_all_flops": at_flops(cost="flops_fraction"),
             "variants": variants,
             "extra_evaluations": extra,
             "train_tokens": self._main_tokens(),

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .. import _config
 from .._progress import NO_PROGRESS, Progress
+from ..convert import tried_projections
 from ..data import AugmentConfig, DataConfig, check_source
 from ..errors import CheckpointError, ConfigError
 from ..hf.card import trained_card
@@ -27,7 +28,7 @@ from .inputs import calibration_batches, take_tokens, tokens_per_image
 from .names import torch_device, torch_dtype
 from .project import ProjectionsConfig, check_teaching, distil_and_replace, projection_records
 from .tasks import TASKS, Loaded, load_for_task, measure_task, task_batches, training_data, window_tokens
-from .work import TRAINING_STATE, fingerprint, finished_training, open_training, remove_work, run_id, weights_checksum
+from .work import DISTILLATION, TRAINING_STATE, fingerprint, finished_training, open_training, remove_work, run_id, weights_checksum
 
 VALIDATION_TOKENS = 100_000
 """Of the validation split, where nobody says."""
@@ -110,6 +111,8 @@ def sparsify_checkpoint(
     else:
         records = projection_records(model, projections)
         check_teaching(config.distill)
+        with tried_projections(model, records):
+            check_enforcement(model, find_ffn_sites(model, example_inputs(model)), config)
     examples = training_data(loaded, data, augment=augment, progress=progress)
     batch_size = max(1, _FORWARD_TOKENS // validation.window) if TASKS[loaded.task].has_windows else 32
     batches = task_batches(loaded, validation, batch_size=batch_size, progress=progress)
@@ -128,9 +131,8 @@ def sparsify_checkpoint(
     extra = {}
     if projections is not None:
         lessons = calibration_batches(model, loaded.processor, replace(data, max_tokens=projections.tokens), progress=progress)
-        replaced = distil_and_replace(model, records, lessons, projections, work=work / "projections", progress=progress)
+        replaced = distil_and_replace(model, records, lessons, projections, work=work / DISTILLATION, progress=progress)
         sites = find_ffn_sites(model, example_inputs(model))
-        check_enforcement(model, sites, config)
         found = _kept(work / _REPLACED, lambda: {"quality": measure_task(model, loaded.task, batches, progress=progress)})
         extra = {"projections": {"config": run["projections"], **replaced, **found}}
     teacher = None

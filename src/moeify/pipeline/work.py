@@ -23,6 +23,9 @@ from ..train.work import weights_checksum as weights_checksum
 
 TRAINING_STATE = "train"
 """Folder in it for the state of the training loop."""
+DISTILLATION = "projections"
+"""Folder in it for the layers that are distilled first. They depend on nothing that comes after, so another conversion or training of the
+same model to the same place finds them again."""
 
 _KIND = {"kind": "training"}
 
@@ -35,7 +38,7 @@ def open_work(work: Path, run: Mapping[str, Any]) -> None:
     """
     if _is_training(work / RUN_FILE):
         raise CheckpointError(f"'{work}' is the state of a training run, which is not deleted; move it or choose another --out.")
-    train_work.open_work(work, run)
+    train_work.open_work(work, run, keep=(DISTILLATION,))
 
 
 def open_training(work: Path, run: Mapping[str, Any], *, overwrite: bool) -> None:
@@ -55,7 +58,11 @@ def open_training(work: Path, run: Mapping[str, Any], *, overwrite: bool) -> Non
         if not overwrite and not _is_training(path):
             raise CheckpointError(f"'{work}' is the state of a conversion; --overwrite deletes it, or choose another --out.")
         if overwrite or not has_state(work / TRAINING_STATE):
-            remove_work(work)
+            remove_work(work, keep=(DISTILLATION,))
+            if work.exists():  # with what was distilled; the rest is to be this run's
+                temporary = path.with_suffix(".new")
+                temporary.write_text(json.dumps(run, sort_keys=True))
+                temporary.replace(path)
     try:
         open_state(work, run)
     except CheckpointError as error:

@@ -89,7 +89,10 @@ def plot_qualities(
     Raises:
         DataError: as `plot_curve`.
     """
-    attribute = "flops_fraction" if early else "ffn_flops_fraction"
+    # Replaced projections count as FFNs: models with and without compare by all FLOPs.
+    has_projections = any(point.projection_flops_fraction is not None for points in curves.values() for point in points)
+    is_whole = bool(early) or has_projections
+    attribute = "flops_fraction" if is_whole else "ffn_flops_fraction"
 
     def flops(point: CurvePoint | ExitPoint) -> float:
         return float(getattr(point, attribute))
@@ -111,7 +114,7 @@ def plot_qualities(
         else:
             axes.set_ylim(max(0.98 * min(qualities), 0.5 * first), 1.02 * max(qualities))
         axes.set_xlim(left=0.0)
-        axes.set_xlabel(_ALL_FLOPS if early else _FFN_FLOPS)
+        axes.set_xlabel(_ALL_FLOPS if is_whole else _FFN_FLOPS)
         axes.set_ylabel(metric + (" (lower is better)" if _is_lower_better(metric) else ""))
         axes.grid(alpha=0.3)
         axes.legend()

@@ -15,6 +15,7 @@ _PARTS = {
     "experts": "experts",
     "routers": "router",
     "FFNs not converted": "ffn_unconverted",
+    "replaced projections": "projections",
     "attention: projections": "attention_proj",
     "attention: scores": "attention_scores",
     "head": "head",
@@ -37,7 +38,8 @@ def cost_markdown(curve: Curve) -> str:
     if not columns["dense"]:
         return ""
     lines = [_markdown_row(["MFLOPs per token", *columns]), _markdown_row(["---", *["---:"] * len(columns)])]
-    lines += [_markdown_row([label, *(f"{parts[key] / 1e6:.3f}" for parts in columns.values())]) for label, key in _PARTS.items()]
+    shown = {label: key for label, key in _PARTS.items() if key in columns["dense"]}  # "projections" only where there are some
+    lines += [_markdown_row([label, *(f"{parts[key] / 1e6:.3f}" for parts in columns.values())]) for label, key in shown.items()]
     return "\n".join([*lines, _markdown_row(["all", *(f"{sum(parts.values()) / 1e6:.3f}" for parts in columns.values())])]) + "\n"
 
 
@@ -178,7 +180,10 @@ def recipe_markdown(result: Mapping[str, Any]) -> str:
                 *(["ZTW", *_exit_cells(point), *against(point["quality"]), _exits(point["exits"])] for point in early),
             ]
         )
-        lines = {name: [(p["flops_fraction"], p["quality"]) for p in points] for name, points in {**curves, "ZTW": early}.items()}
+    whole = {name: found.get("points", []) for name, found in variants.items()} | curves | {"ZTW": early}
+    if early or any(point.get("projection_flops_fraction") is not None for points in whole.values() for point in points):
+        # FFN FLOPs do not compare these: replaced projections are a part of them, and early exit has none.
+        lines = {name: [(p["flops_fraction"], p["quality"]) for p in points] for name, points in whole.items()}
         tables.append(
             [
                 [f"{metric} at all FLOPs of", *(f"{100 * float(share):.0f} %" for share in shares)],

@@ -88,7 +88,7 @@ def find_projections(
         if not any(role in roles for role in wanted):
             continue
         d_in, d_out, bias = linear_sizes(check_replaceable(model, path))
-        base: dict[str, Any] = {"name": path, "d_in": d_in, "d_out": d_out, "bias": bias, "activation": activation}
+        base = _base(path, d_in, d_out, bias=bias, activation=activation)
         if len(roles) == 1:
             width = projection_width(d_in, d_out, flops_factor)
             found.append(ProjectionRecord(role=next(iter(roles)), width=width, **base))
@@ -99,8 +99,13 @@ def find_projections(
         if path not in taken:
             d_in, d_out, bias = linear_sizes(check_replaceable(model, path))
             width = projection_width(d_in, d_out, flops_factor)
-            found.append(ProjectionRecord(name=path, d_in=d_in, d_out=d_out, bias=bias, activation=activation, width=width))
+            found.append(ProjectionRecord(width=width, **_base(path, d_in, d_out, bias=bias, activation=activation)))
     return found
+
+
+def _base(path: str, d_in: int, d_out: int, *, bias: bool, activation: str) -> dict[str, Any]:
+    """What every record has; all MLPs have biases."""
+    return {"name": path, "d_in": d_in, "d_out": d_out, "bias": bias, "adds_bias": not bias, "activation": activation}
 
 
 # ---- what was asked for

@@ -10,13 +10,13 @@ stops (decision D2); and code that asks ``q_proj.weight.dtype`` is answered.
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
 
-from .._config import lookup
+from .._config import LATER, lookup
 from ..errors import CheckpointError, ConfigError, UnsupportedModelError
 from .formula import ACTIVATIONS, ShiftedReLU
 from .site import FFNSite, is_transposed, linear_weight, not_plain_reason
@@ -67,11 +67,15 @@ class ProjectionRecord:
     """Function between the two layers, a name in `moeify.sites.ACTIVATIONS`."""
     bias: bool
     """Whether the layer had a bias; then up and down have one, too."""
+    adds_bias: bool = field(default=False, metadata=LATER)
+    """Whether up and down have biases although the layer had none: thresholds cost next to nothing, and save most of the error."""
     parts: tuple[ProjectionPart, ...] = ()
     """Of a fused layer: its outputs by part; together they are all, each once."""
 
     def __post_init__(self) -> None:
         lookup(ACTIVATIONS, self.activation, where=f"projection '{self.name}'")
+        if self.bias and self.adds_bias:
+            raise ConfigError(f"projection '{self.name}' had a bias; adds_bias is for layers without.")
         if (self.width is None) == (not self.parts):
             raise ConfigError(f"projection '{self.name}' must have a width, or parts, and not both.")
         if any(width is not None and width < 1 for width in (self.width, *(part.width for part in self.parts))):
@@ -85,6 +89,11 @@ class ProjectionRecord:
                 raise ConfigError(f"projection '{self.name}': its parts are not its {self.d_out} outputs, each once.")
             if all(part.width is None for part in self.parts):
                 raise ConfigError(f"projection '{self.name}' keeps all its parts; leave it out.")
+
+    @property
+    def mlp_bias(self) -> bool:
+        """Whether up and down have biases."""
+        return self.bias or self.adds_bias
 
     @property
     def mlps(self) -> dict[str, ProjectionPart | None]:
@@ -123,6 +132,7 @@ class ProjectionMLP(nn.Module):
         width: neurons P; `projection_width` gives that of equal cost.
         activation: name of the function in `moeify.sites.ACTIVATIONS`.
         bias: whether up and down have one.
+        adds_bias: whether they have it although the layer had none.
         role: what attention has of it.
         device, dtype: of the parameters.
 
@@ -139,12 +149,13 @@ class ProjectionMLP(nn.Module):
         width: int,
         activation: str = "relu",
         bias: bool = True,
+        adds_bias: bool = False,
         role: Attention | None = None,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.role = role
+        self.role, self.adds_bias = role, adds_bias
         self.up = nn.Linear(d_in, width, bias=bias, device=device, dtype=dtype)
         self.act: nn.Module = nn.ReLU() if activation == "relu" else Activation(activation)
         self.down = nn.Linear(width, d_out, bias=bias, device=device, dtype=dtype)
@@ -188,8 +199,8 @@ class FusedProjection(nn.Module):
         for part in record.parts:
             self.add_module(part.name, _build_part(record, part.d_out, part.width, device=device, dtype=dtype))
         self.weight = _guard(device, dtype)
-        # Where each output is among the parts' outputs one after the other. Made on the CPU even in a skeleton, and moved by `_apply`: as a
-        # buffer a loader would look for it in the file, or fill it.
+        # Where each output is among the parts' outputs one after the other. Made on the CPU even in a skeleton, and moved by the first
+        # forward: as a buffer a loader would look for it in the file, or fill it.
         order_N = torch.cat([part.index_N() for part in record.parts]).argsort()
         self.order_N = None if torch.equal(order_N, torch.arange(record.d_out, device="cpu")) else order_N
 
@@ -354,7 +365,8 @@ def record_of(name: str, module: Replacement) -> ProjectionRecord:
         d_out=mlp.out_features,
         width=mlp.width,
         activation=activation,
-        bias=mlp.down.bias is not None,
+        bias=mlp.down.bias is not None and not mlp.adds_bias,
+        adds_bias=mlp.adds_bias,
     )
 
 
@@ -384,8 +396,8 @@ def check_replaceable(model: nn.Module, name: str) -> nn.Module:
     if shared:
         raise UnsupportedModelError(f"'{name}' shares its weight with '{shared[0]}'; it cannot be replaced.")
     places = [path for path, module in model.named_modules(remove_duplicate=False) if module is layer]
-    parents = {id(model.get_submodule(path.rpartition(".")[0])) for path in places}
-    if len(parents) > 1:
+    owners = {(id(model.get_submodule(path.rpartition(".")[0])), path.rpartition(".")[2]) for path in places}
+    if len(owners) > 1:
         raise UnsupportedModelError(f"'{name}' is one module in several places ({', '.join(places)}); it cannot be replaced.")
     return layer
 
@@ -426,9 +438,10 @@ def _guard(device: torch.device | None, dtype: torch.dtype | None) -> nn.Paramet
 def _build_part(
     record: ProjectionRecord, d_out: int, width: int | None, *, device: torch.device | None, dtype: torch.dtype | None
 ) -> nn.Module:
-    where: dict[str, Any] = {"device": device, "dtype": dtype, "bias": record.bias}
+    where: dict[str, Any] = {"device": device, "dtype": dtype}
     if width is None:
-        return nn.Linear(record.d_in, d_out, **where)
+        return nn.Linear(record.d_in, d_out, bias=record.bias, **where)
+    where |= {"bias": record.mlp_bias, "adds_bias": record.adds_bias}
     return ProjectionMLP(record.d_in, d_out, width=width, activation=record.activation, **where)
 
 

@@ -45,7 +45,7 @@ class ProjectConfig(LayerwiseConfig):
     init: Literal["svd", "random"] = "svd"
     """Start: 'svd', the directions of most energy among the layer's outputs, and `down` by least squares; 'random', as `nn.Linear`."""
     shift: float = 2.0
-    """Of the start 'svd', for layers with a bias: a neuron is silent where its input is this many deviations below the mean, at least 0.
+    """Of the start 'svd', for MLPs with biases: a neuron is silent where its input is this many deviations below the mean, at least 0.
     At 0 half of the neurons are; the more, the smaller the error, and the fewer the zeros."""
     error: Literal["relative", "mse"] = "relative"
     """What is fitted: each token's squared error over its output's energy, or the mean squared error over all."""
@@ -137,6 +137,8 @@ def project_layers(
             if part is not None:
                 index_N = part.index_N().to(device)
                 weight_NK, bias_N = weight_NK[index_N], None if bias_N is None else bias_N[index_N]
+            if record.adds_bias:
+                bias_N = weight_NK.new_zeros(len(weight_NK))
             x_TK = inputs.read(source[record.name]).to(device)
             own = replace(config, activation=record.activation)
             found = project_linear(x_TK, weight_NK, bias_N, own, width=cast(int, record.width if part is None else part.width), name=path)

@@ -32,8 +32,13 @@ def stored_run_id(work: Path) -> str | None:
     return _digest(path.read_text()) if path.exists() else None
 
 
-def open_work(work: Path, run: Mapping[str, Any]) -> None:
+def open_work(work: Path, run: Mapping[str, Any], *, keep: Sequence[str] = ()) -> None:
     """Use what an earlier run of the same run left; anything else there is started anew.
+
+    Args:
+        work: new folder, or what a run left.
+        run: a JSON object: everything that decides the run's outcome.
+        keep: names of folders in it that stay whichever run left them, because they know whose they are themselves.
 
     Raises:
         CheckpointError: something of somebody else has the folder's name, or it cannot be written.
@@ -45,18 +50,20 @@ def open_work(work: Path, run: Mapping[str, Any]) -> None:
     if work.exists():
         if not work.is_dir() or (not path.exists() and any(p != temporary for p in work.iterdir())):
             raise CheckpointError(f"'{work}' is in the way and is not the state of an earlier run; move it or choose another --out.")
-        remove_work(work)
+        remove_work(work, keep=keep)
     try:
-        work.mkdir(parents=True)
+        work.mkdir(parents=True, exist_ok=True)
         temporary.write_text(text)
     except OSError as error:
         raise CheckpointError(f"cannot write '{work}': {error.strerror}; free space or choose another --out.") from error
     temporary.replace(path)
 
 
-def remove_work(work: Path) -> None:
-    """Delete the state of a run; what a kill leaves of it is still known to be ours."""
-    remove_folder(work, last=RUN_FILE)
+def remove_work(work: Path, *, keep: Sequence[str] = ()) -> None:
+    """Delete the state of a run; what a kill leaves of it is still known to be ours. Where folders of a name in ``keep`` are there, they
+    and the file that says whose it is stay."""
+    kept = [name for name in keep if (work / name).is_dir()]
+    remove_folder(work, last=RUN_FILE, keep=(*kept, RUN_FILE) if kept else ())
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:

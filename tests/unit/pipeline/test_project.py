@@ -7,6 +7,7 @@ import pytest
 import tiny
 import torch
 import transformers
+from families.models import build
 
 from moeify import CalibrationConfig, ConvertConfig, cli, convert_checkpoint, load_model, moe_layers
 from moeify.data import DataConfig
@@ -192,6 +193,69 @@ def test_convert_killed_after_distillation_does_not_distil_again(made, folder, t
     assert all(torch.equal(tensor, expected[key]) for key, tensor in weights(tmp_path / "moe").items())
 
 
+@pytest.mark.parametrize("kind", ["convert", "sparsify"])
+def test_killed_after_distillation_and_run_with_other_options_does_not_distil_again(kind, folder, tmp_path, monkeypatch):
+    from moeify.pipeline import convert, sparsify
+
+    make, name = (converted, "moe") if kind == "convert" else (sparsified, "sparse")
+    module, step = (convert, "write_fitted") if kind == "convert" else (sparsify, "sparsify")
+    with monkeypatch.context() as patch:
+        patch.setattr(module, step, lambda *_args, **_options: (_ for _ in ()).throw(Stop))
+        with pytest.raises(Stop):
+            make(folder, tmp_path / name)
+    other = {"config": replace(CONVERT, expert_size=4)} if kind == "convert" else {"train": TrainConfig(steps=2, lr=1e-3)}
+    monkeypatch.setattr(project, "project_linear", lambda *_args, **_options: pytest.fail("distilled again"))
+    record = make(folder, tmp_path / name, **other)
+    assert record["projections"]["layers"] == 8
+    assert not (tmp_path / f"{name}.work").exists()
+    with pytest.raises(pytest.fail.Exception):  # but other options of distillation do
+        make(folder, tmp_path / f"{name}2", projections=replace(ALL, lr=1e-3))
+
+
+def test_killed_in_distillation_and_run_without_it_leaves_nothing(folder, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(project, "project_linear", lambda *_args, **_options: (_ for _ in ()).throw(Stop))
+        with pytest.raises(Stop):
+            converted(folder, tmp_path / "moe")
+    converted(folder, tmp_path / "moe", projections=None)
+    assert not (tmp_path / "moe.work").exists()
+
+
+@pytest.mark.parametrize("kind", ["convert", "sparsify"])
+def test_what_is_wrong_after_distillation_is_refused_before_it(kind, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(project, "project_linear", lambda *_args, **_options: pytest.fail("distilled first"))
+    if kind == "convert":
+        cases = [
+            (replace(CONVERT, projection_expert_size=400), "projection_expert_size|larger than the"),
+            (replace(CONVERT, policy={"re:.*nothing": None}), "matches no"),
+            (replace(CONVERT, policy={NAMES[1]: {"rule": {"name": "topk", "k": 1}}}), "one rule is calibrated"),
+        ]
+        for config, message in cases:
+            with pytest.raises(ConfigError, match=message):
+                converted(folder, tmp_path / "moe", config=config)
+        return
+    for config in (
+        SparsifyConfig(enforcement=EnforcementConfig(layer_weights={"re:.*nothing": 0.0})),
+        SparsifyConfig(policy={"re:.*nothing": None}),
+    ):
+        with pytest.raises(ConfigError, match="matches no"):
+            sparsified(folder, tmp_path / "sparse", config=config)
+    named = SparsifyConfig(enforcement=EnforcementConfig(layer_weights={NAMES[1]: 0.0}))
+    with pytest.raises(pytest.fail.Exception, match="distilled first"):  # a name that the replaced model has is none of these
+        sparsified(folder, tmp_path / "sparse", config=named)
+
+
+def test_convert_checkpoint_records_what_replacing_cost_against_the_source(made, folder):
+    """The result's own dense mode is the replaced model, which says nothing of that."""
+    measured, after = made[1]["projections"]["measured"], made[1]["measured"]
+    assert (measured["metric"], measured["sequences"]) == (after["metric"], after["sequences"])
+    assert measured["quality"] == pytest.approx(after["dense_quality"], rel=1e-5)
+    assert measured["quality_ratio"] == pytest.approx(measured["quality"] / measured["dense_quality"])
+    assert measured["dense_quality"] != pytest.approx(measured["quality"], rel=1e-4)
+    assert measured["kl"] > 0
+    assert "with replaced layers, before conversion" in (made[0] / "moe" / "README.md").read_text()
+
+
 def test_convert_killed_when_complete_is_found_finished_only_for_the_same_projections(folder, tmp_path, monkeypatch):
     from moeify.pipeline import convert
 
@@ -285,6 +349,19 @@ def test_sparsify_command_takes_patterns(folder, tmp_path, capsys):
     code, out, err = run(capsys, *words, *patterns, *COMMON, "--batch-sequences", 2)
     assert code == 0, err
     assert set(json.loads(out)["projections"]["errors"]) == {NAMES[0], NAMES[1], NAMES[7]}
+
+
+def test_convert_command_of_attention_that_cannot_be_split_says_so_in_a_line(folder, tmp_path, capsys):
+    for family in ("jetmoe", "rwkv"):
+        model, _ = build(family)
+        model.save_pretrained(tmp_path / family)
+        tiny.byte_tokenizer().save_pretrained(tmp_path / family)
+        code, _, err = run(
+            capsys, "convert", tmp_path / family, "--data", folder, "--window", 8, "--out", tmp_path / "moe", "--attention", "q"
+        )
+        assert code == 2, err
+        assert "by pattern" in err and err.count("error:") == 1 and "Traceback" not in err
+    assert not (tmp_path / "moe").exists()
 
 
 @pytest.mark.parametrize(

@@ -55,6 +55,7 @@ def seed(number, shift=0.0, *, points=2):
         "moefication_points": [],
         "ztw_points": [],
         "at_flops": {"relu": {"0.2": None, "0.4": 11.4 + shift}, "gelu": {"0.2": None, "0.4": 11.4}},
+        "at_all_flops": {"relu": {"0.2": 15.0 + shift, "0.4": None}},
         "variants": {
             "relu": {"main": True, "quality": 10.5 + shift, "nonzeros": {"0": 2.0 + shift, "1": 1.0}, **variant},
             "gelu": {"main": False, "quality": 10.0, "nonzeros": {"0": 8.0, "1": 8.0}, **variant},
@@ -91,6 +92,7 @@ def test_result_of_several_seeds_has_means_spreads_and_each_seed():
     assert [p["quality"] for p in found["points"]] == [14.0, 13.0]
     assert found["points"][0]["rule"] == "topk"
     assert found["at_flops"] == {"relu": {"0.2": None, "0.4": 13.4}, "gelu": {"0.2": None, "0.4": 11.4}}
+    assert found["at_all_flops"] == {"relu": {"0.2": 17.0, "0.4": None}}
     assert found["variants"]["relu"]["nonzeros"] == {"0": 4.0, "1": 1.0}
     assert found["variants"]["relu"]["main"] is True
     assert found["spread"] == {"start": 0.0, "dense": 2.0, "control": 2.0, "sparsified": 2.0, "moefication": None}

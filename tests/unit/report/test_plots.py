@@ -3,6 +3,7 @@
 import math
 import re
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -94,6 +95,12 @@ def test_plot_qualities_with_early_exit_is_over_the_flops_of_the_whole_model(tmp
     assert {"ZTW", "all FLOPs / dense"} <= set(_texts(tmp_path / "with.svg"))
     assert "FFN FLOPs / dense (routers included)" in _texts(tmp_path / "without.svg")
     assert "ZTW" not in _texts(tmp_path / "without.svg")
+
+
+def test_plot_qualities_with_replaced_projections_is_over_the_flops_of_the_whole_model(tmp_path):
+    points = [replace(point, projection_flops_fraction=0.5) for point in CURVE.points]
+    plot_qualities({"ffn": CURVE.points, "all": points}, tmp_path / "a.svg", metric="perplexity", levels={"dense": 10.0})
+    assert "all FLOPs / dense" in _texts(tmp_path / "a.svg")
 
 
 @pytest.mark.parametrize(("metric", "inside", "outside"), [("perplexity", "20", "9000"), ("accuracy", "10", "0")])

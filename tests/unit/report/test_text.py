@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from moeify._config import to_dict
 from moeify.errors import DataError
 from moeify.evaluate import Curve, CurvePoint, DenseQuality, Distribution, ExecutedExperts, NonzeroActivations, TokenCosts, ablation
 from moeify.report import (
@@ -85,6 +86,18 @@ def test_cost_markdown_has_every_part_dense_and_at_the_calibrated_point():
     ]
 
 
+def test_cost_markdown_of_replaced_projections_has_a_line_of_their_own_and_old_curves_have_not():
+    point = replace(CURVE.points[0], projection_flops_fraction=0.25)
+    cost = COST | {"ffn_unconverted": 0.0, "experts": 8e6, "projections_dense": 2e6, "projections": 2.1e6}
+    curve = replace(CURVE, points=(point,), extra={**CURVE.extra, "cost": cost})
+    lines = cost_markdown(curve).splitlines()
+    assert lines[2] == "| experts | 8.000 | 4.500 |"  # 0.55 * 10 - 0.25 * 2 - 0.5
+    assert lines[5] == "| replaced projections | 2.000 | 0.500 |"
+    assert lines[-1] == "| all | 19.000 | 14.500 |"
+    assert replace(curve, points=(CURVE.points[0],)).to_json()["points"][0].keys() == to_dict(CURVE.points[0]).keys()
+    assert "projection_flops_fraction" not in to_dict(CURVE.points[0])
+
+
 def test_cost_markdown_without_calibrated_point_has_the_dense_column_and_without_cost_nothing():
     assert cost_markdown(replace(CURVE, extra={"cost": COST})).splitlines()[2] == "| experts | 9.000 |"
     assert cost_markdown(CURVE) == ""
@@ -161,6 +174,20 @@ def test_recipe_markdown_compares_early_exit_over_the_flops_of_the_whole_model()
         "| relu                     |      |      |",
         "| MoEfication              |      |      |",
         "| ZTW                      | 0.45 |  0.5 |",
+    ]
+
+
+def test_recipe_markdown_with_replaced_projections_compares_over_the_flops_of_the_whole_model():
+    result = recipe_result("accuracy", 0.05)
+    point = result["points"][0]
+    curve = [{**point, "flops_fraction": share, "quality": share, "projection_flops_fraction": 0.3} for share in (0.4, 0.7)]
+    result["variants"]["gelu"]["points"] = curve
+    assert recipe_markdown(result).splitlines()[-5:] == [
+        "| accuracy at all FLOPs of | 50 % | 60 % |",
+        "| ------------------------ | ---: | ---: |",
+        "| relu                     |      |      |",
+        "| gelu                     |  0.5 |  0.6 |",
+        "| MoEfication              |      |      |",
     ]
 
 

@@ -161,6 +161,18 @@ def test_project_layers_gives_tensors_that_make_the_replaced_model_near_the_orig
     assert distance({name: parts["tensors"] for name, parts in found.items()}) < 0.1 * distance(None)
 
 
+def test_project_layers_gives_mlps_of_layers_without_a_bias_biases_and_a_smaller_error(tmp_path):
+    model = tiny.tiny_llama()
+    plain = records(model)[1]  # k, narrow
+    found = {}
+    for record in (plain, replace(plain, adds_bias=True)):
+        parts = project_layers(model, [record], batches(), CONFIG, work=tmp_path / str(record.adds_bias))[record.name]
+        found[record.adds_bias] = parts["errors"][record.name]["after"]
+        assert ("up.bias" in parts["tensors"]) == ("down.bias" in parts["tensors"]) == record.adds_bias
+        replace_projections(tiny.tiny_llama(), [record], {record.name: parts["tensors"]})
+    assert found[True] < 0.7 * found[False], found
+
+
 def test_project_layers_stores_once_what_several_layers_read(tmp_path):
     model = tiny.tiny_llama()
     project_layers(model, records(model), batches(), ProjectConfig(epochs=1), work=tmp_path / "work")
