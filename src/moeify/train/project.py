@@ -6,9 +6,9 @@ Every layer is fitted alone, to its own outputs for the inputs that the model as
 P / 2 directions matter is nearly an MLP already: relu(z) - relu(-z) = z.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import inf
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -18,7 +18,6 @@ from torch.nn import functional as F
 
 from .. import _config
 from .._progress import NO_PROGRESS, Progress
-from .._random import seeded
 from ..errors import ConfigError, DataError
 from ..sites.formula import ACTIVATIONS
 from ..sites.projection import ProjectionRecord
@@ -58,9 +57,9 @@ class ProjectConfig(LayerwiseConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 < self.flops_factor < inf:
+        if not 0 < self.flops_factor < math.inf:
             raise ConfigError(f"flops_factor must be finite and greater than 0, got {self.flops_factor}.")
-        if not 0 <= self.shift < inf:
+        if not 0 <= self.shift < math.inf:
             raise ConfigError(f"shift must be finite and at least 0, got {self.shift}.")
         for name, known in (("init", ("svd", "random")), ("error", ("relative", "mse"))):
             if getattr(self, name) not in known:
@@ -180,8 +179,7 @@ def project_linear(
     weight_T = token_weights(target_TN)
     fit_weight_T = weight_T if config.error == "relative" else _equal_weights(target_TN)
     some = some_rows(rows, most=_START_TOKENS).to(x_TK.device)
-    with seeded(config.seed, x_TK.device):
-        leaves = random_start(weight_NK, width, has_bias=bias_N is not None)
+    leaves = random_start(weight_NK, width, has_bias=bias_N is not None, generator=torch.Generator().manual_seed(config.seed))
     if config.init == "svd":
         moments = x_TK[some].float(), target_TN[some].float(), fit_weight_T[some]
         leaves = svd_start(leaves, *moments, weight_NK.float(), activation=config.activation, shift=config.shift)
@@ -211,12 +209,23 @@ def project_linear(
     return tensors, {"before": before, "after": after, "nonzeros": nonzeros}
 
 
-def random_start(weight_NK: Tensor, width: int, *, has_bias: bool) -> dict[str, Tensor]:
-    """Weights as `nn.Linear` draws them, for an MLP in the place of a linear layer; from torch's generator."""
+def random_start(weight_NK: Tensor, width: int, *, has_bias: bool, generator: torch.Generator) -> dict[str, Tensor]:
+    """fp32 weights distributed as those of `nn.Linear`, uniform within 1 / sqrt(inputs) of 0, for an MLP in the place of a linear layer.
+
+    Args:
+        weight_NK: of the layer.
+        width: neurons P.
+        has_bias: whether the MLP has biases.
+        generator: of the CPU, so that draws are the same on every device; not torch's own, which layers fitted at the same time share.
+    """
     d_out, d_in = weight_NK.shape
-    up = nn.Linear(d_in, width, bias=has_bias, device=weight_NK.device)
-    down = nn.Linear(width, d_out, bias=has_bias, device=weight_NK.device)
-    return {f"{name}.{key}": p.detach() for name, layer in (("up", up), ("down", down)) for key, p in layer.named_parameters()}
+    leaves = {}
+    for name, outputs, inputs in (("up", width, d_in), ("down", d_out, width)):
+        shapes = {"weight": (outputs, inputs), **({"bias": (outputs,)} if has_bias else {})}
+        for key, shape in shapes.items():
+            drawn = (2 * torch.rand(shape, generator=generator) - 1) / math.sqrt(inputs)
+            leaves[f"{name}.{key}"] = drawn.to(weight_NK.device)
+    return leaves
 
 
 @torch.no_grad()
