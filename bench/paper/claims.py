@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from statistics import fmean, stdev
 from typing import Any
 
+from moeify.evaluate import on_line
+
 Series = Sequence[Sequence[tuple[float, float]]]
 """Points (x, y) of every seed."""
 GRID = tuple(round(0.05 * i, 2) for i in range(1, 21))
@@ -41,7 +43,7 @@ class Verdict:
 
 def values_at(series: Series, x: float) -> list[float] | None:
     """Each seed's value at x; None where a seed's points do not reach it."""
-    found = [_interpolated(sorted(points), x) for points in series]
+    found = [on_line(points, x) for points in series]
     return None if not found or None in found else [y for y in found if y is not None]
 
 
@@ -434,13 +436,6 @@ def _shares(values: Sequence[float]) -> str:
 
 def _listed(costs: Sequence[float | None]) -> str:
     return ", ".join("never" if cost is None else _percent(cost) for cost in costs)
-
-
-def _interpolated(points: Sequence[tuple[float, float]], x: float) -> float | None:
-    for (x0, y0), (x1, y1) in zip(points, points[1:], strict=False):
-        if x0 <= x <= x1:
-            return y1 if x1 == x0 else y0 + (x - x0) / (x1 - x0) * (y1 - y0)
-    return points[0][1] if len(points) == 1 and points[0][0] == x else None
 
 
 def _undecided(claim: str) -> Verdict:

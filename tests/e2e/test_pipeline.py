@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from data_files import write_words
 from safetensors.torch import load_file
 from tiny import byte_tokenizer, save_dense_tiny, tiny_inputs
 from transformers import AutoModelForCausalLM, T5Config, T5ForConditionalGeneration
@@ -43,8 +44,7 @@ def folder(tmp_path_factory):
     root = tmp_path_factory.mktemp("pipeline")
     save_dense_tiny(root / "dense")
     rng = random.Random(0)
-    words = ["".join(rng.choices("abcdefghij", k=rng.randint(1, 7))) for _ in range(50)]
-    (root / "text.txt").write_text("\n".join(" ".join(rng.choices(words, k=12)) for _ in range(400)))
+    write_words(root / "text.txt", 400, rng=rng)
     record = convert(root, "moe")
     (root / "record.json").write_text(json.dumps(record))
     return root

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import transformers
+from data_files import write_words
 from tiny import save_dense_tiny, tiny_inputs
 
 from moeify import cli
@@ -102,8 +103,7 @@ def folder(tmp_path_factory):
     save_dense_tiny(root / "dense", hidden_act="silu")
     rng = random.Random(0)
     for name, lines in (("train.txt", 120), ("other.txt", 20)):
-        words = ["".join(rng.choices("abcdefghij", k=rng.randint(1, 7))) for _ in range(50)]
-        (root / name).write_text("\n".join(" ".join(rng.choices(words, k=12)) for _ in range(lines)))
+        write_words(root / name, lines, rng=rng)
     (root / "r.toml").write_text(RECIPE)
     overall = Steps("tiny: stages")
     run(root, "whole", progress=overall)

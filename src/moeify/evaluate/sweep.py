@@ -190,9 +190,9 @@ def quality_at(points: Iterable[CurvePoint], fraction: float, *, cost: CostAxis 
 
 
 def on_line(line: Iterable[tuple[float, float]], x: float) -> float | None:
-    """y at x on the straight lines that join points (x, y); None beyond the first and the last."""
+    """y at x on the straight lines that join points (x, y); None beyond the first and the last. A single point is a line of that x."""
     line = sorted(line)
-    for (left, first), (right, second) in zip(line, line[1:], strict=False):
+    for (left, first), (right, second) in zip(line, line[1:] or line, strict=False):
         if left <= x <= right:
             return first if left == right else first + (second - first) * (x - left) / (right - left)
     return None

@@ -22,6 +22,7 @@ from ..errors import CheckpointError, DataError
 from ..layers import MoEFFN, moe_layers
 from ..routers import expert_sums
 from ..sites import mask_name, token_mask_of
+from ..sites.probe import eval_mode
 from ..split import ExpertSplit, balanced_kmeans, parameter_features
 from .controller import Signals, SSDConfig
 
@@ -223,7 +224,7 @@ class Monitor:
         """
         device = next(self._model.parameters()).device
         seen = {name: _Sums() for name in self._layers}
-        with _in_eval(self._model), kept(list(self._layers.values()), "mode"), restored(device), torch.no_grad():
+        with eval_mode(self._model), kept(list(self._layers.values()), "mode"), restored(device), torch.no_grad():
             with self._watched(seen, sparse=sparse):
                 dense_loss = self._run("dense", device)
             sparse_loss = self._run("moe", device) if sparse else None
@@ -367,14 +368,3 @@ def _inertia(split: ExpertSplit) -> float:
 
 def _mean(values: Sequence[float]) -> float | None:
     return math.fsum(values) / len(values) if values else None
-
-
-@contextmanager
-def _in_eval(model: nn.Module) -> Iterator[None]:
-    training = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, was in training.items():
-            module.training = was

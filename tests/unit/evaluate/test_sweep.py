@@ -16,6 +16,7 @@ from moeify.evaluate import (
     agreement,
     model_cost,
     model_weights,
+    on_line,
     perplexity,
     quality_at,
     sweep,
@@ -261,3 +262,9 @@ def test_sweep_with_given_reference_equals_its_own(gpt, windows):
     batches = _batches(windows)
     reference = DenseReference(gpt, batches, metric="perplexity")
     assert sweep(gpt, batches, TopK, [4], reference=reference) == sweep(gpt, batches, TopK, [4])
+
+
+def test_on_line_of_a_single_point_is_known_there_alone():
+    assert on_line([(0.5, 2.0)], 0.5) == 2.0
+    assert on_line([(0.5, 2.0)], 0.4) is None
+    assert on_line([], 0.5) is None
