@@ -49,6 +49,8 @@ def padded_text_batches(
     max_length: int,
     batch_size: int,
     labels: Iterable[int] | None = None,
+    max_tokens: int | None = None,
+    by_length: bool = False,
 ) -> Iterator[dict[str, Tensor]]:
     """Short texts for encoders: ``input_ids`` with special tokens, and ``attention_mask``, padded on the right to the longest of the batch.
 
@@ -58,6 +60,9 @@ def padded_text_batches(
         max_length: longest example in tokens; longer ones are cut.
         batch_size: examples per batch; the last may be smaller.
         labels: class ids, one per text; added as ``labels``.
+        max_tokens: texts are taken up to the one that reaches so many tokens, whatever the batch size; None for all.
+        by_length: texts of like length share a batch, so that little is padded (posts in batches of 32: half of the positions otherwise);
+            batches come in the order of their first texts. All texts are held as ids at once; else they are read as they are needed.
 
     Raises:
         DataError: no text at all.
@@ -65,15 +70,31 @@ def padded_text_batches(
     """
     pad_id = padding_id(tokenizer)
     pairs = zip(texts, repeat(0), strict=False) if labels is None else zip(texts, labels, strict=True)
+    rows = _up_to(((encode_example(tokenizer, text, max_length=max_length), label) for text, label in pairs), max_tokens)
+    groups = _groups(rows, batch_size)
+    if by_length:
+        ordered = sorted(enumerate(rows), key=lambda row: len(row[1][0]))  # stable
+        by_first = sorted(_groups(ordered, batch_size), key=lambda group: min(i for i, _ in group))
+        groups = iter([row for _, row in group] for group in by_first)
     empty = True
-    for group in _groups(pairs, batch_size):
+    for group in groups:
         empty = False
-        batch = padded([encode_example(tokenizer, text, max_length=max_length) for text, _ in group], pad_id=pad_id)
+        batch = padded([ids for ids, _ in group], pad_id=pad_id)
         if labels is not None:
             batch["labels"] = torch.tensor([label for _, label in group])
         yield batch
     if empty:
         raise DataError("there is no text to make a batch of.")
+
+
+def _up_to(rows: Iterable[tuple[list[int], int]], max_tokens: int | None) -> Iterator[tuple[list[int], int]]:
+    """Rows up to the one that reaches ``max_tokens``."""
+    tokens = 0
+    for ids, label in rows:
+        yield ids, label
+        tokens += len(ids)
+        if max_tokens is not None and tokens >= max_tokens:
+            return
 
 
 def padding_id(tokenizer: Any) -> int:

@@ -9,7 +9,7 @@ Letters: B batch, S sequence (or window) length, W windows, N examples, C channe
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, pairwise
 from typing import Any
 
 import torch
@@ -136,6 +136,11 @@ class LabelledTextData:
 
     def __len__(self) -> int:
         return len(self._labels_N)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Of each text, in tokens."""
+        return [stop - start for start, stop in pairwise(self._stops)]
 
     def batch(self, rows: Sequence[int], *, generator: torch.Generator) -> dict[str, Tensor]:
         """``input_ids``, ``attention_mask`` (padding on the right) and ``labels``."""

@@ -65,8 +65,8 @@ def calibration_batches(
         return lm_batches(windows_WS, batch_size=max(1, batch_tokens // data.window))
     limit = most_positions(model, processor, data.window)
     pieces = text_pieces(read_texts(data), processor, max_length=limit)
-    texts = padded_text_batches(pieces, processor, max_length=limit, batch_size=max(1, batch_tokens // limit))
-    return take_tokens(texts, data.max_tokens)
+    size = max(1, batch_tokens // limit)
+    return list(padded_text_batches(pieces, processor, max_length=limit, batch_size=size, max_tokens=data.max_tokens, by_length=True))
 
 
 def evaluation_batches(
@@ -76,7 +76,7 @@ def evaluation_batches(
 
     Labelled examples are read up to the one that reaches ``max_tokens``, whatever the batch size, in the source's order (from class
     folders one of each in turn) unless the data has a seed; texts are cut to ``window``, or to what model and tokenizer take if that is
-    less.
+    less, and those of like length share a batch.
 
     Raises:
         DataError: as in `calibration_batches`; also a label that the head does not know.
@@ -90,18 +90,11 @@ def evaluation_batches(
     length = most_positions(model, processor, data.window)
     for_texts, for_labels = tee(examples)  # read in step
     texts, labels = (e.text or "" for e in for_texts), (cast(int, e.label) for e in for_labels)
-    batches = padded_text_batches(texts, processor, max_length=length, batch_size=batch_size, labels=labels)
-    return _texts_up_to(take_tokens(batches, data.max_tokens), data.max_tokens)
-
-
-def _texts_up_to(batches: Sequence[dict[str, Tensor]], max_tokens: int | None) -> list[dict[str, Tensor]]:
-    """Batches without the texts after the one that reaches ``max_tokens``: which are measured is not to depend on the batches' size."""
-    *whole, last = batches
-    if max_tokens is None:
-        return [*whole, last]
-    lengths_B = last["attention_mask"].sum(1)
-    before_B = lengths_B.cumsum(0) - lengths_B + sum(num_tokens(batch, tokens_per_image=1) for batch in whole)
-    return [*whole, {key: value[before_B < max_tokens] for key, value in last.items()}]
+    return list(
+        padded_text_batches(
+            texts, processor, max_length=length, batch_size=batch_size, labels=labels, max_tokens=data.max_tokens, by_length=True
+        )
+    )
 
 
 def head_classes(model: nn.Module) -> dict[str, Any]:

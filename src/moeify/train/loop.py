@@ -30,6 +30,7 @@ from .state import PartState, has_state, load_part, load_state, open_state, save
 
 _log = logging.getLogger(__name__)
 _NOT_DECAYED = re.compile(r"bias|layernorm|rmsnorm|(^|\.)norm($|\.)|_norm($|\.)")
+_GROUPED_STEPS = 50  # as transformers' LengthGroupedSampler
 
 FREE_OPTIONS = ("micro_sequences", "gradient_checkpointing", "eval_every", "save_every", "log_every")
 """Options of `TrainConfig` that may change between a kill and the next start: they decide what is kept and what fits into memory."""
@@ -42,7 +43,8 @@ class TrainingData(Protocol):
         """Number of sequences."""
 
     def batch(self, rows: Sequence[int], *, generator: torch.Generator) -> dict[str, Tensor]:
-        """The model's arguments for these sequences, labels included; ``generator`` for masking and augmentation only."""
+        """The model's arguments for these sequences, labels included; ``generator`` for masking and augmentation only. Sequences of many
+        lengths also have ``lengths``, of each in tokens, for `TrainConfig.group_by_length`."""
 
 
 class Part(Protocol):
@@ -109,6 +111,9 @@ class TrainConfig:
     """Steps between saved states; None: only at the end."""
     log_every: int = 10
     """Steps between readings of what the stages add."""
+    group_by_length: bool = field(default=False, metadata=_config.LATER)
+    """Sequences of like length share a step, so that little is padded; texts of many lengths train in about half the time. Of those of one
+    length the order stays as it is."""
     seed: int = 0
     """Seed of the order of sequences, of dropout and of masking."""
 
@@ -169,7 +174,8 @@ def train(
     """Train in place the parameters of ``model`` that require a gradient.
 
     Epoch e takes the sequences in the order ``randperm(len(data))`` of seed ``seed + e``, ``batch_sequences`` a step, its last what is
-    left. A step's loss is the mean over all its labels, however they fall into micro-batches: each one's mean is weighted by its share.
+    left; with ``group_by_length`` 50 steps' sequences each are sorted by length, and the epoch's steps are shuffled. A step's loss is the
+    mean over all its labels, however they fall into micro-batches: each one's mean is weighted by its share.
     Gradients that the model comes with are dropped.
 
     Args:
@@ -213,7 +219,7 @@ def train(
                 done, log = kept.step, _Log.of(_config.from_dict(TrainRecord, kept.record, where=str(state)))
                 for name, own_part in kept_parts.items():
                     own_part.load_state(*load_part(kept.folder, name))
-        order = _Order(len(data), config)
+        order = _Order(len(data), config, lengths=getattr(data, "lengths", None))
         shifted: bool | None = None
         model.train()
         model.zero_grad(set_to_none=True)  # what a failed step, or somebody else, left there
@@ -320,8 +326,9 @@ def sequences_read(sequences: int, config: TrainConfig) -> list[int]:
 class _Order:
     """Which sequences a step takes: the same as with Trainer, whose sampler accelerate seeds by ``seed + epoch``."""
 
-    def __init__(self, sequences: int, config: TrainConfig) -> None:
+    def __init__(self, sequences: int, config: TrainConfig, *, lengths: Sequence[int] | None = None) -> None:
         self._sequences, self._config = sequences, config
+        self._lengths = lengths if config.group_by_length else None
         self._per_epoch = math.ceil(sequences / config.batch_sequences)
         self._epoch = -1
         self._rows: list[int] = []
@@ -335,6 +342,8 @@ class _Order:
         if epoch != self._epoch:
             generator = torch.Generator().manual_seed(self._config.seed + epoch)
             self._epoch, self._rows = epoch, torch.randperm(self._sequences, generator=generator).tolist()
+            if self._lengths is not None:
+                self._rows = _grouped(self._rows, self._lengths, self._config.batch_sequences, generator)
         size = self._config.batch_sequences
         rows = self._rows[position * size : (position + 1) * size]
         micro = self._config.micro_sequences or size
@@ -342,6 +351,15 @@ class _Order:
 
     def epochs(self, steps: int) -> float:
         return steps / self._per_epoch
+
+
+def _grouped(rows: Sequence[int], lengths: Sequence[int], size: int, generator: torch.Generator) -> list[int]:
+    """Each 50 steps' rows sorted by length, then the steps shuffled, but for a last one that is not full."""
+    many = _GROUPED_STEPS * size
+    ordered = [row for i in range(0, len(rows), many) for row in sorted(rows[i : i + many], key=lambda row: lengths[row])]
+    full = len(rows) // size
+    steps = torch.randperm(full, generator=generator).tolist()
+    return [row for step in steps for row in ordered[step * size : (step + 1) * size]] + ordered[full * size :]
 
 
 def _to(batch: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:

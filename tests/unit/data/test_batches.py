@@ -35,6 +35,21 @@ def test_padded_text_batches_cut_pad_mask_and_label():
     assert second["input_ids"].tolist() == [[105]]
 
 
+def test_padded_text_batches_by_length_pad_little_and_keep_the_order_of_their_first_texts():
+    texts = ["dddd", "a", "ccc", "b", "ee", "ffff"]
+    batches = list(padded_text_batches(texts, ByteTokenizer(), max_length=8, batch_size=2, labels=range(6), by_length=True))
+    assert [batch["labels"].tolist() for batch in batches] == [[0, 5], [1, 3], [4, 2]]
+    assert [batch["input_ids"].shape[1] for batch in batches] == [4, 1, 3]
+
+
+@pytest.mark.parametrize("by_length", [False, True])
+@pytest.mark.parametrize("batch_size", [1, 2, 5])
+def test_padded_text_batches_take_the_texts_up_to_the_one_that_reaches_max_tokens(by_length, batch_size):
+    options = {"max_length": 8, "batch_size": batch_size, "max_tokens": 5, "by_length": by_length}
+    batches = padded_text_batches(["aaa", "b", "cc", "d"], ByteTokenizer(), labels=range(4), **options)
+    assert sorted(label for batch in batches for label in batch["labels"].tolist()) == [0, 1, 2]
+
+
 def test_padded_text_batches_without_text_or_with_wrong_labels_raises():
     with pytest.raises(DataError, match="no text"):
         list(padded_text_batches([], ByteTokenizer(), max_length=4, batch_size=2))

@@ -57,6 +57,23 @@ def test_train_when_the_model_has_gradients_already_trains_as_without():
     assert train(used, text(), config).losses == train(plain, text(), config).losses
 
 
+def test_group_by_length_puts_like_lengths_into_a_step_in_a_random_order_and_every_sequence_once():
+    lengths = [7, 1, 5, 3, 8, 2, 6, 4, 9, 0, 11]
+    data = emotions(rows=11)
+    data.lengths = lengths
+    train(tiny_classifier(), data, TrainConfig(steps=8, batch_sequences=3, group_by_length=True, **F32))
+    for epoch in (data.seen[:4], data.seen[4:]):
+        assert sorted(row for rows in epoch for row in rows) == list(range(11))
+        assert sorted(sorted(lengths[row] for row in rows) for rows in epoch) == [[0, 1, 2], [3, 4, 5], [6, 7, 8], [9, 11]]
+        assert len(epoch[3]) == 2  # what is left comes last
+    assert data.seen[:3] != data.seen[4:7]
+
+
+def test_group_by_length_of_sequences_of_one_length_changes_nothing():
+    runs = [train(tiny_llama(), text(), TrainConfig(steps=3, group_by_length=is_grouped, **F32)).losses for is_grouped in (False, True)]
+    assert runs[0] == runs[1]
+
+
 def test_train_takes_every_sequence_once_an_epoch_in_another_order():
     data = text(rows=7)
     record = train(tiny_llama(), data, TrainConfig(steps=6, batch_sequences=3, micro_sequences=2, **F32))
