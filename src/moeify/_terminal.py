@@ -73,9 +73,10 @@ class Lines:
             nonlocal done, due
             done += steps
             now = self._clock()
-            if now >= due and 0 < done < total:
+            if now >= due and done > 0 and (total == 0 or done < total):
                 due = now + self._every_s
-                print(f"{label}: {done}/{total}, {(now - start) * (total - done) / done:.0f} s left", file=self._stream, flush=True)
+                left = f"{done}/{total}, {(now - start) * (total - done) / done:.0f} s left" if total else f"{done} so far"
+                print(f"{label}: {left}", file=self._stream, flush=True)
 
         yield _Advance(advance)
         if self._clock() - start >= self._first_s:

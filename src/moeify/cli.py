@@ -23,7 +23,7 @@ from . import _config
 from ._terminal import make_progress, show
 from .convert import ConvertConfig
 from .data import AugmentConfig, DataConfig
-from .errors import ConfigError, MoeifyError, is_out_of_memory
+from .errors import ConfigError, MoeifyError, StoppedError, is_out_of_memory
 from .pipeline import METHODS, STAGES, TASKS, CalibrationConfig, ChannelMethod, NeuronConfig, ProjectionsConfig
 from .routers import ROUTERS, GateRouterConfig, LowRankRouterConfig, NormRouterConfig
 from .select import RULES, RuleConfig
@@ -557,6 +557,44 @@ def pipeline(
     )
 
 
+def _pretrain_text(result: Mapping[str, Any]) -> Any:
+    """What came out, without what was noted at every step."""
+    flops = result["flops"]
+    shown = {key: result[key] for key in ("name", "task", "parameters", "tokens", "epochs", "seconds", "evaluation")}
+    steps = {key: flops[key] for key in ("dense_steps", "sparse_steps", "total_flops", "all_dense_flops", "gain")}
+    return {**shown, "training": {**steps, "fallbacks": len(result["fallbacks"])}}
+
+
+@command(resumes=lambda _values: True, text=_pretrain_text)
+def pretrain(
+    recipe: Annotated[Path, typer.Argument(help="TOML file; see docs/pretraining.md.")],
+    *,
+    out: Annotated[
+        Path | None, typer.Option(help="New folder for the checkpoint; a killed run continues there. By default the recipe's name.")
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="NAME=VALUE", help="Change an option of the recipe, such as train.steps=500; may be repeated."),
+    ] = None,
+    device: Device = "cpu",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result, and the state of another run to it.")] = False,
+) -> Any:
+    """Train a model from random weights, dense or by switchable sparse-dense pre-training. SIGTERM and Ctrl-C finish the step and save."""
+    from .pipeline import pretrain as run_pretrain
+    from .pipeline import read_pretrain
+
+    chosen = read_pretrain(recipe, settings=set_ or ())
+    result = run_pretrain(
+        chosen,
+        out or Path(chosen.name),
+        device=device,
+        overwrite=overwrite,
+        progress=make_progress(),
+        say=lambda line: print(line, file=sys.stderr, flush=True),
+    )
+    return _config.to_dict(result)
+
+
 @command()
 def generate(
     directory: Converted,
@@ -632,7 +670,8 @@ def demo(
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Run one command line; returns the exit code and never raises: bad input exits with 2, a bug with 1, Ctrl-C with 130."""
+    """Run one command line; returns the exit code and never raises: bad input exits with 2, a bug with 1, Ctrl-C with 130, and
+    training that saved at SIGTERM with 143."""
     # Typer brought its own click in with 0.2x and depended on it before; in both, BadParameter < UsageError < ClickException.
     click_exception: Any = typer.BadParameter.__mro__[2]
     try:
@@ -640,6 +679,8 @@ def run(arguments: Sequence[str]) -> int:
         return app(args=list(arguments) or ["--help"], prog_name="moeify", standalone_mode=False) or 0
     except click_exception as error:
         return _fail(error.format_message(), BAD_INPUT)
+    except StoppedError as error:
+        return _fail(str(error), 128 + error.signum, kind="stopped")
     except _Interrupted as error:
         return _fail(str(error), INTERRUPTED)
     except KeyboardInterrupt:

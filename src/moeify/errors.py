@@ -37,6 +37,28 @@ class TrainingError(MoeifyError, RuntimeError):
     """Training cannot go on: the loss or a gradient is no number any more, or memory ran out; what was kept before is still there."""
 
 
+class DivergedError(TrainingError):
+    """The loss or a gradient of a step is no number, or has jumped; what was saved before is still there."""
+
+    def __init__(self, message: str, *, step: int, numbers: dict[str, float]) -> None:
+        super().__init__(message)
+        self.step = step
+        """Optimizer steps done when it was seen."""
+        self.numbers = numbers
+        """What was seen, and the limits that it was held against."""
+
+
+class StoppedError(MoeifyError):
+    """Somebody asked training to stop: the step was finished and saved, and the same call goes on from there."""
+
+    def __init__(self, message: str, *, step: int, signum: int = 2) -> None:
+        super().__init__(message)
+        self.step = step
+        """Optimizer steps done."""
+        self.signum = signum
+        """The signal that asked; the command line exits with 128 more."""
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an allocation failed; torch has an exception of its own for accelerators only."""
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (

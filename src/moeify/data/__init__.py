@@ -7,6 +7,8 @@ from .batches import padded_text_batches as padded_text_batches
 from .batches import padding_id as padding_id
 from .batches import seq2seq_batches as seq2seq_batches
 from .config import DataConfig as DataConfig
+from .packed import PackedWindows as PackedWindows
+from .packed import pack_tokens as pack_tokens
 from .read import Example as Example
 from .read import check_source as check_source
 from .read import decode_image as decode_image
@@ -21,9 +23,14 @@ from .tokens import TooShortError as TooShortError
 from .tokens import special_ids as special_ids
 from .tokens import text_pieces as text_pieces
 from .tokens import text_windows as text_windows
+from .tokens import token_chunks as token_chunks
 from .tokens import token_windows as token_windows
 from .training import AugmentConfig as AugmentConfig
 from .training import LabelledImageData as LabelledImageData
 from .training import LabelledTextData as LabelledTextData
 from .training import MaskedData as MaskedData
+from .training import SpanConfig as SpanConfig
+from .training import SpanCorruptionData as SpanCorruptionData
 from .training import WindowData as WindowData
+from .training import Windows as Windows
+from .training import sentinel_ids as sentinel_ids

@@ -90,27 +90,45 @@ def token_windows(
     if max_tokens is not None and max_tokens < window:
         raise DataError(f"max_tokens {max_tokens} is less than one window of {window}; raise max_tokens or lower the window.")
     limit = None if max_tokens is None else max_tokens // window * window
-    encode = _encoder(tokenizer)
-    eos = None if separator is not None else getattr(tokenizer, "eos_token_id", None)
-    documents: Iterable[Iterable[str]] = ([text] for text in texts) if separator is None else [_interleave(texts, separator)]
-    pieces = ((piece, i == 0) for chunks in documents for i, piece in enumerate(_pieces(chunks, encode)))
-
+    end_id = None if separator is not None else getattr(tokenizer, "eos_token_id", None)
     ids = array("q")
-    exhausted = False
     with progress.task("tokenise", total=limit or 0) as task:
-        while not exhausted and (limit is None or len(ids) < limit):
-            before = len(ids)
-            # text rarely has 8 characters a token: mostly one batch is enough, and little is encoded in vain
-            batch, exhausted = _take(pieces, 4 * _ENCODE_CHARS if limit is None else min(4 * _ENCODE_CHARS, 8 * (limit - before)))
-            for (_, starts_document), piece_ids in zip(batch, encode([piece for piece, _ in batch]), strict=True):
-                if starts_document and ids and eos is not None:
-                    ids.append(eos)
-                ids.extend(piece_ids)
-            task.advance((len(ids) if limit is None else min(len(ids), limit)) - before)
-    count = min(len(ids), limit or len(ids)) // window
+        for chunk in token_chunks(texts, tokenizer, limit=limit, separator=separator, end_id=end_id):
+            ids.extend(chunk)
+            task.advance(len(chunk))
+    count = len(ids) // window
     if count == 0:
         raise TooShortError(f"{len(ids)} tokens are less than one window of {window}; give more text or a smaller window.")
     return torch.frombuffer(ids, dtype=torch.int64)[: count * window].clone().view(count, window)
+
+
+def token_chunks(
+    texts: Iterable[str], tokenizer: Tokenizer, *, limit: int | None = None, separator: str | None = None, end_id: int | None = None
+) -> Iterator["array[int]"]:
+    """The ids of texts that are joined in order, about a million characters at once; nothing is kept.
+
+    Args:
+        texts: documents; consumed only as far as ``limit`` needs.
+        tokenizer: transformers tokenizer, or a callable text -> ids.
+        limit: most ids; None for all.
+        separator: text between two documents.
+        end_id: token between two documents; not together with a separator.
+    """
+    encode = _encoder(tokenizer)
+    documents: Iterable[Iterable[str]] = ([text] for text in texts) if separator is None else [_interleave(texts, separator)]
+    pieces = ((piece, i == 0) for chunks in documents for i, piece in enumerate(_pieces(chunks, encode)))
+    count, exhausted = 0, False
+    while not exhausted and (limit is None or count < limit):
+        # text rarely has 8 characters a token: mostly one batch is enough, and little is encoded in vain
+        batch, exhausted = _take(pieces, 4 * _ENCODE_CHARS if limit is None else min(4 * _ENCODE_CHARS, 8 * (limit - count)))
+        chunk = array("q")
+        for (_, starts_document), piece_ids in zip(batch, encode([piece for piece, _ in batch]), strict=True):
+            if starts_document and (count or chunk) and end_id is not None:
+                chunk.append(end_id)
+            chunk.extend(piece_ids)
+        chunk = chunk if limit is None else chunk[: limit - count]
+        count += len(chunk)
+        yield chunk
 
 
 def text_pieces(texts: Iterable[str], tokenizer: Tokenizer, *, max_length: int) -> Iterator[str]:

@@ -6,11 +6,12 @@ augmentation, nothing else.
 Letters: B batch, S sequence (or window) length, W windows, N examples, C channels, H height, W width of an image.
 """
 
+import math
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice, pairwise
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -24,14 +25,28 @@ from .tokens import Tokenizer, encode_examples, special_ids
 _GROUP = 256  # texts or images that the tokenizer or processor sees at once
 
 
+class Windows(Protocol):
+    """Windows of token ids (W, S): a tensor, or a file."""
+
+    @property
+    def shape(self) -> Sequence[int]:
+        """(W, S)."""
+
+    def __len__(self) -> int:
+        """W."""
+
+    def __getitem__(self, rows_B: Tensor, /) -> Tensor:
+        """(B, S), int64."""
+
+
 class WindowData:
     """Windows of text for causal language models.
 
     Args:
-        windows_WS: from `text_windows`.
+        windows_WS: from `text_windows`, or `PackedWindows`.
     """
 
-    def __init__(self, windows_WS: Tensor) -> None:
+    def __init__(self, windows_WS: Windows) -> None:
         self._windows_WS = windows_WS
 
     def __len__(self) -> int:
@@ -50,7 +65,7 @@ class MaskedData:
     as the mask token, 10 % as any token, 10 % as they are.
 
     Args:
-        windows_WS: from `text_windows`, without special tokens; they are put around each window.
+        windows_WS: from `text_windows`, or `PackedWindows`, without special tokens; they are put around each window.
         tokenizer: transformers tokenizer with a mask token.
         frac: share of the tokens to predict, in (0, 1].
 
@@ -60,7 +75,7 @@ class MaskedData:
     Source: Devlin et al. 2019, arXiv:1810.04805, section 3.1 and appendix A.1.
     """
 
-    def __init__(self, windows_WS: Tensor, tokenizer: Any, *, frac: float = 0.15) -> None:
+    def __init__(self, windows_WS: Windows, tokenizer: Any, *, frac: float = 0.15) -> None:
         mask_id = getattr(tokenizer, "mask_token_id", None)
         if mask_id is None:
             raise DataError(
@@ -68,17 +83,17 @@ class MaskedData:
             )
         if not 0 < frac <= 1:
             raise ConfigError(f"frac must be in (0, 1], got {frac}.")
-        before, after = (torch.tensor(ids, dtype=torch.int64).expand(len(windows_WS), -1) for ids in special_ids(tokenizer))
-        self._ids_WS = torch.cat([before, windows_WS, after], dim=1)
+        self._before, self._after = (torch.tensor(ids, dtype=torch.int64) for ids in special_ids(tokenizer))
+        self._windows_WS = windows_WS
         self._special = torch.tensor(sorted(set(tokenizer.all_special_ids)))
         self._mask_id, self._vocab_size, self._frac = int(mask_id), len(tokenizer), frac
 
     def __len__(self) -> int:
-        return len(self._ids_WS)
+        return len(self._windows_WS)
 
     def batch(self, rows: Sequence[int], *, generator: torch.Generator) -> dict[str, Tensor]:
         """``input_ids`` with masks, ``attention_mask``, and ``labels``: -100 but at the positions to predict."""
-        ids_BS = self._ids_WS[torch.as_tensor(rows)]
+        ids_BS = _between(self._before, self._windows_WS[torch.as_tensor(rows)], self._after)
         draw_BS = torch.rand(ids_BS.shape, generator=generator).masked_fill(torch.isin(ids_BS, self._special), 2.0)
         # A window without a label has no mean loss: the one with the smallest draw is always predicted, unless all are special.
         chosen_BS = (draw_BS < self._frac) | ((draw_BS == draw_BS.amin(1, keepdim=True)) & (draw_BS < 2))
@@ -88,6 +103,100 @@ class MaskedData:
         masked_BS = torch.where(chosen_BS & (shown_BS >= 0.9), other_BS, masked_BS)
         labels_BS = ids_BS.masked_fill(~chosen_BS, -100)
         return {"input_ids": masked_BS, "attention_mask": torch.ones_like(ids_BS), "labels": labels_BS}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpanConfig:
+    """How text is corrupted for encoder-decoders."""
+
+    noise_frac: float = 0.15
+    """Share of the tokens that the encoder does not see, in (0, 1)."""
+    mean_span: float = 3.0
+    """Mean number of tokens in a row that one sentinel stands for, at least 1."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.noise_frac < 1:
+            raise ConfigError(f"noise_frac must be in (0, 1), got {self.noise_frac}.")
+        if not 1 <= self.mean_span < math.inf:
+            raise ConfigError(f"mean_span must be finite and at least 1, got {self.mean_span}.")
+
+    def spans(self, text: int) -> tuple[int, int]:
+        """Of a text of so many tokens, at least 2: how many are noise, and in how many spans."""
+        noise = min(max(1, round(text * self.noise_frac)), text - 1)
+        return noise, min(max(1, round(noise / self.mean_span)), noise, text - noise)
+
+    def lengths(self, text: int) -> tuple[int, int]:
+        """Tokens that the encoder reads and that the decoder writes of a text of so many, the end of the sequence included."""
+        noise, spans = self.spans(text)
+        return text - noise + spans + 1, noise + spans + 1
+
+    def text_length(self, inputs: int) -> int:
+        """The longest text of which the encoder reads at most ``inputs`` tokens.
+
+        Raises:
+            DataError: not even two tokens fit.
+        """
+        if self.lengths(2)[0] > inputs:
+            raise DataError(f"a window of {inputs} tokens is too short for span corruption; give at least {self.lengths(2)[0]}.")
+        text = 2
+        while self.lengths(text + 1)[0] <= inputs:
+            text += 1
+        return text
+
+
+class SpanCorruptionData:
+    """Windows of text for encoder-decoders, corrupted anew whenever they are asked for: all to the same two lengths.
+
+    Spans of noise are drawn at random, of random lengths, none at the beginning. The encoder sees one sentinel in the place of each; the
+    decoder is to write each sentinel and what stood there, and the end of the sequence. The model makes the decoder's inputs of the labels.
+
+    Args:
+        windows_WS: from `text_windows`, or `PackedWindows`, without special tokens, each of `SpanConfig.text_length` tokens.
+        tokenizer: transformers tokenizer with an end of sequence and sentinels ``<extra_id_0>``, ``<extra_id_1>``, ...
+        config: how much is noise.
+
+    Raises:
+        DataError: the tokenizer has no end of sequence, or too few sentinels.
+
+    Source: Raffel et al. 2020, arXiv:1910.10683, section 3.1.4; the lengths of spans are compositions drawn uniformly.
+    """
+
+    def __init__(self, windows_WS: Windows, tokenizer: Any, config: SpanConfig | None = None) -> None:
+        self._windows_WS, self._length = windows_WS, int(windows_WS.shape[1])
+        self._noise, self._spans = (config or SpanConfig()).spans(self._length)
+        end = getattr(tokenizer, "eos_token_id", None)
+        if end is None:
+            raise DataError(f"the tokenizer ({type(tokenizer).__name__}) has no end of sequence, which span corruption needs.")
+        self._end = torch.tensor([end])
+        self._sentinels = torch.tensor(sentinel_ids(tokenizer, self._spans))
+
+    def __len__(self) -> int:
+        return len(self._windows_WS)
+
+    def batch(self, rows: Sequence[int], *, generator: torch.Generator) -> dict[str, Tensor]:
+        """``input_ids`` with sentinels, and ``labels``."""
+        ids_BS = self._windows_WS[torch.as_tensor(rows)]
+        is_noise_BS = _noise(len(ids_BS), self._length, num_noise=self._noise, num_spans=self._spans, generator=generator)
+        before_BS = torch.nn.functional.pad(is_noise_BS[:, :-1], (1, 0), value=True)  # the text before the first span begins a pair, too
+        noise_begins_BS, text_begins_BS = is_noise_BS & ~before_BS, ~is_noise_BS & before_BS
+        sentinels_BS = self._sentinels[text_begins_BS.cumsum(1) - 1]  # of the pair of text and noise that a token is in
+        nothing = ids_BS.new_empty(0)
+        inputs_BI = torch.where(is_noise_BS, sentinels_BS, ids_BS)[~is_noise_BS | noise_begins_BS].view(len(ids_BS), -1)
+        labels_BO = torch.where(is_noise_BS, ids_BS, sentinels_BS)[is_noise_BS | text_begins_BS].view(len(ids_BS), -1)
+        return {"input_ids": _between(nothing, inputs_BI, self._end), "labels": _between(nothing, labels_BO, self._end)}
+
+
+def sentinel_ids(tokenizer: Any, count: int) -> list[int]:
+    """Ids of the first sentinels of a tokenizer.
+
+    Raises:
+        DataError: it has fewer.
+    """
+    vocabulary = tokenizer.get_vocab()
+    names = [f"<extra_id_{i}>" for i in range(count)]
+    if missing := next((name for name in names if name not in vocabulary), None):
+        raise DataError(f"the tokenizer lacks the sentinel {missing}: windows of this length need {count}; take shorter ones.")
+    return [int(vocabulary[name]) for name in names]
 
 
 class LabelledTextData:
@@ -246,6 +355,25 @@ class _Finish:
 
     def __call__(self, raw_BCHW: Tensor) -> Tensor:
         return (raw_BCHW.float() * self._factor - self._mean) / self._std
+
+
+def _between(before: Tensor, rows_BS: Tensor, after: Tensor) -> Tensor:
+    """Each row with the same tokens before and after it."""
+    return torch.cat([before.expand(len(rows_BS), -1), rows_BS, after.expand(len(rows_BS), -1)], dim=1)
+
+
+def _noise(num_rows: int, length: int, *, num_noise: int, num_spans: int, generator: torch.Generator) -> Tensor:
+    """(B, S) where noise is: ``num_spans`` pairs of text and noise a row, none empty."""
+    text, noise = (_parts(num_rows, total, num_spans, generator) for total in (length - num_noise, num_noise))
+    ends = torch.stack([text, noise], dim=2).flatten(1).cumsum(1)  # of text, noise, text, ...
+    return torch.searchsorted(ends, torch.arange(length).expand(num_rows, -1).contiguous(), right=True) % 2 == 1
+
+
+def _parts(num_rows: int, total: int, parts: int, generator: torch.Generator) -> Tensor:
+    """(B, parts) numbers of at least 1 that add up to ``total``, uniform over all ways to do so."""
+    cuts = torch.rand(num_rows, total - 1, generator=generator).argsort(1)[:, : parts - 1].sort(1).values + 1
+    edges = torch.nn.functional.pad(torch.nn.functional.pad(cuts, (1, 0)), (0, 1), value=total)
+    return edges.diff(dim=1)
 
 
 def _pixels(processor: Any, images: Sequence[Any], **options: Any) -> Tensor:

@@ -162,6 +162,54 @@ def trained_card(model: nn.Module, *, name: str, base_model: str, record: Mappin
     )
 
 
+def pretrained_card(model: nn.Module, *, name: str, record: Mapping[str, Any]) -> str:
+    """Markdown with the Hub's metadata block, of a model that was trained from random weights.
+
+    Args:
+        model: dense, or with the experts of sparse-dense pre-training.
+        name: title.
+        record: what ``pretrain.json`` holds.
+
+    Returns:
+        Text of ``README.md``.
+    """
+    layers, flops, train = moe_layers(model), record["flops"], record["config"]["train"]
+    rows = {
+        "task": record["task"],
+        "parameters": str(record["parameters"]),
+        "training": f"{train['steps']} steps, {record['tokens']} tokens, {record['epochs']:.2f} epochs of `{record['data']}`",
+        **{
+            f"validation {mode}": f"loss {found['loss']:.4f}, perplexity {found['perplexity']:.4g}"
+            for mode, found in record["evaluation"].items()
+        },
+        "training FLOPs": f"{flops['total_flops']:.3g} (dense training of as many steps {flops['all_dense_flops']:.3g})",
+    }
+    how = "from random weights."
+    usage: list[str] = []
+    if layers:
+        ssd = record["config"]["ssd"]
+        rows |= {
+            "FFNs with experts": str(len(layers)),
+            "experts a token runs, of each FFN": f"{ssd['selected']} of {ssd['num_experts']}",
+            "dense and sparse steps": f"{flops['dense_steps']}, {flops['sparse_steps']}",
+        }
+        how = 'from random weights by switchable sparse-dense pre-training: `moeify.set_mode(model, "dense")` runs all of it.'
+        usage = _usage(type(model).__name__, name, without=_AS_DENSE)
+    return "\n".join(
+        [
+            *_metadata(".", _TRAINED_TAGS),
+            f"# {name}",
+            "",
+            f"A {type(model).__name__} that `moeify` trained {how}",
+            "",
+            *usage,
+            *_measured(rows),
+            "`pretrain.json` holds the same numbers, the losses, the decisions and the configuration; `log.jsonl` what went on.",
+            "",
+        ]
+    )
+
+
 def _projection_rows(replaced: Collection[str], record: Mapping[str, Any] | None) -> dict[str, str]:
     """Replaced linear layers for the table, and what the record says of them where they were replaced in the same run."""
     if not replaced:

@@ -9,8 +9,9 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
@@ -32,7 +33,10 @@ MANIFEST_FILE = "moeify.json"
 TRAINING_FILE = "sparsify.json"
 """How a dense checkpoint was trained, beside the one that sparsify writes."""
 
-_MARKERS = (MANIFEST_FILE, TRAINING_FILE)
+PRETRAINING_FILE = "pretrain.json"
+"""How a model was pre-trained, beside the checkpoint that pretrain writes."""
+
+_MARKERS = (MANIFEST_FILE, TRAINING_FILE, PRETRAINING_FILE)
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model")
 _PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
@@ -187,6 +191,47 @@ def save_trained(
             (partial / TRAINING_FILE).write_text(json.dumps(record, indent=2) + "\n")
             _save(model, processor, partial)
             (partial / "README.md").write_text(card)
+        task.advance(1)
+
+
+def save_pretrained_run(
+    model: nn.Module,
+    processor: Any,
+    out: Path,
+    *,
+    record: Mapping[str, Any],
+    card: str,
+    calibration: Mapping[str, Any] | None = None,
+    beside: Iterable[Path] = (),
+    overwrite: bool = False,
+    progress: Progress = NO_PROGRESS,
+) -> None:
+    """Write a model that was pre-trained, its tokenizer, ``pretrain.json``, ``README.md`` and its logs; all of it, or nothing.
+
+    Args:
+        model: dense or converted model.
+        processor: tokenizer to save beside it.
+        out: new folder.
+        record: how it was trained and what was measured; JSON values.
+        card: text of the model card.
+        calibration: of a converted model, as in `save_checkpoint`: ``moeify.json`` is written, too.
+        beside: files and folders to copy.
+        overwrite: as in `save_checkpoint`.
+        progress: as in `save_checkpoint`.
+
+    Raises:
+        CheckpointError: as in `save_checkpoint`.
+    """
+    with progress.task(f"save {out}", total=1) as task:
+        with _whole_folder(out, overwrite=overwrite, marker=PRETRAINING_FILE) as partial:
+            (partial / PRETRAINING_FILE).write_text(json.dumps(record, indent=1) + "\n")
+            if calibration is not None:
+                whole = {**stamp(model).to_dict(), "calibration": {**calibration, "versions": library_versions()}}
+                (partial / MANIFEST_FILE).write_text(json.dumps(whole, indent=2) + "\n")
+            _save(model, processor, partial)
+            (partial / "README.md").write_text(card)
+            for path in beside:
+                (shutil.copytree if path.is_dir() else shutil.copy)(path, partial / path.name)
         task.advance(1)
 
 

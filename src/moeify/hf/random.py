@@ -31,7 +31,12 @@ def random_model(architecture: Mapping[str, Any], *, auto_class: str, seed: int,
         raise ConfigError(f"transformers does not know the model type {family!r}{did_you_mean(family, transformers.CONFIG_MAPPING)}")
     cls = transformers.CONFIG_MAPPING[family]
     try:
-        known = set(cls().to_dict()) | {"id2label", "label2id", "num_labels"} | set(getattr(cls, "attribute_map", {}))
+        known = (
+            set(cls().to_dict())
+            | {"decoder_start_token_id"}
+            | {"id2label", "label2id", "num_labels"}
+            | set(getattr(cls, "attribute_map", {}))
+        )
         if unknown := next((name for name in fields if name not in known), None):
             raise ConfigError(f"unknown field {unknown!r} of {cls.__name__}{did_you_mean(unknown, sorted(known))}")
         config = cls(**fields)

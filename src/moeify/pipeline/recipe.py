@@ -239,7 +239,7 @@ class RecipeConfig:
     """Early exit; none leaves it out."""
 
     def __post_init__(self) -> None:
-        if not _NAME.fullmatch(self.name):
+        if not is_name(self.name):
             raise ConfigError(f"name {self.name!r} must be letters, digits, '_', '-' and '.', to name files.")
         if self.task is not None and self.task not in TASKS:
             raise ConfigError(f"task {self.task!r} is unknown{did_you_mean(self.task, TASKS)}")
@@ -326,16 +326,7 @@ def read_recipe(path: str | Path, *, settings: Iterable[str] = (), smoke: bool =
     Raises:
         ConfigError: not a file, not TOML, or an option that is unknown, missing, of the wrong type or out of range.
     """
-    path = Path(path)
-    try:
-        raw = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"cannot read the recipe '{path}': {error.strerror}.") from None
-    except ValueError as error:  # TOML's errors and those of the encoding
-        raise ConfigError(f"'{path}' is not TOML: {error}") from None
-    _make_absolute(raw, path.parent)
-    for setting in settings:
-        _put(raw, setting)
+    raw = read_toml(path, settings, places=(("model", "source"), ("model", "tokenizer"), ("data", "data"), ("validation", "data")))
     for data in (raw.get("data"), raw.get("validation"), *(e.get("data") for e in _tables(raw.get("extra_evaluation")))):
         if isinstance(data, dict):
             data.setdefault("max_tokens", None)  # which TOML has no word for; a sample by default is for commands, not for experiments
@@ -343,9 +334,38 @@ def read_recipe(path: str | Path, *, settings: Iterable[str] = (), smoke: bool =
     return shrunk(recipe) if smoke else recipe
 
 
-def _make_absolute(raw: Mapping[str, Any], base: Path) -> None:
+def read_toml(path: str | Path, settings: Iterable[str], *, places: Iterable[tuple[str, str]]) -> dict[str, Any]:
+    """A TOML file with settings put in, paths made absolute.
+
+    Args:
+        path: the file.
+        settings: as in `read_recipe`.
+        places: (table, key) of what may be a path relative to the file's folder.
+
+    Raises:
+        ConfigError: not a file, not TOML, or a setting that names nothing.
+    """
+    path = Path(path)
+    try:
+        raw: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read the recipe '{path}': {error.strerror}.") from None
+    except ValueError as error:  # TOML's errors and those of the encoding
+        raise ConfigError(f"'{path}' is not TOML: {error}") from None
+    _make_absolute(raw, path.parent, places)
+    for setting in settings:
+        _put(raw, setting)
+    return raw
+
+
+def is_name(text: str) -> bool:
+    """Whether files may be called so."""
+    return _NAME.fullmatch(text) is not None
+
+
+def _make_absolute(raw: Mapping[str, Any], base: Path, named: Iterable[tuple[str, str]]) -> None:
     """Paths relative to the recipe's folder; Hub ids, builtin data and paths that do not exist stay as they are."""
-    places = [(raw.get("model"), "source"), (raw.get("model"), "tokenizer"), (raw.get("data"), "data"), (raw.get("validation"), "data")]
+    places = [(raw.get(table), key) for table, key in named]
     places += [(extra.get("data"), "data") for extra in _tables(raw.get("extra_evaluation"))]
     for table, key in places:
         if isinstance(table, dict) and isinstance(table.get(key), str) and (base / table[key]).exists():

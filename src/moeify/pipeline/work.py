@@ -84,11 +84,11 @@ def finished_record(out: Path, work: Path) -> dict[str, Any] | None:
     return record if is_its_own else None
 
 
-def finished_training(out: Path, work: Path) -> dict[str, Any] | None:
-    """`finished_record` of a training run."""
-    if not work.is_dir() or not (out / TRAINING_FILE).is_file():
+def finished_training(out: Path, work: Path, *, file: str = TRAINING_FILE) -> dict[str, Any] | None:
+    """`finished_record` of a training run, whose record is ``file``."""
+    if not work.is_dir() or not (out / file).is_file():
         return None
-    record, path = _read_run(out / TRAINING_FILE), work / RUN_FILE
+    record, path = _read_run(out / file), work / RUN_FILE
     run = {key: value for key, value in _read_run(path).items() if key not in _KIND}
     is_its_own = run_id(run) == record.get("run") if path.exists() else not any(work.iterdir())
     return record if is_its_own else None

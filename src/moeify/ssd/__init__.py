@@ -3,9 +3,12 @@
 from .controller import Controller as Controller
 from .controller import ControllerState as ControllerState
 from .controller import Decision as Decision
+from .controller import Fallback as Fallback
 from .controller import Signals as Signals
 from .controller import SSDConfig as SSDConfig
 from .controller import decide as decide
+from .controller import modes as modes
+from .controller import spike as spike
 from .monitor import SIMILARITIES as SIMILARITIES
 from .monitor import Monitor as Monitor
 from .monitor import Probe as Probe

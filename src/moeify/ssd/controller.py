@@ -5,8 +5,8 @@ No tensors, no model and no clock: the same signals give the same decisions, on 
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, cast
 
 from .. import _config
 from ..errors import CheckpointError, ConfigError
@@ -56,13 +56,22 @@ class SSDConfig:
     """Length of the last dense phase, in [0, 1]."""
     final_sparse_frac: float = 0.0
     """Length of the sparse phase after it, in [0, 1]."""
+    spike_factor: float = field(default=2.0, metadata=_config.LATER)
+    """Fallback: the loss of a sparse step is more than this times the mean of the ``spike_steps`` losses before it, and more than
+    ``max_loss_gap`` above that mean; greater than 1."""
+    spike_steps: int = field(default=20, metadata=_config.LATER)
+    """See ``spike_factor``; at least 1. While there are fewer, only a loss that is no number is one."""
+    fallback_frac: float = field(default=0.05, metadata=_config.LATER)
+    """After a fallback training is dense for at least this part of all steps, counted from the step that failed; in (0, 1]."""
+    max_fallbacks: int = field(default=3, metadata=_config.LATER)
+    """One more ends the run with an error; at least 0."""
     seed: int = 0
     """Of clusterings, of the random ablation and of the neurons that are compared."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.selected <= self.num_experts:
             raise ConfigError(f"selected must be in [1, num_experts = {self.num_experts}], got {self.selected}.")
-        for name in ("probe_frac", "sparse_frac"):
+        for name in ("probe_frac", "sparse_frac", "fallback_frac"):
             if not 0 < getattr(self, name) <= 1:
                 raise ConfigError(f"{name} must be in (0, 1], got {getattr(self, name)}.")
         for name in ("min_sparsity", "min_captured", "final_dense_frac", "final_sparse_frac"):
@@ -74,7 +83,9 @@ class SSDConfig:
             raise ConfigError(f"max_loss_gap must be greater than 0, got {self.max_loss_gap}.")
         if not 0 <= self.eps < math.inf:
             raise ConfigError(f"eps must be finite and >= 0, got {self.eps}.")
-        for name, least in (("plateau_probes", 1), ("probe_neurons", 2)):
+        if not 1 < self.spike_factor < math.inf:
+            raise ConfigError(f"spike_factor must be finite and greater than 1, got {self.spike_factor}.")
+        for name, least in (("plateau_probes", 1), ("probe_neurons", 2), ("spike_steps", 1), ("max_fallbacks", 0)):
             if getattr(self, name) < least:
                 raise ConfigError(f"{name} must be at least {least}, got {getattr(self, name)}.")
         rising = all(a < b for a, b in zip(self.switches, self.switches[1:], strict=False))
@@ -125,6 +136,31 @@ class ControllerState:
     """At the first measurement of this sparse phase."""
     sparse_phases: int = 0
     """Begun so far."""
+    dense_until: int = 0
+    """Before this step a fallback keeps training dense."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fallback:
+    """A sparse phase that went wrong: training goes on from an earlier state, dense; JSON by `_config`.
+
+    What the controller is told from outside, like a signal: with the same fallbacks the same run comes out, however often it is killed.
+    """
+
+    step: int
+    """Optimizer steps done in the state that training goes back to."""
+    failed: int
+    """Optimizer steps done when it was seen."""
+    until: int
+    """Before this step training is dense."""
+    reason: str
+    """What was seen."""
+    numbers: dict[str, float]
+    """What was measured, and the limits that it was held against; what is no number is in ``reason``."""
+    dense_steps: int = 0
+    """Dense steps that were lost."""
+    sparse_steps: int = 0
+    """Sparse steps that were lost."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,6 +186,7 @@ def decide(config: SSDConfig, *, total_steps: int, state: ControllerState, signa
 
         dense -> sparse   sparsity >= min_sparsity and (similarity >= min_similarity, or similarity - [that plateau_probes ago] <
                           plateau_gain), and a sparse phase of two measurements fits before the final dense phase
+        held dense        before the step that a fallback says, whatever the schedule
         sparse -> dense   after sparse_frac of all steps; captured < min_captured * [that at the phase's first measurement];
                           or sparse loss - dense loss > max_loss_gap
 
@@ -161,6 +198,9 @@ def decide(config: SSDConfig, *, total_steps: int, state: ControllerState, signa
     step = signals.step
     numbers = {name: value for name in ("sparsity", "similarity", "captured", "loss_gap") if (value := getattr(signals, name)) is not None}
     after, reason = _by_time(config, total_steps, step)
+    if step < state.dense_until:
+        after, reason = "dense", "held after a fallback"
+        numbers["dense_until"] = float(state.dense_until)
     if after is not None:
         if after == state.mode:
             reason = f"stays {after}: {reason}"
@@ -179,6 +219,37 @@ def decide(config: SSDConfig, *, total_steps: int, state: ControllerState, signa
         phases = state.sparse_phases + (after == "sparse")
         state = replace(state, mode=after, began=step, similarities=(), first_captured=None, sparse_phases=phases)
     return replace(state, step=step, measured=state.measured if signals.sparsity is None else step), decision
+
+
+def spike(config: SSDConfig, losses: Sequence[float]) -> dict[str, float] | None:
+    """Whether the last loss of a sparse step jumped: a pure function of the losses of all steps, so the same after every resume.
+
+    loss > spike_factor * mean  and  loss > mean + max_loss_gap,    mean: of the spike_steps losses before it
+
+    Args:
+        config: the rule.
+        losses: of every step up to this one, in nats.
+
+    Returns:
+        The numbers behind it; None where it did not, or fewer losses are known.
+    """
+    before = losses[-1 - config.spike_steps : -1]
+    if len(before) < config.spike_steps:
+        return None
+    mean, loss = math.fsum(before) / len(before), losses[-1]
+    if loss > config.spike_factor * mean and loss > mean + config.max_loss_gap:
+        return {"loss": loss, "mean_loss": mean, "spike_factor": config.spike_factor, "max_loss_gap": config.max_loss_gap}
+    return None
+
+
+def modes(decisions: Sequence[Decision], steps: int) -> list[Phase]:
+    """The mode of each of ``steps`` steps, from the decisions in their order."""
+    found: list[Phase] = []
+    mode: Phase = "dense"
+    for decision in decisions:
+        found += [mode] * (min(decision.step, steps) - len(found))
+        mode = decision.after
+    return found + [mode] * (steps - len(found))
 
 
 def _final_phases(config: SSDConfig, total_steps: int) -> tuple[int, int]:
@@ -275,7 +346,7 @@ class Controller:
         if step <= self.state.step:
             return False
         if self.config.schedule == "fixed":
-            ends = {round(at * self.total_steps) for at in self.config.switches}
+            ends = {round(at * self.total_steps) for at in self.config.switches} | {self.state.dense_until}
         else:
             ends = set(_final_phases(self.config, self.total_steps))
             if self.mode == "sparse":
@@ -285,6 +356,20 @@ class Controller:
     def decide(self, signals: Signals) -> Decision:
         """Decide on the next step's mode, and remember it."""
         self.state, decision = decide(self.config, total_steps=self.total_steps, state=self.state, signals=signals)
+        self.log.append(decision)
+        return decision
+
+    def fall_back(self, fallback: Fallback) -> Decision:
+        """Dense from here on, at least until the step that the fallback says; at a step that is still to be decided about."""
+        decision = Decision(
+            step=fallback.step,
+            before=self.mode,
+            after="dense",
+            reason=f"fallback: {fallback.reason}",
+            numbers={**fallback.numbers, "failed_step": float(fallback.failed), "dense_until": float(fallback.until)},
+        )
+        held = {"mode": "dense", "began": fallback.step, "similarities": (), "first_captured": None, "dense_until": fallback.until}
+        self.state = replace(self.state, **cast(Any, held))
         self.log.append(decision)
         return decision
 

@@ -16,7 +16,7 @@ from ..routers import LinearRouterConfig
 from ..select import TopK
 from ..sites import FFNSite, neuron_parameters
 from ..sparsity.inflight import Removable
-from .controller import Controller, Decision, Signals, SSDConfig
+from .controller import Controller, Decision, Fallback, Signals, SSDConfig
 from .monitor import Monitor, Probe
 from .switch import SwitchRecord, check_optimizer, group_neurons, permute_trained, reset_router
 
@@ -41,6 +41,7 @@ class SSD(Removable):
         total_steps: optimizer steps of the run; may be set later, before the first step.
         probe: batches that everything is measured on, the same every time and not trained on; with labels.
         compute: dtype of the probe's matrix products (autocast); None: the weights' own.
+        fallbacks: sparse phases that went wrong in an earlier attempt at this run.
 
     Raises:
         ConfigError: more experts than an FFN has neurons.
@@ -61,6 +62,7 @@ class SSD(Removable):
         total_steps: int = 1,
         probe: Sequence[Mapping[str, Tensor]],
         compute: torch.dtype | None = None,
+        fallbacks: Sequence[Fallback] = (),
     ) -> None:
         self.config = config = config or SSDConfig()
         check_dense(model, type(model).__name__)
@@ -88,6 +90,7 @@ class SSD(Removable):
         """Every measurement."""
         self.switches: list[SwitchRecord] = []
         """Every grouping of neurons."""
+        self._fallbacks = list(fallbacks)
         self._optimizer: torch.optim.Optimizer | None = None
         self._is_finished = False
 
@@ -124,6 +127,12 @@ class SSD(Removable):
         if step >= self.total_steps:
             self._finish(step)
             return
+        if step > self.controller.state.step:
+            for fallback in self._fallbacks:
+                if fallback.step == step:
+                    self.controller.fall_back(fallback)
+                    _log.info("step %d: dense until %d: %s", step, fallback.until, fallback.reason)
+                    self._set_mode()
         if not self.controller.is_due(step):
             return
         signals = None

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from .. import _config
 from .._progress import NO_PROGRESS, Progress
 from .._random import restored, seeded
-from ..errors import ConfigError, DataError, TrainingError, is_out_of_memory
+from ..errors import ConfigError, DataError, DivergedError, StoppedError, TrainingError, is_out_of_memory
 from ..sites.policy import matching_key
 from .capture import fast_dtype
 from .labels import counted_labels, shifts_labels
@@ -159,6 +159,26 @@ class TrainRecord:
     """Time in the loop, of all processes that took part in turn; evaluation included, saving not."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class StepReport:
+    """A step that has been done, for whoever watches."""
+
+    step: int
+    """Optimizer steps done."""
+    loss: float
+    """Mean over its labels, in nats."""
+    grad_norm: float
+    """Before clipping."""
+    lr: float
+    """Learning rate that it was done with; of parameters without a factor."""
+    losses: Sequence[float]
+    """Of every step so far, those of earlier processes included; grows as training goes on."""
+    evals: Sequence[tuple[int, float]]
+    """Every evaluation so far."""
+    seconds: float
+    """As `TrainRecord.seconds`."""
+
+
 def train(
     model: nn.Module,
     data: TrainingData,
@@ -169,6 +189,8 @@ def train(
     state: Path | None = None,
     run: Mapping[str, Any] | None = None,
     evaluate: Callable[[nn.Module], float] | None = None,
+    watch: Callable[[StepReport], None] | None = None,
+    stop: Callable[[], bool] | None = None,
     progress: Progress = NO_PROGRESS,
 ) -> TrainRecord:
     """Train in place the parameters of ``model`` that require a gradient.
@@ -188,6 +210,8 @@ def train(
             A finished run's state gives its result at once.
         run: JSON object that, with ``config``, tells this run from others.
         evaluate: called with the model in eval mode, every ``eval_every`` steps and at the end.
+        watch: told of every step before a state is saved; what it raises ends the run, and the last state stays.
+        stop: asked after every step whether to save and end here.
         progress: told every step.
 
     Returns:
@@ -197,7 +221,9 @@ def train(
         ConfigError: nothing to train, float16 weights to train, or float16 products without a GPU.
         DataError: no sequences, or a step without a label.
         CheckpointError: ``state`` is of another run, or cannot be written.
-        TrainingError: the loss or a gradient is not finite, or memory ran out. The model then has the weights that gave it.
+        TrainingError: the loss or a gradient is not finite (`DivergedError`), or memory ran out. The model then has the weights that gave
+            it.
+        StoppedError: ``stop`` said so; the state is saved.
     """
     device = next(model.parameters()).device
     compute = _compute_dtype(config, device)
@@ -276,13 +302,28 @@ def train(
                 if evaluate is not None and (is_last or _is_due(done, config.eval_every)):
                     log.evals.append((done, _evaluated(model, evaluate, device)))
                 log.seconds += time.perf_counter() - start
-                if state is not None and (is_last or _is_due(done, config.save_every)):
+                if watch is not None:
+                    watch(
+                        StepReport(
+                            step=done,
+                            loss=values[0],
+                            grad_norm=values[1],
+                            lr=float(lr),
+                            losses=log.losses,
+                            evals=log.evals,
+                            seconds=log.seconds,
+                        )
+                    )
+                is_stopping = stop is not None and not is_last and stop()
+                if state is not None and (is_last or is_stopping or _is_due(done, config.save_every)):
                     so_far = _config.to_dict(log.record(order.epochs(done)))
                     own = {name: own_part.state() for name, own_part in kept_parts.items()}
                     save_state(
                         state, step=done, model=model, optimizer=optimizer, schedule=schedule, scaler=scaler, record=so_far, parts=own
                     )
                 task.advance(1)
+                if is_stopping:
+                    raise StoppedError(f"stopped after step {done} of {config.steps}.", step=done)
     model.eval()
     return log.record(order.epochs(done))
 
@@ -487,7 +528,7 @@ def _not_finite(
     step: int,
     config: TrainConfig,
     state: Path | None,
-) -> TrainingError:
+) -> DivergedError:
     """What to raise before a loss or gradient that is no number gets into the weights."""
     loss, norm = loss_and_norm
     device = next(model.parameters()).device
@@ -504,7 +545,8 @@ def _not_finite(
         way_out += ", which is another run: it needs a new state folder (another --out, or --overwrite)"
         if has_state(state):
             way_out += f". '{state}' keeps the last good state as a record: with the same options it goes on to the same step"
-    return TrainingError(f"the {what} at step {step}: {where}. {way_out}.")
+    numbers = {"loss": loss, "grad_norm": norm}
+    return DivergedError(f"the {what} at step {step}: {where}. {way_out}.", step=step, numbers=numbers)
 
 
 @torch.no_grad()

@@ -185,6 +185,12 @@ def has_state(folder: Path) -> bool:
     return bool(_steps(folder))
 
 
+def latest_step(folder: Path) -> int:
+    """Steps done in the last whole state; 0 where there is none."""
+    steps = _steps(folder)
+    return int(steps[-1].name.removeprefix(_PREFIX)) if steps else 0
+
+
 def _name(step: int) -> str:
     return f"{_PREFIX}{step:08d}"
 

@@ -6,7 +6,8 @@ import pytest
 
 from moeify import _config
 from moeify.errors import CheckpointError, ConfigError
-from moeify.ssd import Controller, ControllerState, Decision, Signals, SSDConfig, decide
+from moeify.ssd import Controller, ControllerState, Decision, Fallback, Signals, SSDConfig, decide, spike
+from moeify.ssd import modes as modes_of
 
 ADAPTIVE = SSDConfig(probe_frac=0.02, sparse_frac=0.2, final_dense_frac=0.1)  # of 100 steps: measured every 2, sparse for 20, dense from 90
 
@@ -176,3 +177,55 @@ def test_decisions_come_back_from_json():
 def test_bad_options_are_refused(options, message):
     with pytest.raises(ConfigError, match=message):
         SSDConfig(**options)
+
+
+# -- sparse phases that go wrong -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("losses", "jumped"),
+    [
+        pytest.param([2.0] * 20 + [4.1], True, id="twice the mean and 0.5 nats above it"),
+        pytest.param([2.0] * 20 + [4.0], False, id="not more than the factor"),
+        pytest.param([0.1] * 20 + [0.55], False, id="a small loss may multiply: not 0.5 nats"),
+        pytest.param([2.0] * 19 + [9.0], False, id="too few to have a mean"),
+        pytest.param([50.0] * 5 + [2.0] * 20 + [4.1], True, id="only the last count"),
+    ],
+)
+def test_a_spike_is_a_rule_of_the_losses(losses, jumped):
+    found = spike(SSDConfig(spike_factor=2.0, spike_steps=20, max_loss_gap=0.5), losses)
+    assert (found is not None) == jumped
+    if found:
+        assert found == {"loss": losses[-1], "mean_loss": pytest.approx(2.0), "spike_factor": 2.0, "max_loss_gap": 0.5}
+
+
+FELL = Fallback(step=22, failed=25, until=31, reason="loss 9", numbers={"loss": 9.0})
+
+
+@pytest.mark.parametrize("config", [ADAPTIVE, SSDConfig(schedule="fixed", switches=(0.2, 0.5), probe_frac=0.02)])
+def test_after_a_fallback_training_is_dense_until_the_step_it_says(config):
+    controller = Controller(config, total_steps=100)
+    modes = []
+    for step in range(100):
+        if step == FELL.step and not any(d.reason.startswith("fallback") for d in controller.log):
+            assert controller.mode == "sparse"
+            controller.fall_back(FELL)
+        if controller.is_due(step):
+            controller.decide(Signals(step=step, **(healthy(step, controller.mode) if controller.measures(step) else {})))
+        modes.append(controller.mode)
+    assert modes[20:22] == ["sparse"] * 2
+    assert modes[22:31] == ["dense"] * 9
+    assert "sparse" in modes[31:40]
+    (decision,) = [d for d in controller.log if d.reason == "fallback: loss 9"]
+    assert decision.numbers == {"loss": 9.0, "failed_step": 25.0, "dense_until": 31.0}
+    assert (decision.before, decision.after) == ("sparse", "dense")
+    assert modes_of(controller.log, 100) == modes
+    again = Controller(config, total_steps=100)
+    again.load(json.loads(json.dumps(controller.to_dict())))
+    assert (again.state, again.log) == (controller.state, controller.log)
+
+
+def test_bad_fallback_options_are_refused():
+    for bad in ({"spike_factor": 1.0}, {"spike_steps": 0}, {"fallback_frac": 0.0}, {"max_fallbacks": -1}):
+        with pytest.raises(ConfigError, match=next(iter(bad))):
+            SSDConfig(**bad)

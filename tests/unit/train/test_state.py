@@ -13,7 +13,7 @@ from tiny import tiny_llama
 from torch import nn
 from training import F32, Dies, DyingData, emotions, text, tiny_classifier, weights
 
-from moeify.errors import CheckpointError, TrainingError
+from moeify.errors import CheckpointError, DivergedError, StoppedError, TrainingError
 from moeify.train import state as states
 from moeify.train.loop import TrainConfig, train
 
@@ -247,3 +247,27 @@ def test_train_after_sigkill_while_it_saves_goes_on_to_the_same_losses(tmp_path,
         assert continued.losses == train(tiny_llama(), text(), CONFIG).losses
     finally:
         torch.set_num_threads(threads)
+
+
+def test_a_run_that_is_told_to_stop_saves_its_step_and_goes_on_from_there(uninterrupted, tmp_path):
+    told = []
+    with pytest.raises(StoppedError, match="stopped after step 5 of 8") as caught:
+        train(model_of(), emotions(), CONFIG, state=tmp_path, watch=told.append, stop=lambda: len(told) == 5, evaluate=lambda _: 0.0)
+    assert caught.value.step == states.latest_step(tmp_path) == 5
+    assert [report.step for report in told] == [1, 2, 3, 4, 5]
+    assert [report.loss for report in told] == list(uninterrupted[0].losses[:5])
+    assert [report.lr for report in told[:3]] == pytest.approx([0, 5e-3, 1e-2])
+    model = model_of()
+    record = train(model, emotions(), CONFIG, state=tmp_path, evaluate=lambda m: float(m.calls))
+    same_as(uninterrupted, record, model)
+
+
+def test_what_watches_may_end_a_run_before_its_state_is_saved(tmp_path):
+    def bad(report):
+        if report.step == 4:
+            raise DivergedError("bad", step=report.step, numbers={"loss": report.loss})
+
+    with pytest.raises(DivergedError):
+        train(model_of(), emotions(), CONFIG, state=tmp_path, watch=bad)
+    assert states.latest_step(tmp_path) == 2
+    assert states.latest_step(tmp_path / "nowhere") == 0

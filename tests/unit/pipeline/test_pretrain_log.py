@@ -1,0 +1,66 @@
+"""Rows, console lines and other listeners of pre-training."""
+
+import json
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from moeify.errors import ConfigError
+from moeify.pipeline import pretrain_log as log
+
+
+def test_rows_of_steps_that_are_done_again_are_dropped_and_half_a_line_too(tmp_path):
+    path = tmp_path / "log.jsonl"
+    lines = log.JsonLines(path, start=0)
+    for step in range(1, 8):
+        lines.write("decision", step - 1, {})
+        lines.write("step", step, {"loss": float("nan") if step == 2 else 1.0})
+    lines.close()
+    with path.open("a") as file:
+        file.write('{"kind": "step", "st')
+    log.JsonLines(path, start=4).close()
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [row["step"] for row in rows if row["kind"] == "step"] == [1, 2, 3, 4]
+    assert [row["step"] for row in rows if row["kind"] == "decision"] == [0, 1, 2, 3]  # of step 4 it comes after the state
+    assert rows[3]["loss"] is None
+
+
+def test_the_console_has_speed_mode_and_the_time_left():
+    now, said = [100.0], []
+    console = log.Console(said.append, steps=100, clock=lambda: now[0])
+    console.begin(20, 2000)
+    for step in range(21, 61):
+        now[0] += 1.0
+        console.step(step, loss=2.0, lr=1e-3, tokens=100 * step, mode="sparse" if step > 50 else "dense")
+    assert said[0] == "step 23/100: loss 2.0000, lr 0.001, 100 tokens/s, dense, 77 s left"
+    assert [line.split("/")[0] for line in said] == ["step 23", "step 33", "step 43", "step 53"]
+    assert "sparse" in said[-1]
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(45.2, "45 s"), (720, "12 min"), (12_000, "3 h 20 min")])
+def test_durations(seconds, text):
+    assert log.duration(seconds) == text
+
+
+def test_weights_and_biases_is_told_where_it_is_asked_for(monkeypatch):
+    if not log.importlib.util.find_spec("wandb"):
+        with pytest.raises(ConfigError, match="wandb is not installed"):
+            log.check_wandb()
+    told = []
+    run = SimpleNamespace(log=lambda values, step: told.append((step, values)), finish=lambda: told.append("end"))
+    fake = SimpleNamespace(init=lambda **options: told.append(options) or run)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    monkeypatch.setattr(log, "check_wandb", lambda: None)
+    sink = log.WandB("project", name="out", run="0123", config={"a": 1})
+    sink.scalars(3, {"loss": 1.0})
+    sink.close()
+    assert told == [{"project": "project", "name": "out", "id": "0123", "resume": "allow", "config": {"a": 1}}, (3, {"loss": 1.0}), "end"]
+
+
+@pytest.mark.skipif(not log.has_tensorboard(), reason="tensorboard is not installed")
+def test_tensorboard_gets_scalars(tmp_path):
+    board = log.TensorBoard(tmp_path, start=0)
+    board.scalars(1, {"loss": 2.0})
+    board.close()
+    assert any(path.stat().st_size for path in tmp_path.iterdir())
