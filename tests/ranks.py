@@ -6,8 +6,10 @@ Processes are forked from a server that has imported what is slow to import.
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import socket
+import time
 import traceback
 import warnings
 from dataclasses import replace
@@ -15,6 +17,7 @@ from pathlib import Path
 
 import torch
 from pretraining import PROBE, Counting, sites_of, tiny_gpt
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 from training import F32
 
 from moeify._dist import Ranks, whole
@@ -50,6 +53,8 @@ def results(size, jobs, folder, *, timeout_s=120):
         process.join(timeout_s)
         if process.is_alive():
             process.kill()
+    errors = [found["error"] for path in sorted(folder.glob("*.json")) if "error" in (found := json.loads(path.read_text()))]
+    assert not errors, errors[0]
     return {name: read(folder, name) for name, _, _ in jobs}
 
 
@@ -69,7 +74,7 @@ def _work(rank, size, port, jobs, folder):
     with distributed(timeout_s=30):
         for name, function, arguments in jobs:
             try:
-                found = {"result": function(**arguments)}
+                found = {"result": function(**arguments), "cpu_s": time.process_time()}
             except Exception:  # noqa: BLE001 - whatever it is, the test shows it
                 found = {"error": traceback.format_exc()}
             Path(folder, f"{name}.{rank}.json").write_text(json.dumps(found))
@@ -90,11 +95,16 @@ class KillsRank(Counting):
         return super().batch(rows, generator=generator)
 
 
-def pretrain(*, kind="auto", state=None, until=None, data=None, config=SSD_CONFIG, training=STEPS):
-    """An SSD run on as many processes as there are; everything that must not depend on their number, as JSON."""
+def pretrain(*, kind="auto", state=None, source=None, until=None, data=None, micro=2):
+    """An SSD run on as many processes as there are; everything that must not depend on their number, as JSON.
+
+    ``until``: forwards of a process after which all stop; ``source``: a state that is copied, and gone on from.
+    """
+    if source is not None:
+        Ranks.present().first(lambda: shutil.copytree(source, state) and None)
     model = tiny_gpt()
-    steps = replace(training, parallel=kind, save_every=None if state is None else 2)
-    with SSD(model, sites_of(model), config, total_steps=steps.steps, probe=PROBE) as ssd:
+    steps = replace(STEPS, parallel=kind, save_every=None if state is None else 2, micro_sequences=micro)
+    with SSD(model, sites_of(model), SSD_CONFIG, total_steps=steps.steps, probe=PROBE) as ssd:
         data = data or Counting()
         state = None if state is None else Path(state)
         if until is not None:
@@ -154,9 +164,27 @@ class Stops(Counting):
 
 
 def lose_a_process(*, state):
-    """A run whose second process is killed; what the first one then says."""
+    """A run whose second process is killed in the sparse phase; what the first one then says."""
     try:
-        pretrain(kind="fsdp", state=state, data=KillsRank(1, at=9))
+        pretrain(kind="fsdp", state=state, data=KillsRank(1, at=14))
     except MoeifyError as error:
         return [type(error).__name__, str(error)]
+    return None
+
+
+def fill_a_disk(*, state, source):
+    """A run whose second process cannot write; what each says, and what is left."""
+
+    def full(self, plan, planner):
+        raise OSError(28, "No space left on device")
+
+    whole = HuggingFaceStorageWriter.write_data
+    if Ranks.present().rank == 1:
+        HuggingFaceStorageWriter.write_data = full
+    try:
+        pretrain(kind="fsdp", state=state, source=source)
+    except MoeifyError as error:
+        return [type(error).__name__, str(error), sorted(path.name for path in Path(state).iterdir())]
+    finally:
+        HuggingFaceStorageWriter.write_data = whole
     return None

@@ -351,21 +351,23 @@ class Monitor:
             yield
 
     def _count(self, sums: "_Sums", name: str, layer: MoEFFN, h: Tensor, keep_T: Tensor | None) -> None:
-        if not self._counts:
-            return
         h_TF = h.reshape(-1, h.shape[-1])
         x_TD = None if sums.x is None else sums.x.reshape(-1, sums.x.shape[-1])
         sums.x = None
         if keep_T is not None:
             keep_T = keep_T.to(h.device)
             h_TF, x_TD = h_TF[keep_T], None if x_TD is None else x_TD[keep_T]
+        # Before the return: where processes hold parts of the routers, they gather them together.
+        mask_TE = None if x_TD is None else layer.rule(layer.scores(x_TD))
+        if not self._counts:
+            return
         fires_TF = h_TF.abs() > self._config.eps
         sums.silent = sums.silent + (~fires_TF).sum(dtype=torch.float64)
         sums.values += fires_TF.numel()
         self.similarities[name].observe(fires_TF)
-        if x_TD is not None:
+        if mask_TE is not None:
             mass_TE = expert_sums(h_TF.float(), layer.bounds)
-            sums.captured = sums.captured + (mass_TE * layer.rule(layer.scores(x_TD))).sum(dtype=torch.float64)
+            sums.captured = sums.captured + (mass_TE * mask_TE).sum(dtype=torch.float64)
             sums.total = sums.total + mass_TE.sum(dtype=torch.float64)
 
 

@@ -44,7 +44,7 @@ def distributed(*, timeout_s: float = 1800.0) -> Iterator[torch.device]:
     Raises:
         ConfigError: fewer GPUs than processes on this machine.
     """
-    joins = _is_started() and not dist.is_initialized()
+    joins = _num_started() > 0 and not dist.is_initialized()
     device = torch.device("cpu")
     if torch.cuda.is_available():
         local = int(os.environ.get("LOCAL_RANK", torch.cuda.current_device()))
@@ -77,7 +77,7 @@ class Parallel:
     def __init__(self, kind: ParallelKind, model: nn.Module, *, compute: torch.dtype) -> None:
         self.ranks = ALONE if kind == "none" else Ranks.present()
         is_joined = dist.is_available() and dist.is_initialized()
-        if kind != "none" and not is_joined and _is_started():
+        if kind != "none" and not is_joined and _num_started() > 1:
             raise ConfigError(
                 "torchrun has started several processes, which have not joined; train inside of 'with moeify.train.distributed()'."
             )
@@ -155,7 +155,7 @@ class Parallel:
             if self.ranks.size == 1 or not is_lost:
                 raise
             raise TrainingError(
-                f"process {self.ranks.rank} of {self.ranks.size} lost another one at step {step} ({str(error).splitlines()[0]}); "
+                f"process {self.ranks.rank} of {self.ranks.size} lost another one at step {step} ({_said(error)}); "
                 "that one's own output says why. The same command goes on from the last saved state."
             ) from error
 
@@ -272,5 +272,10 @@ def is_sharded(model: nn.Module) -> bool:
     return any(is_spread(p) for p in model.parameters())
 
 
-def _is_started() -> bool:
-    return dist.is_available() and int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
+def _said(error: Exception) -> str:
+    return str(error).splitlines()[0].partition(". ")[0]
+
+
+def _num_started() -> int:
+    """Processes that torchrun, or whoever sets the same variables, has started; 0: none has."""
+    return int(os.environ["WORLD_SIZE"]) if dist.is_available() and {"RANK", "WORLD_SIZE"} <= os.environ.keys() else 0

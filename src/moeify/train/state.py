@@ -120,7 +120,12 @@ def save_state(
 
     ranks.first(partial(_written, begin, new))
     if spread:
-        write_shards(new / _SHARDS, _without_ties(model) | {_slot(name): tensor for name, tensor in tensors.items()}, ranks=ranks)
+        try:
+            write_shards(new / _SHARDS, _without_ties(model) | {_slot(name): tensor for name, tensor in tensors.items()}, ranks=ranks)
+        except CheckpointError:  # in all processes, and none writes any more
+            if ranks.is_first:
+                shutil.rmtree(new, ignore_errors=True)
+            raise
     ranks.first(partial(_written, finish, new))
     if ranks.is_first:
         for old in _steps(folder):

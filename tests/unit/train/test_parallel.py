@@ -1,13 +1,19 @@
 """Runs on 2 and 4 processes (gloo) against one: losses, switches, what a killed process leaves."""
 
+import shutil
+import signal
+
 import pytest
 import ranks
 from pretraining import Counting, tiny_gpt
 
 from moeify._dist import ALONE, Ranks
-from moeify.errors import ConfigError
+from moeify.errors import CheckpointError, ConfigError
 from moeify.train.loop import TrainConfig, train
 from moeify.train.parallel import blocks_of, share
+
+SPARSE = 14
+"""Forwards of each of two processes in 7 steps: the last saved state, of step 6, is in the sparse phase."""
 
 
 @pytest.fixture(scope="module")
@@ -22,11 +28,28 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def two(folder):
+    fsdp, ddp = str(folder / "of-fsdp"), str(folder / "of-ddp")
     jobs = [
         ("ddp", ranks.pretrain, {"kind": "auto"}),
         ("fsdp", ranks.pretrain, {"kind": "fsdp"}),
+        ("fsdp stopped", ranks.pretrain, {"kind": "fsdp", "state": fsdp, "until": SPARSE}),
+        ("ddp stopped", ranks.pretrain, {"kind": "ddp", "state": ddp, "until": SPARSE}),
+        ("fsdp resumed", ranks.pretrain, {"kind": "fsdp", "state": f"{fsdp}-2", "source": fsdp}),
+        ("ddp resumed", ranks.pretrain, {"kind": "ddp", "state": f"{ddp}-2", "source": ddp}),
+        ("full disk", ranks.fill_a_disk, {"state": f"{fsdp}-full", "source": fsdp}),
     ]
     return ranks.results(2, jobs, folder / "two")
+
+
+@pytest.fixture(scope="module")
+def four(folder, two):
+    fsdp, ddp = str(folder / "of-fsdp"), str(folder / "of-ddp")
+    jobs = [
+        ("ddp", ranks.pretrain, {"kind": "ddp", "micro": 1}),
+        ("fsdp of fsdp", ranks.pretrain, {"kind": "fsdp", "state": f"{fsdp}-4", "source": fsdp, "micro": 1}),
+        ("fsdp of ddp", ranks.pretrain, {"kind": "fsdp", "state": f"{ddp}-4", "source": ddp}),
+    ]
+    return ranks.results(4, jobs, folder / "four")
 
 
 def assert_same_run(found, expected):
@@ -49,6 +72,57 @@ def test_two_processes_train_as_one_through_all_phases(two, one, kind):
     assert [(before, after) for _, before, after, _ in one["decisions"] if before != after] == [
         ("dense", "sparse"), ("sparse", "dense"),
     ]  # fmt: skip
+
+
+def test_four_processes_train_as_one_where_a_step_is_not_a_multiple(four, one):
+    assert_same_run(four["ddp"], one)
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_two_processes_go_on_to_the_same_bits(two, kind):
+    assert two[f"{kind} stopped"] is None
+    for key in ("losses", "decisions", "captured", "sums", "after"):
+        assert two[f"{kind} resumed"][key] == two[kind][key]
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_a_state_of_two_processes_is_gone_on_from_by_one_and_by_four(folder, two, four, one, kind):
+    source = folder / f"of-{kind}"
+    assert sorted(path.name for path in source.iterdir()) == ["run.json", "step-00000006"]
+    files = sorted(path.relative_to(source / "step-00000006").as_posix() for path in (source / "step-00000006").rglob("*.*"))
+    assert all(name.endswith((".json", ".safetensors")) for name in files)  # nothing pickled
+    assert sum(name.startswith("shards/") for name in files) == (2 if kind == "fsdp" else 0)
+    assert_same_run(four[f"fsdp of {kind}"], one)
+    alone = ranks.pretrain(state=folder / f"of-{kind}-1", source=source)
+    assert_same_run(alone, one)
+    assert alone["losses"][:6] == two[kind]["losses"][:6]  # read, not computed again
+
+
+def test_shards_without_one_of_their_files_are_refused(folder, two, tmp_path):
+    shutil.copytree(folder / "of-fsdp", tmp_path / "state")
+    next((tmp_path / "state" / "step-00000006" / "shards").glob("*-00001-*")).unlink()
+    with pytest.raises(CheckpointError, match="a file is missing"):
+        ranks.pretrain(state=tmp_path / "state")
+
+
+def test_a_process_that_cannot_write_ends_all_and_the_last_state_stays(two):
+    kind, text, left = two["full disk"]
+    assert kind == "CheckpointError" and "No space left" in text and "process 1" in text
+    assert left == ["run.json", "step-00000006"]
+
+
+def test_a_killed_process_ends_the_others_and_the_same_call_goes_on(folder, two, tmp_path):
+    state, said = tmp_path / "state", tmp_path / "said"
+    said.mkdir()
+    processes = ranks.start(2, [("lost", ranks.lose_a_process, {"state": str(state)})], said)
+    for process in processes:
+        process.join(60)
+    assert processes[1].exitcode == -signal.SIGKILL
+    assert processes[0].exitcode is not None, "the first process still waits"
+    kind, text = ranks.read(said, "lost")
+    assert kind == "TrainingError" and "process 0 of 2 lost another one at step 7" in text and "\n" not in text
+    again = ranks.results(2, [("again", ranks.pretrain, {"kind": "fsdp", "state": str(state)})], said)["again"]
+    assert again["losses"] == two["fsdp"]["losses"] and again["sums"] == two["fsdp"]["sums"]
 
 
 def test_share_gives_every_process_as_many_forwards():
