@@ -13,6 +13,7 @@ import time
 import traceback
 import warnings
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -105,6 +106,9 @@ def pretrain(*, kind="auto", state=None, source=None, until=None, data=None, mic
     model = tiny_gpt()
     steps = replace(STEPS, parallel=kind, save_every=None if state is None else 2, micro_sequences=micro)
     with SSD(model, sites_of(model), SSD_CONFIG, total_steps=steps.steps, probe=PROBE) as ssd:
+        reasons = set()
+        for layer in moe_layers(model).values():
+            layer.host.register_forward_pre_hook(partial(_note_why_masked, layer=layer, reasons=reasons))
         data = data or Counting()
         state = None if state is None else Path(state)
         if until is not None:
@@ -128,12 +132,18 @@ def pretrain(*, kind="auto", state=None, source=None, until=None, data=None, mic
         "captured": [p.captured for p in ssd.probes],
         "inertia": [s.inertia for s in ssd.switches],
         "router_steps": router_steps,
+        "masked": sorted(map(str, reasons)),
         "after": after,
         "sums": {name: float(w.double().square().sum()) for name, w in weights.items()},
         "identical": _same_everywhere(weights),
         "state_keys": sorted(whole_state(model)),
     }
     return json.loads(json.dumps(found))
+
+
+def _note_why_masked(_module, _args, *, layer, reasons):
+    if layer.mode == "moe" and layer.host.training:
+        reasons.add(layer.masked_reason())
 
 
 def evaluate(model):
@@ -161,6 +171,29 @@ class Stops(Counting):
         if self.left < 0:
             raise Stopped
         return super().batch(rows, generator=generator)
+
+
+class HalfLabelled(Counting):
+    """Every third sequence has no label, so that some forwards have none."""
+
+    def batch(self, rows, *, generator):
+        batch = super().batch(rows, generator=generator)
+        without = torch.tensor(rows) % 3 == 0
+        return batch | {"labels": batch["labels"].masked_fill(without[:, None], -100)}
+
+
+def train_half_labelled(*, kind, micro=1):
+    """Losses where processes have different numbers of labels, some none."""
+    return train(tiny_gpt(), HalfLabelled(), replace(STEPS, steps=8, parallel=kind, micro_sequences=micro)).losses
+
+
+def diverge(*, kind):
+    """What is said of a loss that is no number."""
+    try:
+        train(tiny_gpt(), Counting(), replace(STEPS, parallel=kind, lr=1e20, clip=0.0))
+    except MoeifyError as error:
+        return [type(error).__name__, str(error)]
+    return None
 
 
 def lose_a_process(*, state):

@@ -54,12 +54,26 @@ def distributed(*, timeout_s: float = 1800.0) -> Iterator[torch.device]:
         torch.cuda.set_device(device)
     if joins:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+        _join(backend, timedelta(seconds=timeout_s))
     try:
         yield device
     finally:
         if joins:
             dist.destroy_process_group()
+
+
+def _join(backend: str, timeout: timedelta) -> None:
+    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if restarts == "0" or os.environ.get("GROUP_WORLD_SIZE") != "1":
+        dist.init_process_group(backend, timeout=timeout)
+        return
+    # torchrun --max-restarts on one machine: the agent's store lives on, with the addresses of processes that are gone (torch 2.13). Of
+    # several machines the counts need not agree.
+    from torch.distributed.distributed_c10d import PrefixStore
+    from torch.distributed.rendezvous import rendezvous
+
+    store, rank, size = next(rendezvous("env://", timeout=timeout))
+    dist.init_process_group(backend, store=PrefixStore(f"restart-{restarts}", store), rank=rank, world_size=size, timeout=timeout)
 
 
 class Parallel:
@@ -205,7 +219,7 @@ def shard(model: nn.Module, *, compute: torch.dtype = torch.float32) -> None:
 
     Args:
         model: on its device.
-        compute: dtype that parameters are gathered in; gradients are summed in float32.
+        compute: dtype that blocks' parameters are gathered in, for an autocast to it; gradients are summed in float32.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -216,13 +230,16 @@ def shard(model: nn.Module, *, compute: torch.dtype = torch.float32) -> None:
         parameter.data = parameter.data.contiguous()  # fully_shard takes no other; moeify's kernels had asked for them
     mesh = init_device_mesh(device.type, (ranks.size,))
     low = None if compute is torch.float32 else compute
-    policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=None if low is None else torch.float32)
+    # Inputs are not cast, and what is outside of blocks stays as it is: so that the loop's autocast finds what it would without sharding,
+    # a residual stream in float32 above all, and only norms' weights are rounded more.
+    policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=None if low is None else torch.float32, cast_forward_inputs=False)
+    plain = MixedPrecisionPolicy(cast_forward_inputs=False)
     for layer in moe_layers(model).values():
         if any(True for _ in layer.router.parameters()):
-            fully_shard(layer.router, mesh=mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
+            fully_shard(layer.router, mesh=mesh, mp_policy=plain)
     for block in blocks_of(model):
         fully_shard(block, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=plain)
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:

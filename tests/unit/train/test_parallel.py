@@ -1,7 +1,11 @@
 """Runs on 2 and 4 processes (gloo) against one: losses, switches, what a killed process leaves."""
 
+import json
 import shutil
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import ranks
@@ -36,6 +40,10 @@ def two(folder):
         ("ddp stopped", ranks.pretrain, {"kind": "ddp", "state": ddp, "until": SPARSE}),
         ("fsdp resumed", ranks.pretrain, {"kind": "fsdp", "state": f"{fsdp}-2", "source": fsdp}),
         ("ddp resumed", ranks.pretrain, {"kind": "ddp", "state": f"{ddp}-2", "source": ddp}),
+        ("ddp half labelled", ranks.train_half_labelled, {"kind": "ddp"}),
+        ("fsdp half labelled", ranks.train_half_labelled, {"kind": "fsdp"}),
+        ("ddp diverges", ranks.diverge, {"kind": "ddp"}),
+        ("fsdp diverges", ranks.diverge, {"kind": "fsdp"}),
         ("full disk", ranks.fill_a_disk, {"state": f"{fsdp}-full", "source": fsdp}),
     ]
     return ranks.results(2, jobs, folder / "two")
@@ -61,6 +69,7 @@ def assert_same_run(found, expected):
     assert found["decisions"] == expected["decisions"]
     assert found["router_steps"] == expected["router_steps"] == [6, 6]  # none in dense phases
     assert [step for step, *_ in found["evals"]] == [12] and found["evals"][0][1] == pytest.approx(expected["evals"][0][1], abs=1e-5)
+    assert found["masked"] == ["None"]  # the kernels read plain, whole weights
     assert found["tokens"] == expected["tokens"]
     assert found["sums"] == pytest.approx(expected["sums"], rel=1e-4)
     assert found["after"] == pytest.approx(expected["after"], abs=1e-5)
@@ -76,6 +85,17 @@ def test_two_processes_train_as_one_through_all_phases(two, one, kind):
 
 def test_four_processes_train_as_one_where_a_step_is_not_a_multiple(four, one):
     assert_same_run(four["ddp"], one)
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_labels_weigh_the_same_wherever_they_are(two, kind):
+    assert two[f"{kind} half labelled"] == pytest.approx(ranks.train_half_labelled(kind="none", micro=6), abs=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_divergence_is_one_line_in_all_processes(two, kind):
+    name, text = two[f"{kind} diverges"]
+    assert (name, text) == tuple(ranks.diverge(kind="none"))
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
@@ -123,6 +143,34 @@ def test_a_killed_process_ends_the_others_and_the_same_call_goes_on(folder, two,
     assert kind == "TrainingError" and "process 0 of 2 lost another one at step 7" in text and "\n" not in text
     again = ranks.results(2, [("again", ranks.pretrain, {"kind": "fsdp", "state": str(state)})], said)["again"]
     assert again["losses"] == two["fsdp"]["losses"] and again["sums"] == two["fsdp"]["sums"]
+
+
+RESTARTED = """
+import json, os, sys
+sys.path.insert(0, sys.argv[1])
+import ranks
+from moeify._dist import Ranks
+from moeify.train.parallel import distributed
+
+with distributed(timeout_s=60):
+    dies = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
+    found = ranks.pretrain(kind="fsdp", state=sys.argv[2] + "/state", data=ranks.KillsRank(1, at=14) if dies else None)
+    if Ranks.present().is_first:
+        print("FOUND", json.dumps(found["losses"]))
+"""
+
+
+@pytest.mark.slow
+def test_torchrun_starts_a_killed_run_again(two, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(RESTARTED)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
+    tests = str(Path(ranks.__file__).parent)
+    ran = subprocess.run([*command, str(script), tests, str(tmp_path)], capture_output=True, text=True, timeout=300)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    (found,) = [line.removeprefix("FOUND ") for line in ran.stdout.splitlines() if line.startswith("FOUND ")]
+    assert json.loads(found) == two["fsdp"]["losses"]
+    assert "exitcode: -9" in ran.stderr
 
 
 def test_share_gives_every_process_as_many_forwards():
