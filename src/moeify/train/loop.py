@@ -27,7 +27,7 @@ from ..errors import ConfigError, DataError, TrainingError, is_out_of_memory
 from ..sites.policy import matching_key
 from .capture import fast_dtype
 from .labels import counted_labels, shifts_labels
-from .parallel import Parallel, ParallelKind, blank, is_finite, share
+from .parallel import Parallel, ParallelKind, blank, is_finite, is_sharded, share
 from .state import PartState, has_state, load_part, load_state, open_state, save_state
 
 _log = logging.getLogger(__name__)
@@ -176,7 +176,7 @@ def train(
     Epoch e takes the sequences in the order ``randperm(len(data))`` of seed ``seed + e``, ``batch_sequences`` a step, its last what is
     left. A step's loss is the mean over all its labels, however they fall into micro-batches: each one's mean is weighted by its share.
     Of several processes (`TrainConfig.parallel`), which all call this alike, each takes every n-th sequence of a step; the losses are those
-    of one process, but for random numbers (dropout, masking).
+    of one process, but for random numbers (dropout, masking). One that is gone is a TrainingError in the others.
     Gradients that the model comes with are dropped.
 
     Args:
@@ -198,8 +198,7 @@ def train(
         ConfigError: nothing to train, float16 weights to train, or float16 products without a GPU.
         DataError: no sequences, or a step without a label.
         CheckpointError: ``state`` is of another run, or cannot be written.
-        TrainingError: the loss or a gradient is not finite, memory ran out, or another process is gone. The model then has the weights
-            that gave it.
+        TrainingError: the loss or a gradient is not finite, or memory ran out. The model then has the weights that gave it.
     """
     device = next(model.parameters()).device
     compute = _compute_dtype(config, device)
@@ -272,7 +271,7 @@ def train(
                     overflowed = scaler.is_enabled() and scaler.get_scale() > 1 and not math.isfinite(values[1])
                     if not (math.isfinite(values[0]) and (math.isfinite(values[1]) or overflowed)):
                         with _autocast(device, compute):
-                            raise _not_finite(values, model, batches, step=step, config=config, state=state, all_run=ranks.size > 1)
+                            raise _not_finite(values, model, batches, step=step, config=config, state=state)
                     if config.clip:
                         nn.utils.clip_grads_with_norm_(model.parameters(), config.clip, norm)
                     lr = schedule.get_last_lr()[0]
@@ -503,16 +502,14 @@ def _not_finite(
     step: int,
     config: TrainConfig,
     state: Path | None,
-    all_run: bool,
 ) -> TrainingError:
-    """What to raise before a loss or gradient that is no number gets into the weights.
-
-    ``all_run``: run all batches, for other processes do, and may hold parts of the weights.
-    """
+    """What to raise before a loss or gradient that is no number gets into the weights."""
     loss, norm = loss_and_norm
     device = next(model.parameters()).device
-    layers = (_first_bad_layer(model, _to(batch, device)) for batch in batches)
-    layer = next(filter(None, list(layers) if all_run else layers), None)
+    layers: Iterator[str | None] = (_first_bad_layer(model, _to(batch, device)) for batch in batches)
+    if is_sharded(model):  # then all processes run all their batches, or some wait for the others' parts
+        layers = iter(list(layers))
+    layer = next(filter(None, layers), None)
     gradients = [name for name, p in model.named_parameters() if p.grad is not None and not is_finite(p.grad)]
     where = "all activations are finite"
     if layer is not None:

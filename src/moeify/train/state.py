@@ -121,7 +121,7 @@ def save_state(
     ranks.first(partial(_written, begin, new))
     if spread:
         try:
-            write_shards(new / _SHARDS, _without_ties(model) | {_slot(name): tensor for name, tensor in tensors.items()}, ranks=ranks)
+            write_shards(new / _SHARDS, _without_ties(model) | {f"{_SLOT}{name}": tensor for name, tensor in tensors.items()}, ranks=ranks)
         except CheckpointError:  # in all processes, and none writes any more
             if ranks.is_first:
                 shutil.rmtree(new, ignore_errors=True)
@@ -242,10 +242,6 @@ def _read_spread(folder: Path, model: nn.Module, parameters: Sequence[Tensor], r
 def has_state(folder: Path) -> bool:
     """Whether a whole state is kept there."""
     return bool(_steps(folder))
-
-
-def _slot(name: str) -> str:
-    return f"{_SLOT}{name}"
 
 
 def _name(step: int) -> str:
