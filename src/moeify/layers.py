@@ -235,6 +235,10 @@ class MoEFFN(nn.Module):
         """The modules in the places of the first projection that reads x and of the down projection."""
         return _module_at(self.host, self._local.first[0]), _module_at(self.host, self._local.down)
 
+    def leaves(self) -> list[nn.Module]:
+        """The projections themselves, whatever others have put around them."""
+        return list(self._leaves.values())
+
     @property
     def is_int8(self) -> bool:
         """Whether the experts' weights are int8."""

@@ -234,7 +234,7 @@ def neuron_parameters(model: nn.Module, site: FFNSite) -> list[tuple[nn.Paramete
     for path in (*site.first, site.down):
         module: Any = model.get_submodule(path)
         reason = "has int8 weights" if isinstance(module, Int8Linear) else not_plain_reason(module, allow_meta=True)
-        if reason and not reason.startswith("has a forward hook"):
+        if reason and not reason.startswith(("has a forward hook", "has a DTensor")):  # a spread weight has its shape all the same
             raise UnsupportedModelError(f"'{path}' {reason}; its neurons cannot be permuted while it trains.")
         # Neurons are the outputs of the first projections and the inputs of the last; Conv1D stores (in, out).
         is_column = is_transposed(module) != (path == site.down)

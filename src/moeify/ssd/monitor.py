@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from .._dist import ALONE, Ranks, gathered
 from .._random import restored
 from ..channels import kept
 from ..errors import CheckpointError, DataError
@@ -31,16 +32,21 @@ class Similarity(ABC):
     """How much of one FFN's pattern is as it was at the measurement before: 1 where all is, smaller where less is."""
 
     name: ClassVar[str]
+    reads_weights: ClassVar[bool]
+    """Whether `measure` looks at features."""
 
     def observe(self, fires_TF: Tensor) -> None:  # noqa: B027 - nothing where weights alone are compared
         """Take in which neurons fire on some tokens of the probe."""
 
+    def merge(self, ranks: Ranks) -> None:  # noqa: B027
+        """Take in what other processes observed."""
+
     @abstractmethod
-    def measure(self, features_FK: Tensor) -> Tensor | None:
+    def measure(self, features_FK: Tensor | None) -> Tensor | None:
         """Compare with the measurement before, and take its place.
 
         Args:
-            features_FK: the neurons' `parameter_features`.
+            features_FK: the neurons' `parameter_features`; None where they are not looked at.
 
         Returns:
             A scalar on any device; None the first time.
@@ -68,6 +74,7 @@ class CoactivationSimilarity(Similarity):
     """
 
     name = "coactivation"
+    reads_weights = False
 
     def __init__(self, config: SSDConfig, *, num_neurons: int, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
@@ -81,7 +88,12 @@ class CoactivationSimilarity(Similarity):
         counts_nn = fires_Tn.t() @ fires_Tn
         self._counts_nn = counts_nn if self._counts_nn is None else self._counts_nn + counts_nn
 
-    def measure(self, features_FK: Tensor) -> Tensor | None:
+    def merge(self, ranks: Ranks) -> None:
+        """Counts are whole numbers: their sum is exact below 2^24 tokens."""
+        n = len(self._neurons_n)
+        self._counts_nn = ranks.sum(torch.zeros(n, n) if self._counts_nn is None else self._counts_nn)
+
+    def measure(self, features_FK: Tensor | None) -> Tensor | None:
         """The correlation; features are not looked at."""
         assert self._counts_nn is not None
         counts_nn, self._counts_nn = self._counts_nn, None
@@ -108,11 +120,14 @@ class CoactivationSimilarity(Similarity):
 class _ClusterSimilarity(Similarity):
     """Of clusterings of the input weights, each started from the one before."""
 
+    reads_weights = True
+
     def __init__(self, config: SSDConfig, *, num_neurons: int, seed: int) -> None:
         self._num_experts, self._seed = config.num_experts, seed
         self._split: ExpertSplit | None = None
 
-    def measure(self, features_FK: Tensor) -> Tensor | None:
+    def measure(self, features_FK: Tensor | None) -> Tensor | None:
+        assert features_FK is not None
         last = self._split
         if last is None:
             self._split = balanced_kmeans(features_FK, num_experts=self._num_experts, seed=self._seed).split
@@ -200,7 +215,11 @@ class Monitor:
     Raises:
         DataError: no batch.
 
-    Cost: one forward over the probe, two in sparse phases, and the similarity's; one host sync at the end of each.
+    Several processes (`ranks`) run every n-th batch each, and their sums are added: as many batches as processes, or a multiple, waste
+    nothing.
+
+    Cost: one forward over the probe, two in sparse phases, and the similarity's; one host sync at the end of each. Of n processes a part
+    of ceil(batches / n) / batches of the forwards, and 4 n^2 bytes sent a layer for n compared neurons.
     """
 
     def __init__(
@@ -209,6 +228,9 @@ class Monitor:
         if not batches:
             raise DataError("the probe has no batch.")
         self._model, self._batches, self._config, self._compute = model, batches, config, compute
+        self._counts = True
+        self.ranks = ALONE
+        """The processes that measure together; all of them call `measure` alike."""
         self._layers = moe_layers(model)
         self.similarities: dict[str, Similarity] = {
             name: SIMILARITIES[config.similarity](config, num_neurons=layer.site.d_ff, seed=config.seed + i)
@@ -228,9 +250,8 @@ class Monitor:
             with self._watched(seen, sparse=sparse):
                 dense_loss = self._run("dense", device)
             sparse_loss = self._run("moe", device) if sparse else None
-            measured = [
-                similarity.measure(parameter_features(self._layers[name].weights())) for name, similarity in self.similarities.items()
-            ]
+            self._merge(seen)
+            measured = [similarity.measure(self._features(name, similarity)) for name, similarity in self.similarities.items()]
         sparsity = tuple(float(sums.silent) / sums.values for sums in seen.values())
         captured = tuple(float(sums.captured / sums.total) for sums in seen.values()) if sparse else ()
         similarity = tuple(float(value) for value in measured if value is not None)
@@ -273,11 +294,37 @@ class Monitor:
         for layer in self._layers.values():
             layer.mode = "dense" if mode == "dense" else "moe"
         losses = []
-        for batch in self._batches:
+        for i in range(self.ranks.rank, -(-len(self._batches) // self.ranks.size) * self.ranks.size, self.ranks.size):
+            self._counts = i < len(self._batches)  # else only because the others run one
+            batch = self._batches[i if self._counts else 0]
             with torch.autocast(device.type, dtype=self._compute) if self._compute is not None else nullcontext():
                 outputs = self._model(**{key: value.to(device) for key, value in batch.items()})
-            losses.append(getattr(outputs, "loss", None))
-        return None if any(loss is None for loss in losses) else torch.stack([loss.float() for loss in losses if loss is not None]).mean()
+            loss = getattr(outputs, "loss", None)
+            if loss is None:
+                return None
+            losses.append(loss.float() if self._counts else torch.zeros_like(loss, dtype=torch.float32))
+        if self.ranks.size == 1:
+            return torch.stack(losses).mean()
+        return self.ranks.sum(torch.stack(losses).sum()) / len(self._batches)
+
+    def _features(self, name: str, similarity: Similarity) -> Tensor | None:
+        if not similarity.reads_weights:
+            return None
+        layer = self._layers[name]
+        with gathered(layer.leaves()):
+            return parameter_features(layer.weights())
+
+    def _merge(self, seen: Mapping[str, "_Sums"]) -> None:
+        """Add up what processes have seen."""
+        if self.ranks.size == 1:
+            return
+        device = next(self._model.parameters()).device
+        own = [torch.stack([torch.as_tensor(v, dtype=torch.float64).to(device) for v in sums.all()]) for sums in seen.values()]
+        for sums, total in zip(seen.values(), self.ranks.sum(torch.stack(own)), strict=True):
+            sums.silent, sums.captured, sums.total = total[0], total[1], total[2]
+            sums.values = int(total[3])
+        for similarity in self.similarities.values():
+            similarity.merge(self.ranks)
 
     @contextmanager
     def _watched(self, seen: Mapping[str, "_Sums"], *, sparse: bool) -> Iterator[None]:
@@ -310,13 +357,17 @@ class Monitor:
         if keep_T is not None:
             keep_T = keep_T.to(h.device)
             h_TF, x_TD = h_TF[keep_T], None if x_TD is None else x_TD[keep_T]
+        # Before the return: where processes hold parts of the routers, they gather them together.
+        mask_TE = None if x_TD is None else layer.rule(layer.scores(x_TD))
+        if not self._counts:
+            return
         fires_TF = h_TF.abs() > self._config.eps
         sums.silent = sums.silent + (~fires_TF).sum(dtype=torch.float64)
         sums.values += fires_TF.numel()
         self.similarities[name].observe(fires_TF)
-        if x_TD is not None:
+        if mask_TE is not None:
             mass_TE = expert_sums(h_TF.float(), layer.bounds)
-            sums.captured = sums.captured + (mass_TE * layer.rule(layer.scores(x_TD))).sum(dtype=torch.float64)
+            sums.captured = sums.captured + (mass_TE * mask_TE).sum(dtype=torch.float64)
             sums.total = sums.total + mass_TE.sum(dtype=torch.float64)
 
 
@@ -328,6 +379,10 @@ class _Sums:
         self.silent, self.captured, self.total = zero, zero, zero
         self.values = 0
         self.x: Tensor | None = None
+
+    def all(self) -> tuple[Tensor | int, ...]:
+        """Whatever is a sum."""
+        return self.silent, self.captured, self.total, self.values
 
 
 def correlation(a_P: Tensor, b_P: Tensor) -> Tensor:

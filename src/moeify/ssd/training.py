@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import _config
+from .._dist import ALONE, Ranks
 from .._random import seeded
 from ..convert import SiteRecord, apply_site, stamp
 from ..errors import CheckpointError, ConfigError, UnsupportedModelError
@@ -18,7 +19,7 @@ from ..sites import FFNSite, neuron_parameters
 from ..sparsity.inflight import Removable
 from .controller import Controller, Decision, Fallback, Signals, SSDConfig
 from .monitor import Monitor, Probe
-from .switch import SwitchRecord, check_optimizer, group_neurons, permute_trained, reset_router
+from .switch import SwitchRecord, check_optimizer, group_layers, permute_trained, reset_router
 
 _log = logging.getLogger(__name__)
 
@@ -30,6 +31,9 @@ class SSD(Removable):
     (decision D8). Before each optimizer step `set_step` measures, decides and switches, where it is due; in between there is no work and no
     host sync of its own. Sparse steps run the selected experts alone (`kernels.moe_ffn`), their outputs unweighted; routers learn through
     1 + p - stopgrad(p), p the softmax over the selected scores; no token is dropped, nothing balances the load.
+
+    With several processes (`torch.distributed`, initialised before `begin`) all of them call everything alike: each measures its part of
+    the probe and groups its part of the layers, and the first one's signals decide.
 
     ``set_step(total_steps)`` ends the run: the experts are grouped once more where the last phase was dense, so that the model serves both
     modes (`moeify.set_mode`). The manifest in ``model.config`` makes ``save_pretrained`` keep both.
@@ -92,6 +96,7 @@ class SSD(Removable):
         """Every grouping of neurons."""
         self._fallbacks = list(fallbacks)
         self._optimizer: torch.optim.Optimizer | None = None
+        self._ranks = ALONE
         self._is_finished = False
 
     @property
@@ -117,6 +122,7 @@ class SSD(Removable):
         """
         check_optimizer(optimizer, self._layers)
         self._optimizer = optimizer
+        self._ranks = self.monitor.ranks = Ranks.present()
 
     def set_step(self, step: int) -> None:
         """After ``step`` optimizer steps, before the forwards of the next: measure, decide and switch where it is due.
@@ -139,10 +145,19 @@ class SSD(Removable):
         if self.controller.measures(step):
             found = self.monitor.measure(step, sparse=self.controller.mode == "sparse")
             self.probes.append(found)
-            signals = found.signals
+            # Sums over processes are alike on all; that decisions are is not left to that.
+            signals = _config.from_dict(Signals, self._ranks.same(_config.to_dict(found.signals)), where="signals")
         decision = self.controller.decide(signals or Signals(step=step))
         if decision.after != decision.before:
-            _log.info("step %d: %s to %s: %s %s", step, decision.before, decision.after, decision.reason, decision.numbers)
+            _log.log(
+                logging.INFO if self._ranks.is_first else logging.DEBUG,
+                "step %d: %s to %s: %s %s",
+                step,
+                decision.before,
+                decision.after,
+                decision.reason,
+                decision.numbers,
+            )
             if decision.after == "sparse":
                 self._regroup(step, warm=self.controller.state.sparse_phases > 1)
             self._set_mode()
@@ -205,7 +220,7 @@ class SSD(Removable):
         if self._optimizer is None:
             raise ConfigError("SSD knows no optimizer to permute with the weights; call begin(optimizer) before the first step.")
         seed = self.config.seed + 1_000_003 * (len(self.switches) + 1)
-        found = [group_neurons(layer, self.config, seed=seed + i, warm=warm) for i, layer in enumerate(self._layers)]
+        found = group_layers(self._layers, self.config, seed=seed, warm=warm, ranks=self._ranks)
         for i, (layer, (split, _)) in enumerate(zip(self._layers, found, strict=True)):
             permute_trained(self._model, layer.site, split.order_F, self._optimizer)
             self.monitor.permute(layer.site.name, split.order_F)

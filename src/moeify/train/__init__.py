@@ -16,6 +16,8 @@ from .loop import TrainConfig as TrainConfig
 from .loop import TrainingData as TrainingData
 from .loop import TrainRecord as TrainRecord
 from .loop import train as train
+from .parallel import distributed as distributed
+from .parallel import whole_state as whole_state
 from .project import ProjectConfig as ProjectConfig
 from .project import project_layers as project_layers
 from .regress import RegressConfig as RegressConfig

@@ -1,4 +1,4 @@
-"""One plain training loop: what ``transformers.Trainer`` does on one device, short enough to read.
+"""One plain training loop: what ``transformers.Trainer`` does, short enough to read; on several processes by `parallel`.
 
 Order of the data, schedule, weight decay, clipping and normalisation are Trainer's, so that the same seed gives the same losses.
 What a stage adds (a sparsity loss, a teacher) is a `Part`: hooks on the model, which the loop only tells the step.
@@ -20,19 +20,21 @@ import torch
 from torch import Tensor, nn
 
 from .. import _config
+from .._dist import ALONE, Ranks
 from .._progress import NO_PROGRESS, Progress
 from .._random import restored, seeded
 from ..errors import ConfigError, DataError, DivergedError, StoppedError, TrainingError, is_out_of_memory
 from ..sites.policy import matching_key
 from .capture import fast_dtype
 from .labels import counted_labels, shifts_labels
+from .parallel import Parallel, ParallelKind, blank, is_finite, is_sharded, share
 from .state import PartState, has_state, load_part, load_state, open_state, save_state
 
 _log = logging.getLogger(__name__)
 _NOT_DECAYED = re.compile(r"bias|layernorm|rmsnorm|(^|\.)norm($|\.)|_norm($|\.)")
 _GROUPED_STEPS = 50  # as transformers' LengthGroupedSampler
 
-FREE_OPTIONS = ("micro_sequences", "gradient_checkpointing", "eval_every", "save_every", "log_every")
+FREE_OPTIONS = ("micro_sequences", "gradient_checkpointing", "parallel", "eval_every", "save_every", "log_every")
 """Options of `TrainConfig` that may change between a kill and the next start: they decide what is kept and what fits into memory."""
 
 
@@ -82,10 +84,10 @@ class TrainConfig:
     steps: int
     """Optimizer steps."""
     batch_sequences: int = 8
-    """Sequences per optimizer step."""
+    """Sequences per optimizer step, of all processes together."""
     micro_sequences: int | None = None
-    """Sequences per forward; fewer need less memory and give the same result, but for other random numbers (dropout, masking) and for what
-    stages take from one forward. None: all of a step at once."""
+    """Sequences per forward of a process; fewer need less memory and give the same result, but for other random numbers (dropout, masking)
+    and for what stages take from one forward. None: all of a step at once."""
     lr: float = 1e-4
     """Largest learning rate."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
@@ -105,6 +107,9 @@ class TrainConfig:
     else float32. 'float16' scales the loss, and needs a GPU."""
     gradient_checkpointing: bool = False
     """Compute activations again in backward instead of keeping them: less memory, a third more time, the same result."""
+    parallel: ParallelKind = "auto"
+    """Several processes (torchrun): 'ddp', each has all weights; 'fsdp', each a part of weights, gradients and moments; 'none', they do not
+    know of each other. 'auto': 'ddp' where there are several."""
     eval_every: int | None = None
     """Steps between evaluations; None: only at the end."""
     save_every: int | None = None
@@ -197,7 +202,9 @@ def train(
 
     Epoch e takes the sequences in the order ``randperm(len(data))`` of seed ``seed + e``, ``batch_sequences`` a step, its last what is
     left; with ``group_by_length`` 50 steps' sequences each are sorted by length, and the epoch's steps are shuffled. A step's loss is the
-    mean over all its labels, however they fall into micro-batches: each one's mean is weighted by its share.
+    mean over all its labels, however they fall into micro-batches: each one's mean is weighted by its share. Of several processes
+    (`TrainConfig.parallel`), which all call this alike, each takes every n-th sequence of a step; the losses are those of one process, but
+    for random numbers (dropout, masking). One that is gone is a TrainingError in the others.
     Gradients that the model comes with are dropped.
 
     Args:
@@ -211,7 +218,7 @@ def train(
         run: JSON object that, with ``config``, tells this run from others.
         evaluate: called with the model in eval mode, every ``eval_every`` steps and at the end.
         watch: told of every step before a state is saved; what it raises ends the run, and the last state stays.
-        stop: asked after every step whether to save and end here.
+        stop: asked after every step whether to save and end here; of several processes one is enough.
         progress: told every step.
 
     Returns:
@@ -229,6 +236,8 @@ def train(
     compute = _compute_dtype(config, device)
     if len(data) == 0:
         raise DataError("the training data has no sequence.")
+    parallel = Parallel(config.parallel, model, compute=compute)
+    ranks = parallel.ranks
     groups = _parameter_groups(model, config, lr_factors or {})
     optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(_lr_factor, config=config))
@@ -240,12 +249,13 @@ def train(
         own_part.begin(optimizer)
     with seeded(config.seed, device), _gradient_checkpointing(model, enabled=config.gradient_checkpointing):
         if state is not None:
-            open_state(state, {"train": config.decisive(), "sequences": len(data), "run": dict(run or {})})
-            if kept := load_state(state, model=model, optimizer=optimizer, schedule=schedule, scaler=scaler):
+            named = {"train": config.decisive(), "sequences": len(data), "run": dict(run or {})}
+            ranks.first(partial(open_state, state, named))
+            if kept := load_state(state, model=model, optimizer=optimizer, schedule=schedule, scaler=scaler, ranks=ranks):
                 done, log = kept.step, _Log.of(_config.from_dict(TrainRecord, kept.record, where=str(state)))
                 for name, own_part in kept_parts.items():
                     own_part.load_state(*load_part(kept.folder, name))
-        order = _Order(len(data), config, lengths=getattr(data, "lengths", None))
+        order = _Order(len(data), config, ranks, lengths=getattr(data, "lengths", None))
         shifted: bool | None = None
         model.train()
         model.zero_grad(set_to_none=True)  # what a failed step, or somebody else, left there
@@ -253,31 +263,43 @@ def train(
             task.advance(done)
             for step in range(done, config.steps):
                 start = time.perf_counter()
-                for part in parts:
-                    part.set_step(step)
+                parallel.begin_step(step, seed=config.seed)
+                with parallel.faults(step):
+                    for part in parts:
+                        part.set_step(step)
                 if order.begins_epoch(step):
                     torch.empty((), dtype=torch.int64).random_()  # a DataLoader does when it starts: so dropout is Trainer's, too
-                generator = torch.Generator().manual_seed(1_000_003 * (config.seed + 1) + step)
-                batches = [data.batch(rows, generator=generator) for rows in order.micro_batches(step)]
+                generator = torch.Generator().manual_seed(1_000_003 * (config.seed + 1) + step + (ranks.rank << 40))
+                shares = order.micro_batches(step)
+                batches = [
+                    data.batch(rows, generator=generator) if rows else blank(data.batch(order.rows(step)[:1], generator=generator))
+                    for rows in shares
+                ]
                 if shifted is None:
                     with _memory_errors(config, step), _autocast(device, compute), restored(device):
                         shifted = shifts_labels(model, _to(batches[0], device))
-                counts = [counted_labels(batch, shifted=shifted) for batch in batches]
-                if sum(counts) == 0:
+                counts = [counted_labels(batch, shifted=shifted) if rows else 0 for rows, batch in zip(shares, batches, strict=True)]
+                tokens = sum(_num_tokens(batch) for rows, batch in zip(shares, batches, strict=True) if rows)
+                with parallel.faults(step):
+                    all_counts, all_tokens = parallel.totals(sum(counts), tokens)
+                if all_counts == 0:
                     raise DataError(f"no label in the sequences of step {step}; raise batch_sequences ({config.batch_sequences}).")
 
                 total = torch.zeros((), device=device)
-                with _memory_errors(config, step):
-                    for batch, count in zip(batches, counts, strict=True):
+                with _memory_errors(config, step), parallel.faults(step):
+                    for i, (batch, count) in enumerate(zip(batches, counts, strict=True)):
                         if count == 0:  # its mean is NaN
-                            continue
-                        with _autocast(device, compute):
-                            loss = _loss(model, _to(batch, device)) * (count / sum(counts))
-                        scaler.scale(loss).backward()
-                        total += loss.detach()
+                            if ranks.size == 1:
+                                continue
+                            batch = blank(batch)  # the other processes run one
+                        with parallel.micro_step(is_last=i == len(batches) - 1):
+                            with _autocast(device, compute):
+                                loss = _loss(parallel.model, _to(batch, device)) * parallel.weight(count, all_counts)
+                            scaler.scale(loss).backward()
+                        total += loss.detach() / ranks.size
                     scaler.unscale_(optimizer)
-                    norm = nn.utils.get_total_norm(p.grad for p in model.parameters() if p.grad is not None)
-                    values = torch.stack([total, norm.to(total)]).tolist()  # the one synchronisation of a step
+                    norm = parallel.norm([p.grad for p in model.parameters() if p.grad is not None])
+                    values = torch.stack([ranks.sum(total), norm.to(total)]).tolist()  # the one synchronisation of a step
                     overflowed = scaler.is_enabled() and scaler.get_scale() > 1 and not math.isfinite(values[1])
                     if not (math.isfinite(values[0]) and (math.isfinite(values[1]) or overflowed)):
                         with _autocast(device, compute):
@@ -294,13 +316,22 @@ def train(
                 done = step + 1
                 is_last = done == config.steps
                 log.losses.append(values[0])
-                log.tokens += sum(map(_num_tokens, batches))
+                log.tokens += all_tokens
                 if is_last or done % config.log_every == 0:
                     read = {name: float(value) for part in parts for name, value in part.values().items()}
                     log.parts += [{"step": float(done), **read}] if read else []
-                    _log.info("step %d of %d: loss %.4f, gradient norm %.3g, lr %.3g %s", done, config.steps, *values, lr, read or "")
+                    _log.log(
+                        logging.INFO if ranks.is_first else logging.DEBUG,
+                        "step %d of %d: loss %.4f, gradient norm %.3g, lr %.3g %s",
+                        done,
+                        config.steps,
+                        *values,
+                        lr,
+                        read or "",
+                    )
                 if evaluate is not None and (is_last or _is_due(done, config.eval_every)):
-                    log.evals.append((done, _evaluated(model, evaluate, device)))
+                    with parallel.faults(step):
+                        log.evals.append((done, float(ranks.same(_evaluated(model, evaluate, device)))))
                 log.seconds += time.perf_counter() - start
                 if watch is not None:
                     watch(
@@ -314,13 +345,14 @@ def train(
                             seconds=log.seconds,
                         )
                     )
-                is_stopping = stop is not None and not is_last and stop()
+                # A signal may reach one process alone.
+                is_stopping = stop is not None and not is_last and bool(ranks.sum(torch.tensor(int(stop()), device=device)))
                 if state is not None and (is_last or is_stopping or _is_due(done, config.save_every)):
                     so_far = _config.to_dict(log.record(order.epochs(done)))
                     own = {name: own_part.state() for name, own_part in kept_parts.items()}
-                    save_state(
-                        state, step=done, model=model, optimizer=optimizer, schedule=schedule, scaler=scaler, record=so_far, parts=own
-                    )
+                    held: dict[str, Any] = {"model": model, "optimizer": optimizer, "schedule": schedule, "scaler": scaler}
+                    with parallel.faults(step):
+                        save_state(state, step=done, **held, record=so_far, parts=own, ranks=ranks)
                 task.advance(1)
                 if is_stopping:
                     raise StoppedError(f"stopped after step {done} of {config.steps}.", step=done)
@@ -361,14 +393,14 @@ def sequences_read(sequences: int, config: TrainConfig) -> list[int]:
     order = _Order(sequences, config)
     if order.epochs(config.steps) >= 1:
         return list(range(sequences))
-    return sorted(row for step in range(config.steps) for rows in order.micro_batches(step) for row in rows)
+    return sorted(row for step in range(config.steps) for row in order.rows(step))
 
 
 class _Order:
     """Which sequences a step takes: the same as with Trainer, whose sampler accelerate seeds by ``seed + epoch``."""
 
-    def __init__(self, sequences: int, config: TrainConfig, *, lengths: Sequence[int] | None = None) -> None:
-        self._sequences, self._config = sequences, config
+    def __init__(self, sequences: int, config: TrainConfig, ranks: Ranks = ALONE, *, lengths: Sequence[int] | None = None) -> None:
+        self._sequences, self._config, self._ranks = sequences, config, ranks
         self._lengths = lengths if config.group_by_length else None
         self._per_epoch = math.ceil(sequences / config.batch_sequences)
         self._epoch = -1
@@ -377,8 +409,8 @@ class _Order:
     def begins_epoch(self, step: int) -> bool:
         return step % self._per_epoch == 0
 
-    def micro_batches(self, step: int) -> list[list[int]]:
-        """Rows of each forward of a step."""
+    def rows(self, step: int) -> list[int]:
+        """Sequences of a step."""
         epoch, position = divmod(step, self._per_epoch)
         if epoch != self._epoch:
             generator = torch.Generator().manual_seed(self._config.seed + epoch)
@@ -386,9 +418,11 @@ class _Order:
             if self._lengths is not None:
                 self._rows = _grouped(self._rows, self._lengths, self._config.batch_sequences, generator)
         size = self._config.batch_sequences
-        rows = self._rows[position * size : (position + 1) * size]
-        micro = self._config.micro_sequences or size
-        return [rows[i : i + micro] for i in range(0, len(rows), micro)]
+        return self._rows[position * size : (position + 1) * size]
+
+    def micro_batches(self, step: int) -> list[list[int]]:
+        """Rows of each of this process' forwards of a step."""
+        return share(self.rows(step), self._config.micro_sequences, self._ranks)
 
     def epochs(self, steps: int) -> float:
         return steps / self._per_epoch
@@ -532,8 +566,11 @@ def _not_finite(
     """What to raise before a loss or gradient that is no number gets into the weights."""
     loss, norm = loss_and_norm
     device = next(model.parameters()).device
-    layer = next(filter(None, (_first_bad_layer(model, _to(batch, device)) for batch in batches)), None)
-    gradients = [name for name, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+    layers: Iterator[str | None] = (_first_bad_layer(model, _to(batch, device)) for batch in batches)
+    if is_sharded(model):  # then all processes run all their batches, or some wait for the others' parts
+        layers = iter(list(layers))
+    layer = next(filter(None, layers), None)
+    gradients = [name for name, p in model.named_parameters() if p.grad is not None and not is_finite(p.grad)]
     where = "all activations are finite"
     if layer is not None:
         where = f"the activations of '{layer}' are the first that are not finite"

@@ -3,14 +3,17 @@
     <state>/run.json           what tells this run from another
     <state>/step-00000120/     model.safetensors, optimizer.safetensors, state.json: whole, or not there; parts.json and parts.safetensors
                                where parts of training have a state
+    <state>/step-00000120/shards/   in place of the first two where processes have parts of the weights: each writes its own (`shards`)
 
-A new state is written beside the last one and gets its name when it is on the disk; only then the last one goes. Nothing is ever pickled.
+Any number of processes goes on from either; all must see the same folder. A new state is written beside the last one and gets its name
+when it is on the disk; only then the last one goes. Nothing is ever pickled.
 """
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -19,11 +22,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from .._dist import ALONE, Ranks, is_spread, put
 from .._files import sync
 from ..errors import CheckpointError
+from .parallel import is_sharded
+from .shards import read_shards, write_shards
 from .work import RUN_FILE
 
-_PREFIX, _NEW, _PARTS = "step-", ".new", "parts"
+_PREFIX, _NEW, _PARTS, _SHARDS = "step-", ".new", "parts", "shards"
+
+_SLOT = "optimizer/"
+"""Before the names of what the optimizer keeps, where they are beside the weights'."""
 
 PartState: TypeAlias = tuple[Mapping[str, Any], Mapping[str, Tensor]]
 """What a part of training keeps: a JSON object and tensors."""
@@ -79,8 +88,11 @@ def save_state(
     scaler: torch.amp.GradScaler,
     record: Mapping[str, Any],
     parts: Mapping[str, PartState] | None = None,
+    ranks: Ranks = ALONE,
 ) -> None:
     """Keep everything that the rest of a run depends on, as it is after ``step`` steps; the state before it goes when this one is whole.
+
+    All ``ranks`` call this; the first one writes, and the others as well where each has a part of the weights.
 
     Raises:
         CheckpointError: the disk is full or not writable; the last state is still there.
@@ -89,23 +101,44 @@ def save_state(
     slots = optimizer.state_dict()
     tensors = {f"{i}.{key}": value for i, slot in slots["state"].items() for key, value in slot.items()}
     rest = {"groups": slots["param_groups"], "schedule": schedule.state_dict(), "scaler": scaler.state_dict(), "record": record}
-    try:
+    spread = is_sharded(model)
+
+    def begin() -> None:
         shutil.rmtree(new, ignore_errors=True)
-        new.mkdir()
-        save_file(_contiguous(_without_ties(model)), new / "model.safetensors")
-        save_file(_contiguous(tensors | _random_states(model)), new / "optimizer.safetensors")
+        (new / _SHARDS if spread else new).mkdir(parents=True)
+
+    def finish() -> None:
+        if not spread:
+            save_file(_contiguous(_without_ties(model)), new / "model.safetensors")
+            save_file(_contiguous(tensors | _random_states(model)), new / "optimizer.safetensors")
         save_parts(new, parts or {})
         (new / "state.json").write_text(json.dumps(rest))
-        for path in (*new.iterdir(), new):
+        for path in (*new.rglob("*"), new):
             sync(path)
         new.rename(done)
         sync(folder)
+
+    ranks.first(partial(_written, begin, new))
+    if spread:
+        try:
+            write_shards(new / _SHARDS, _without_ties(model) | {f"{_SLOT}{name}": tensor for name, tensor in tensors.items()}, ranks=ranks)
+        except CheckpointError:  # in all processes, and none writes any more
+            if ranks.is_first:
+                shutil.rmtree(new, ignore_errors=True)
+            raise
+    ranks.first(partial(_written, finish, new))
+    if ranks.is_first:
+        for old in _steps(folder):
+            if old != done:
+                shutil.rmtree(old, ignore_errors=True)
+
+
+def _written(write: Callable[[], None], new: Path) -> None:
+    try:
+        write()
     except (OSError, SafetensorError) as error:
         shutil.rmtree(new, ignore_errors=True)
         raise CheckpointError(f"cannot write '{new}': {error}; free space and run again, the last state is kept.") from error
-    for old in _steps(folder):
-        if old != done:
-            shutil.rmtree(old, ignore_errors=True)
 
 
 def load_state(
@@ -115,8 +148,9 @@ def load_state(
     optimizer: torch.optim.Optimizer,
     schedule: torch.optim.lr_scheduler.LRScheduler,
     scaler: torch.amp.GradScaler,
+    ranks: Ranks = ALONE,
 ) -> Kept | None:
-    """Put back, in place, what `save_state` kept last.
+    """Put back, in place, what `save_state` kept last, on whatever number of processes.
 
     Returns:
         What else was kept; None where nothing was.
@@ -125,18 +159,22 @@ def load_state(
         CheckpointError: it is damaged, or of another model or other parameters of it.
     """
     steps = _steps(folder)
-    if not steps:
+    name = ranks.same(steps[-1].name if steps else None)
+    if name is None:
         return None
-    found = steps[-1]
+    found = folder / name
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     try:
-        weights, tensors = load_file(found / "model.safetensors"), load_file(found / "optimizer.safetensors")
+        if (found / _SHARDS).is_dir():
+            weights, tensors = _read_spread(found / _SHARDS, model, parameters, ranks)
+        else:
+            weights, tensors = load_file(found / "model.safetensors"), load_file(found / "optimizer.safetensors")
         rest = json.loads((found / "state.json").read_text())
         _load_weights(model, weights, where=found)
         kept, present = ([(len(g["params"]), g["initial_lr"]) for g in groups] for groups in (rest["groups"], optimizer.param_groups))
         if kept != present:
             raise CheckpointError(f"'{found}' is of a run that trained other parameters, or at other rates; choose another state folder.")
         _load_random_states(model, tensors)
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
         slots: dict[int, dict[str, Tensor]] = {}
         for name, value in tensors.items():
             index, _, key = name.partition(".")
@@ -178,6 +216,27 @@ def load_part(folder: Path, name: str) -> PartState:
         raise CheckpointError(f"'{folder}' has no state of '{name}': it is of another run; choose another folder.")
     prefix = f"{name}:"
     return plain[name], {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
+
+
+def _read_spread(folder: Path, model: nn.Module, parameters: Sequence[Tensor], ranks: Ranks) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Weights by name and slots of the optimizer, of the kind that the model's are: whole, or this process' part."""
+
+    def like(name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor | None:
+        if not name.startswith(_SLOT):
+            weight = present.get(name)
+            return None if weight is None else torch.empty_like(weight)
+        index = int(name.removeprefix(_SLOT).partition(".")[0])
+        parameter = parameters[index] if index < len(parameters) else None
+        return (
+            torch.empty_like(parameter, dtype=dtype)
+            if parameter is not None and parameter.shape == shape
+            else torch.empty(shape, dtype=dtype)
+        )
+
+    present = {name: tensor.detach() for name, tensor in _without_ties(model).items()}
+    found = read_shards(folder, like, ranks=ranks)
+    slots = {name.removeprefix(_SLOT): found.pop(name) for name in list(found) if name.startswith(_SLOT)}
+    return found, slots
 
 
 def has_state(folder: Path) -> bool:
@@ -225,10 +284,11 @@ def _without_ties(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and persistent buffers by name; of tensors that share memory the first."""
     seen: set[tuple[Any, ...]] = set()
     kept = {}
-    for name, tensor in model.state_dict().items():
+    for name, tensor in model.state_dict(keep_vars=True).items():
         if not isinstance(tensor, Tensor):  # what a module keeps beside tensors is its own business
             continue
-        place = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride())
+        # Of a spread tensor a process may have nothing, so that memory does not tell; identity does, on all processes alike.
+        place = (id(tensor),) if is_spread(tensor) else (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride())
         if tensor.numel() and place in seen:
             continue
         seen.add(place)
@@ -243,7 +303,7 @@ def _load_weights(model: nn.Module, weights: Mapping[str, Tensor], *, where: Pat
         odd = sorted(present.keys() ^ weights.keys()) or [name for name in weights if present[name].shape != weights[name].shape]
         raise CheckpointError(f"'{where}' is of another model: '{odd[0]}' differs; choose another state folder.")
     for name, tensor in present.items():
-        tensor.copy_(weights[name])
+        put(tensor, weights[name])
 
 
 def _random_states(model: nn.Module) -> dict[str, Tensor]:
@@ -254,7 +314,8 @@ def _random_states(model: nn.Module) -> dict[str, Tensor]:
 
 def _load_random_states(model: nn.Module, tensors: dict[str, Tensor]) -> None:
     """Takes them out of ``tensors``."""
-    torch.set_rng_state(tensors.pop("rng.cpu"))
+    if (on_cpu := tensors.pop("rng.cpu", None)) is not None:  # of several processes none is kept: each step seeds them
+        torch.set_rng_state(on_cpu)
     device = next(model.parameters()).device
     on_cuda = tensors.pop("rng.cuda", None)  # a run that moves from one kind of device to another goes on with other dropout
     if on_cuda is not None and device.type == "cuda":
@@ -263,7 +324,11 @@ def _load_random_states(model: nn.Module, tensors: dict[str, Tensor]) -> None:
 
 def _laid_out_as(parameter: Tensor, value: Tensor) -> Tensor:
     """Moments have their parameter's strides (`store_by_neuron` turns some around); the fused optimizer takes that for granted."""
-    return torch.empty_like(parameter, dtype=value.dtype).copy_(value) if value.shape == parameter.shape else value
+    if value.shape != parameter.shape or is_spread(value):
+        return value
+    laid_out = torch.empty_like(parameter, dtype=value.dtype)
+    put(laid_out, value)
+    return laid_out
 
 
 def _contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
