@@ -49,7 +49,7 @@ sanitize: $(VENV)/.dev
 	$(BIN)/python setup.py -q build_ext --inplace \
 	&& ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 		$(BIN)/python -m pytest -q --capture=sys tests/unit/kernels/test_cpu.py tests/unit/kernels/test_amx.py tests/unit/kernels/test_cpu_op.py \
-		tests/unit/kernels/test_int8.py tests/unit/kernels/test_cpu_linear.py tests/unit/kernels/test_cpu_neurons.py; \
+		tests/unit/kernels/test_int8.py tests/unit/kernels/test_cpu_linear.py tests/unit/kernels/test_cpu_neurons.py tests/unit/kernels/test_cpu_train.py; \
 	status=$$?; unset MOEIFY_CXXFLAGS; $(BIN)/python setup.py -q build_ext --inplace && exit $$status
 
 # csrc is compiled by the installation.

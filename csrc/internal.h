@@ -26,6 +26,23 @@ static inline bf16 to_bf16(float x) {  // to the nearest, ties to even
 static inline void convert_to(float &y, float x) { y = x; }
 static inline void convert_to(bf16 &y, float x) { y = to_bf16(x); }
 
+struct moeify_gradients;
+
+// What the two entry points of training are called with.
+struct TrainCall {
+  const void *x;
+  int64_t x_stride;
+  const uint8_t *mask;
+  int64_t num_tokens;
+  void *kept;
+  int64_t kept_elements;
+  void *y;  // forward
+  int64_t y_stride;
+  const void *grad;  // backward
+  int64_t grad_stride;
+  const moeify_gradients *out;  // null in forward
+};
+
 // Memory of the calling thread, at 64 bytes, kept until it ends; null if there is none left. The next call may return the same.
 char *scratch(int64_t bytes);
 

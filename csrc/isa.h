@@ -21,6 +21,7 @@ namespace MOEIFY_NAMESPACE {
 #include "router.h"
 #include "linear.h"
 #include "neurons.h"
+#include "train.h"
 
 int run_ffn(const moeify_ffn &f, const void *x, int64_t x_stride, const uint8_t *mask, int64_t num_tokens, void *y, int64_t y_stride,
             int num_threads) {
@@ -31,5 +32,14 @@ int route_tokens(const moeify_ffn &f, const moeify_router &r, const void *x, int
                  int num_threads) {
   if (f.dtype == MOEIFY_FP32) return route<float>(f, r, x, x_stride, num_tokens, mask, num_threads);
   return route<bf16>(f, r, x, x_stride, num_tokens, mask, num_threads);
+}
+
+int run_train(const moeify_train &t, const TrainCall &c, int num_threads) {
+  if (t.ffn.dtype == MOEIFY_FP32) return run_training<StepFp32, float>(t, c, num_threads);
+#if MOEIFY_BF16_DOT
+  return run_training<StepBf16, bf16>(t, c, num_threads);
+#else
+  return run_training<StepFp32, bf16>(t, c, num_threads);
+#endif
 }
 }  // namespace MOEIFY_NAMESPACE

@@ -25,6 +25,7 @@ int run_linear(const moeify_linear &, const void *, int64_t, int64_t, void *, in
 int run_gated(const moeify_gated &, const void *, int64_t, int64_t, void *, int64_t, int);
 int run_mask(const void *, const float *, int64_t, int64_t, int32_t, void *, int);
 int run_neurons(const moeify_ffn &, const moeify_neurons &, const void *, int64_t, int64_t, uint8_t *, void *, int64_t, int);
+int run_train(const moeify_train &, const TrainCall &, int);
 }  // namespace moeify_avx512_bf16
 
 namespace MOEIFY_NAMESPACE {
@@ -65,6 +66,8 @@ int run_neurons(const moeify_ffn &f, const moeify_neurons &n, const void *x, int
                 int64_t y_stride, int num_threads) {
   return moeify_avx512_bf16::run_neurons(f, n, x, x_stride, num_tokens, mask, y, y_stride, num_threads);
 }
+
+int run_train(const moeify_train &t, const TrainCall &c, int num_threads) { return moeify_avx512_bf16::run_train(t, c, num_threads); }
 
 int run_mask(const void *x, const float *level, int64_t num_tokens, int64_t channels, int32_t dtype, void *y, int num_threads) {
   return moeify_avx512_bf16::run_mask(x, level, num_tokens, channels, dtype, y, num_threads);

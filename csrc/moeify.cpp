@@ -34,6 +34,7 @@
   int run_mask(const void *, const float *, int64_t, int64_t, int32_t, void *, int);                                       \
   int run_neurons(const moeify_ffn &, const moeify_neurons &, const void *, int64_t, int64_t, uint8_t *, void *, int64_t,  \
                   int);                                                                                                    \
+  int run_train(const moeify_train &, const TrainCall &, int);                                                             \
   }
 DECLARE(moeify_portable)
 #if defined(__x86_64__)
@@ -186,6 +187,18 @@ int check(const moeify_ffn *ffn, int64_t num_tokens, int32_t isa, int32_t num_th
   return moeify_has_isa(isa) ? MOEIFY_OK : MOEIFY_NO_ISA;
 }
 
+bool is_dense(int64_t row, int64_t column) { return row == 1 || column == 1; }
+
+int check(const moeify_train *train, int64_t num_tokens, int32_t isa, int32_t num_threads) {
+  if (!train || num_tokens > INT32_MAX) return MOEIFY_BAD_ARGUMENT;
+  if (const int status = check(&train->ffn, num_tokens, isa, num_threads)) return status;
+  const moeify_ffn &f = train->ffn;
+  if (f.weight_dtype != f.dtype || !is_dense(f.up_stride, train->up_column) || !is_dense(f.down_stride, train->down_column) ||
+      (f.gate && !is_dense(f.gate_stride, train->gate_column)))
+    return MOEIFY_BAD_ARGUMENT;
+  return MOEIFY_OK;
+}
+
 int check(const moeify_linear &f) {
   if (!f.weight || f.d_in < 1 || f.d_in > INT32_MAX || f.d_out < 1 || f.weight_stride < f.d_out ||
       (f.dtype != MOEIFY_FP32 && f.dtype != MOEIFY_BF16) || (f.weight_dtype != f.dtype && f.weight_dtype != MOEIFY_INT8) ||
@@ -245,6 +258,11 @@ static int run_mask(const void *x, const float *level, int64_t num_tokens, int64
                     int num_threads) {
   (void)isa;
   FOR_ISA(run_mask(x, level, num_tokens, channels, dtype, y, num_threads))
+}
+
+static int run_train(const moeify_train &t, const TrainCall &c, int32_t isa, int num_threads) {
+  (void)isa;
+  FOR_ISA(run_train(t, c, num_threads))
 }
 
 extern "C" {
@@ -315,5 +333,26 @@ int moeify_neurons_run(const moeify_ffn *ffn, const moeify_neurons *neurons, con
   if (!num_tokens) return MOEIFY_OK;
   if (!x || !mask || !y) return MOEIFY_BAD_ARGUMENT;
   return run_neurons(*ffn, n, x, x_stride, num_tokens, mask, y, y_stride, isa, num_threads);
+}
+
+int moeify_train_forward(const moeify_train *train, const void *x, int64_t x_stride, const uint8_t *mask, int64_t num_tokens, void *y,
+                         int64_t y_stride, void *kept, int64_t kept_elements, int32_t isa, int32_t num_threads) {
+  if (const int status = check(train, num_tokens, isa, num_threads)) return status;
+  if (!num_tokens) return MOEIFY_OK;
+  if (!x || !mask || !y) return MOEIFY_BAD_ARGUMENT;
+  return run_train(*train, TrainCall{x, x_stride, mask, num_tokens, kept, kept_elements, y, y_stride, nullptr, 0, nullptr}, isa, num_threads);
+}
+
+int moeify_train_backward(const moeify_train *train, const void *x, int64_t x_stride, const uint8_t *mask, int64_t num_tokens,
+                          const void *kept, int64_t kept_elements, const void *grad, int64_t grad_stride, const moeify_gradients *out,
+                          int32_t isa, int32_t num_threads) {
+  if (const int status = check(train, num_tokens, isa, num_threads)) return status;
+  if (!num_tokens) return MOEIFY_OK;
+  if (!out || (!train->ffn.gate && (out->gate || out->gate_bias)) || !x || !mask || !kept || !grad) return MOEIFY_BAD_ARGUMENT;
+  if ((out->up && !is_dense(out->up_stride, out->up_column)) || (out->gate && !is_dense(out->gate_stride, out->gate_column)) ||
+      (out->down && !is_dense(out->down_stride, out->down_column)))
+    return MOEIFY_BAD_ARGUMENT;
+  TrainCall call{x, x_stride, mask, num_tokens, const_cast<void *>(kept), kept_elements, nullptr, 0, grad, grad_stride, out};
+  return run_train(*train, call, isa, num_threads);
 }
 }

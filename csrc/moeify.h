@@ -1,5 +1,5 @@
-/* Plain C interface of the CPU kernels: one feed-forward network of experts, for any number of tokens; and linear layers whose tokens skip
- * input channels, for few.
+/* Plain C interface of the CPU kernels: one feed-forward network of experts, for any number of tokens, and its training; and linear
+ * layers whose tokens skip input channels, for few tokens.
  *
  * Letters: T tokens, D input width, O output width, F neurons, E experts, R router width.
  *
@@ -16,7 +16,7 @@ extern "C" {
 #endif
 #pragma GCC visibility push(default)
 
-#define MOEIFY_ABI 7
+#define MOEIFY_ABI 8
 
 enum moeify_isa { MOEIFY_PORTABLE = 0, MOEIFY_AVX2 = 1, MOEIFY_AVX512 = 2, MOEIFY_AVX512_BF16 = 3, MOEIFY_AMX_BF16 = 4 };
 enum moeify_dtype { MOEIFY_FP32 = 0, MOEIFY_BF16 = 1, MOEIFY_INT8 = 2 };
@@ -105,6 +105,33 @@ int moeify_gated_run(const moeify_gated *gated, const void *x, int64_t x_stride,
 /* y = x where not |x_tk| < level_k, elsewhere 0; x and y (T, K) contiguous, of dtype fp32 or bf16. */
 int moeify_mask_run(const void *x, const float *level, int64_t num_tokens, int64_t channels, int32_t dtype, void *y, int32_t isa,
                     int32_t num_threads);
+
+/* The network in training: forward and backward over the selected pairs. Weights are of x's dtype, without scales; of the two strides of each
+ * matrix, from one neuron to the next (moeify_ffn) and from one column to the next, one is 1. */
+typedef struct {
+  moeify_ffn ffn;
+  int64_t up_column, gate_column, down_column;
+} moeify_train;
+
+/* What backward writes, of x's dtype; null where it is not wanted. */
+typedef struct moeify_gradients {
+  void *x, *up, *gate, *down;                             /* (T, D), (F, D), (F, D), (F, O) */
+  int64_t x_stride, up_stride, gate_stride, down_stride;  /* elements from one row to the next */
+  int64_t up_column, gate_column, down_column;            /* from one column to the next: as of the weights */
+  void *up_bias, *gate_bias;                              /* (F) */
+  float *probs;              /* (T, E) zeros: at selected pairs <grad, y_e> is added */
+} moeify_gradients;
+
+/* y as moeify_ffn_run's. kept, or null: what backward wants of this pass, at most kept_elements of x's dtype: for each selected pair one for
+ * each neuron of the expert, two with a gate. */
+int moeify_train_forward(const moeify_train *train, const void *x, int64_t x_stride, const uint8_t *mask, int64_t num_tokens, void *y,
+                         int64_t y_stride, void *kept, int64_t kept_elements, int32_t isa, int32_t num_threads);
+
+/* grad: the gradient of y (T, grad_stride); x, mask and weights as forward had them. The gradient of down_bias is the sum of grad's rows.
+ * Without tokens nothing is written. */
+int moeify_train_backward(const moeify_train *train, const void *x, int64_t x_stride, const uint8_t *mask, int64_t num_tokens,
+                          const void *kept, int64_t kept_elements, const void *grad, int64_t grad_stride, const moeify_gradients *out,
+                          int32_t isa, int32_t num_threads);
 
 /* Whether this processor and operating system run an instruction set; in moeify_isa's order, so the last 1 is the best. */
 int moeify_has_isa(int32_t isa);

@@ -80,14 +80,17 @@ def _speed() -> dict[str, float]:
 
 
 def _kernels() -> list[dict[str, Any]]:
-    """What ``impl="auto"`` runs here for one token and for a batch of them, at a tenth and at nine tenths of the experts active."""
+    """What ``impl="auto"`` runs here for one token and for a batch of them, at a tenth and at nine tenths of the experts active; and in
+    training."""
     num_experts, size, width = 32, 8, 64
     weights = FFNWeights(torch.zeros(num_experts * size, width), torch.zeros(num_experts * size, width))
     rows = []
-    for num_tokens, active in ((1, 0.1), (512, 0.1), (512, 0.9)):
+    for num_tokens, active, training in ((1, 0.1, False), (512, 0.1, False), (512, 0.9, False), (512, 0.25, True)):
         mask_TE = (torch.arange(num_experts) < active * num_experts).expand(num_tokens, num_experts)
-        candidates = kernels.explain(torch.zeros(num_tokens, width), weights, kernels.build_plan(mask_TE), activation="relu")
-        rows += [{"tokens": num_tokens, "active": active, **dataclasses.asdict(candidate)} for candidate in candidates]
+        plan = kernels.build_plan(mask_TE)
+        candidates = kernels.explain(torch.zeros(num_tokens, width), weights, plan, activation="relu", training=training)
+        labels = {"tokens": num_tokens, "active": active, "training": training}
+        rows += [{**labels, **dataclasses.asdict(candidate)} for candidate in candidates]
     return rows
 
 

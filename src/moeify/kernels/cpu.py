@@ -26,7 +26,7 @@ from ..sites.site import FFNWeights
 
 T = TypeVar("T")
 
-_ABI = 7
+_ABI = 8
 ISAS = ("portable", "avx2", "avx512", "avx512_bf16", "amx_bf16")
 """Instruction sets of the library, each better than those before; the index is what the library calls it."""
 ACTIVATIONS = ("relu", "silu", "gelu", "gelu_tanh", "quick_gelu", "relu2")
@@ -129,6 +129,14 @@ def isas() -> tuple[str, ...]:
     return tuple(ISAS[i] for i in _available())
 
 
+def has_amx() -> bool:
+    """Whether this processor has AMX, which torch's products of bfloat16 then use."""
+    return "amx_bf16" in isas()
+
+
+has_amx._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def isa() -> str:
     """The instruction set in use: the best one, or what `FORCE_ISA` names."""
     return ISAS[_isa()]
@@ -201,6 +209,14 @@ def _ffn_refusal(weights: FFNWeights, *, num_experts: int, activation: str, dtyp
         return "the weights' matrices must be 2-D, with at least one input"
     if not has_rows(weights):
         return "the weights' rows are not contiguous (moeify.sites.store_by_neuron)"
+    return _misfit(weights, num_experts=num_experts, dtype=dtype)
+
+
+def _misfit(weights: FFNWeights, *, num_experts: int, dtype: torch.dtype) -> str | None:
+    """Why 2-D weights of the CPU are none for x of this dtype, whatever their strides; None if they are."""
+    biases = (weights.up_bias_F, weights.gate_bias_F, weights.down_bias_D)
+    scales = (weights.up_scale_F, weights.gate_scale_F, weights.down_scale_D)
+    matrices = (weights.up_FD, weights.gate_FD, weights.down_FD)
     allowed = (torch.int8, True) if weights.up_FD.dtype is torch.int8 else (dtype, False)
     if any(m is not None and (m.dtype, s is not None) != allowed for m, s in zip(matrices, scales, strict=True)):
         return f"the weights must be {dtype}, or int8 with scales"
@@ -442,6 +458,8 @@ def _library() -> Any:
     for function in (library.moeify_linear_run, library.moeify_gated_run):
         function.argtypes = [pointer, pointer, i64, i64, pointer, i64, i32, i32]
     library.moeify_mask_run.argtypes = [pointer, pointer, i64, i64, i32, pointer, i32, i32]
+    library.moeify_train_forward.argtypes = [pointer, pointer, i64, pointer, i64, pointer, i64, pointer, i64, i32, i32]
+    library.moeify_train_backward.argtypes = [pointer, pointer, i64, pointer, i64, pointer, i64, pointer, i64, pointer, i32, i32]
     library.moeify_use_openmp.argtypes = [pointer] * 3
     library.moeify_use_openmp.restype = None
     if (openmp := _openmp()) is not None:
