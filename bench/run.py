@@ -105,8 +105,9 @@ def _print_rows(case: Any, name: str, options: Mapping[str, Any], write: Callabl
     console = Console(width=None if sys.stdout.isatty() else 400)  # a pipe has no width; a table takes no more than it needs
     with console.status(name):
         for row in case.run(**options):
-            rows.append(row)
             write(row)
+            rows.append({key: value for key, value in row.items() if not _is_curve(value)})
+            row = rows[-1]
             console.print(" ".join(f"[dim]{key}[/dim] {_cell(value)}" for key, value in row.items()), highlight=False, soft_wrap=True)
     shared = {key for key in rows[0] if len(rows) > 1 and all(key in row and row[key] == rows[0][key] for row in rows)} if rows else set()
     console.print(*(f"{key} {_cell(value)}" for key, value in rows[0].items() if key in shared), sep=", ", highlight=False, soft_wrap=True)
@@ -128,7 +129,14 @@ def _table(title: str, rows: Sequence[dict[str, Any]]) -> Table:
     return table
 
 
+def _is_curve(value: Any) -> bool:
+    """Whether it is for pictures: a list of points stays in the file."""
+    return isinstance(value, (list, tuple)) and all(isinstance(point, (list, tuple)) for point in value)
+
+
 def _cell(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key}: {_cell(part)}" for key, part in value.items())
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
