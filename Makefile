@@ -17,8 +17,9 @@ INPUTS ?= inputs
 demo: $(VENV)/.runtime
 	$(BIN)/moeify demo --out demo-out --overwrite
 
+# Two processes of one thread each: tests are small, and one thread of them is as fast as two.
 test: $(VENV)/.dev lint types contracts docs-check
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
