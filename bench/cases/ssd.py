@@ -7,8 +7,9 @@
     sparse_only     experts from the first step on; fewer FLOPs than SSD, so that there is a second one:
     sparse_longer   the same with more steps, until it has had SSD's FLOPs
 
-Every arm is a run of `moeify pretrain` below ``--work``, where it is found again and a killed one goes on. Times come from steps of the
-final model in both modes, taken in turn in one process; a run's own seconds are told as well, and depend on the machine's other work.
+Every arm is a run of `moeify pretrain` below ``--work``, where it is found again and a killed one goes on. Seconds of curves are not its
+own, which depend on the machine's other work and are told as well: they are steps of a plain dense model and of SSD's final model, taken in
+turn in one process, times the steps of each kind.
 """
 
 import argparse
@@ -26,15 +27,19 @@ import torch
 from torch import Tensor, nn
 
 from bench.common import p80_over_p20, whole_numbers, words
+from bench.paper.code import check_stages
 from moeify import set_mode
 from moeify._config import from_dict, to_dict
 from moeify.data import text_windows
 from moeify.errors import ConfigError
 from moeify.hf.checkpoint import PRETRAINING_FILE, load_model
+from moeify.hf.random import random_model
 from moeify.layers import moe_layers, set_rule
 from moeify.pipeline.pretrain import pretrain
+from moeify.pipeline.pretrain_data import source_id
 from moeify.pipeline.pretrain_recipe import PretrainConfig, read_pretrain
 from moeify.pipeline.pretrain_result import PretrainResult
+from moeify.pipeline.stages import write_json
 from moeify.select import TopK
 from moeify.ssd import modes
 from moeify.train.capture import fast_dtype
@@ -44,7 +49,6 @@ ARMS = ("dense", "ssd", "one_switch", "random_experts", "sparse_only", "sparse_l
 RECIPE = Path(__file__).with_suffix(".toml")
 """Model, training and SSD's options."""
 _SELECTED = (1, 2, 4, 8, 16, 32)
-_VALIDATION_SEQUENCES = 256
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -55,6 +59,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, help="of each run (default: the recipe's 1000; 40 with --quick)")
     parser.add_argument("--set", dest="settings", action="append", default=[], metavar="KEY=VALUE", help="options of the recipe")
     parser.add_argument("--work", type=Path, help="keeps the runs, so that none is done twice (default: thrown away)")
+    parser.add_argument("--keep-runs", action="store_true", help="use runs in --work that other code of moeify made")
     parser.add_argument("--plot", type=Path, help="picture of the curves, .svg or .png")
 
 
@@ -67,15 +72,16 @@ def run(
     steps: int | None = None,
     settings: Sequence[str] = (),
     work: Path | None = None,
+    keep_runs: bool = False,
     plot: Path | None = None,
 ) -> Iterator[dict[str, Any]]:
     """One row an arm and seed.
 
     Yields:
-        "loss" of the final model in dense mode on validation (nats), "moe_loss" by the experts that a token runs, "flops" of training and
-        "gain" (dense training's over these), "sparse_share" of the steps, "ratio" of loss to that of dense training, "curve" as [step,
-        validation loss, FLOPs, modelled seconds], and of what is watched "sparsity" and "similarity" as [step, value] and "switches" as
-        [step, new mode].
+        "loss" of the final model in dense mode on validation (nats), "ratio" of it to that of dense training, "moe_ratio": the mixture's
+        loss over "loss" by the experts that a token runs, "flops" of training (measurements included) and "gain" (dense training's over
+        these), "sparse_share" of the steps, "curve" as [step, validation loss, FLOPs, seconds], and of what is watched "sparsity",
+        "similarity", "captured" and "loss_gap" as [step, value] and "switches" as [step, new mode].
 
     Raises:
         ConfigError: an unknown arm, or one without the arms that it is compared with.
@@ -91,15 +97,16 @@ def run(
     chosen += [f"train.steps={steps}"] if steps else []
     with tempfile.TemporaryDirectory() as scratch:
         folder = work or Path(scratch)
-        folder.mkdir(parents=True, exist_ok=True)
         rows: list[dict[str, Any]] = []
         for seed in seeds:
             base = read_pretrain(RECIPE, settings=[*shrunk, *chosen, *settings, f"train.seed={seed}", f"ssd.seed={seed}"])
+            _check_work(folder, base, keep=keep_runs)
             done: dict[str, PretrainResult] = {}
             for arm in (arm for arm in ARMS if arm in arms):
-                out = folder / f"{arm}-{seed}"
-                done[arm] = _pretrained(_arm(arm, base, done.get("ssd")), out)
-                rows.append(_row(arm, seed, done[arm], out, dense=done.get("dense"), quick=quick))
+                done[arm] = _pretrained(_arm(arm, base, done.get("ssd")), folder / f"{arm}-{seed}")
+            seconds = _step_seconds(folder / f"ssd-{seed}", base, repeats=2 if quick else 8) if "ssd" in done else {}
+            for arm, result in done.items():
+                rows.append(_row(arm, seed, result, folder / f"{arm}-{seed}", dense=done.get("dense"), seconds=seconds))
                 yield rows[-1]
     if plot is not None:
         plot_rows(rows, plot)
@@ -151,14 +158,17 @@ def _switches(result: PretrainResult) -> list[tuple[int, str]]:
     return [(d.step, d.after) for d in result.decisions if d.after != d.before]
 
 
-def _row(arm: str, seed: int, result: PretrainResult, out: Path, *, dense: PretrainResult | None, quick: bool) -> dict[str, Any]:
+def _row(
+    arm: str, seed: int, result: PretrainResult, out: Path, *, dense: PretrainResult | None, seconds: Mapping[str, tuple[float, float]]
+) -> dict[str, Any]:
     model, tokenizer = load_model(out)
-    recipe = from_dict(PretrainConfig, result.config, where=str(out))
-    windows = text_windows(recipe.validation, tokenizer)[:_VALIDATION_SEQUENCES]
-    seconds = _step_seconds(model, windows[: recipe.train.batch_sequences], repeats=2 if quick else 8)
-    flops = {"dense": _flops_of_step(result, "dense"), "sparse": _flops_of_step(result, "sparse")}
+    windows_WS = text_windows(from_dict(PretrainConfig, result.config, where=str(out)).validation, tokenizer)
+    flops = {mode: _flops_of_step(result, mode) for mode in ("dense", "sparse")}
     steps = modes(result.decisions, len(result.losses))
-    loss = result.evaluation["dense"]["loss"]
+    loss, moe_loss = _losses_by_selected(model, windows_WS)
+    timed = {f"{name}_step_s": value for name, (value, _) in seconds.items()}
+    if seconds:
+        timed |= {"step_gain": seconds["dense"][0] / seconds["sparse"][0], "spread": seconds["dense"][1]}
     probes = [probe.signals for probe in result.probes]
     return {
         "arm": arm,
@@ -168,17 +178,14 @@ def _row(arm: str, seed: int, result: PretrainResult, out: Path, *, dense: Pretr
         "steps": len(result.losses),
         "sparse_share": steps.count("sparse") / len(steps),
         "loss": loss,
-        **({} if dense is None else {"ratio": loss / dense.evaluation["dense"]["loss"]}),
-        "moe_loss": _losses_by_selected(model, windows),
+        **({} if dense is None else {"ratio": result.evaluation["dense"]["loss"] / dense.evaluation["dense"]["loss"]}),
+        "moe_ratio": {k: value / loss for k, value in moe_loss.items()},
         "flops": result.flops["total_flops"],
         "gain": result.flops["gain"] if dense is None else dense.flops["all_dense_flops"] / result.flops["total_flops"],
         "seconds": result.seconds,
-        "dense_step_s": seconds["dense"][0],
-        "sparse_step_s": seconds["sparse"][0],
-        "step_gain": seconds["dense"][0] / seconds["sparse"][0],
-        "spread": seconds["dense"][1],
+        **timed,
         "curve": [
-            [step, value, sum(flops[mode] for mode in steps[:step]), sum(seconds[mode][0] for mode in steps[:step])]
+            [step, value, sum(flops[mode] for mode in steps[:step]), sum(seconds[mode][0] for mode in steps[:step]) if seconds else None]
             for step, value in result.evals
         ],
         "sparsity": [[s.step, s.sparsity] for s in probes],
@@ -188,6 +195,21 @@ def _row(arm: str, seed: int, result: PretrainResult, out: Path, *, dense: Pretr
         "switches": _switches(result),
         "data": result.data,
     }
+
+
+def _check_work(folder: Path, base: PretrainConfig, *, keep: bool) -> None:
+    """Refuse runs of other data, and without ``keep`` of other code: the runs' own names know neither.
+
+    Raises:
+        ConfigError: names what differs.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    now = json.loads(json.dumps({"data": source_id(base.data), "validation": source_id(base.validation)}))
+    note = folder / "data.json"
+    if note.exists() and json.loads(note.read_text(encoding="utf-8")) != now:
+        raise ConfigError(f"--work: the runs in '{folder}' are of other data; give another folder.")
+    check_stages(folder, keep=keep, way_out="choose another --work, or --keep-runs where the change leaves their numbers alone.")
+    write_json(note, now)
 
 
 def _pretrained(recipe: PretrainConfig, out: Path) -> PretrainResult:
@@ -211,44 +233,57 @@ def _flops_of_step(result: PretrainResult, mode: str) -> float:
     return result.flops["sparse_flops"] / max(1.0, result.flops["sparse_steps"])
 
 
-def _step_seconds(model: nn.Module, ids_BS: Tensor, *, repeats: int) -> dict[str, tuple[float, float]]:
-    """Median and spread of a training step's seconds in each mode, in turn; the model is trained by it."""
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
-    compute = fast_dtype(ids_BS.device)
-    for layer in moe_layers(model).values():
+def _step_seconds(out: Path, recipe: PretrainConfig, *, repeats: int) -> dict[str, tuple[float, float]]:
+    """Median and spread of a training step's seconds: of a plain dense model of random weights, and of a finished run's in sparse mode.
+
+    The two take turns. What the dense one costs does not depend on its weights; which experts the other runs does.
+    """
+    sparse, tokenizer = load_model(out)
+    ids_BS = text_windows(recipe.data, tokenizer)[: recipe.train.batch_sequences]
+    architecture = {**recipe.model.architecture, "vocab_size": sparse.config.vocab_size}
+    dense = random_model(architecture, auto_class="AutoModelForCausalLM", seed=recipe.train.seed)
+    set_mode(sparse, "moe")
+    for layer in moe_layers(sparse).values():
         layer.is_taught = True
-    model.train()
-    times: dict[str, list[float]] = {"dense": [], "sparse": []}
+    sides = {"dense": dense, "sparse": sparse}
+    optimizers = {mode: torch.optim.AdamW(model.parameters(), lr=0.0, fused=True) for mode, model in sides.items()}
+    compute = fast_dtype(ids_BS.device)
+    times: dict[str, list[float]] = {mode: [] for mode in sides}
     for repeat in range(-1, repeats):  # one to warm up
-        for mode in sorted(times, reverse=bool(repeat % 2)):
-            set_mode(model, "dense" if mode == "dense" else "moe")
+        for mode in sorted(sides, reverse=bool(repeat % 2)):
+            sides[mode].train()
             start = time.perf_counter()
             with torch.autocast(ids_BS.device.type, dtype=compute, enabled=compute is not torch.float32):
-                loss = model(input_ids=ids_BS, labels=ids_BS).loss
+                loss = sides[mode](input_ids=ids_BS, labels=ids_BS).loss
             loss.backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            optimizers[mode].step()
+            optimizers[mode].zero_grad(set_to_none=True)
             if repeat >= 0:
                 times[mode].append(time.perf_counter() - start)
-    for layer in moe_layers(model).values():
-        layer.is_taught = False
-    model.load_state_dict(before)
-    model.eval()
     return {mode: (statistics.median(values), p80_over_p20(values)) for mode, values in times.items()}
 
 
 @torch.no_grad()
-def _losses_by_selected(model: nn.Module, windows_WS: Tensor) -> dict[str, float]:
-    """Loss of the mixture by the number of experts that a token runs; with all of them it is the dense model's."""
+def _losses_by_selected(model: nn.Module, windows_WS: Tensor) -> tuple[float, dict[str, float]]:
+    """Losses of the dense mode, and of the mixture by the number of experts that a token runs: the same windows, the same products."""
+    compute = fast_dtype(windows_WS.device)
+
+    def loss() -> float:
+        losses = []
+        for ids_BS in windows_WS.split(32):
+            with torch.autocast(ids_BS.device.type, dtype=compute, enabled=compute is not torch.float32):
+                losses.append(model(input_ids=ids_BS, labels=ids_BS).loss.item() * len(ids_BS))
+        return sum(losses) / len(windows_WS)
+
+    set_mode(model, "dense")
+    dense = loss()
     set_mode(model, "moe")
     experts = next(iter(moe_layers(model).values())).num_experts
     found = {}
     for k in (k for k in _SELECTED if k <= experts):
         set_rule(model, TopK(k=k))
-        losses = [model(input_ids=ids, labels=ids).loss.item() * len(ids) for ids in windows_WS.split(32)]
-        found[str(k)] = sum(losses) / len(windows_WS)
-    return found
+        found[str(k)] = loss()
+    return dense, found
 
 
 # ---- the picture
@@ -257,7 +292,7 @@ _COLORS = dict(zip(ARMS, ("black", "C0", "C1", "C3", "C2", "C4"), strict=True))
 
 
 def plot_rows(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Loss against FLOPs and against modelled time, the mixture's loss by experts, and what was watched, with the switches marked.
+    """Loss against FLOPs and seconds, the mixture's loss by experts, and what was watched, with the switches marked.
 
     Args:
         rows: of this case.
@@ -271,12 +306,12 @@ def plot_rows(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         style = {"color": _COLORS[row["arm"]], "label": row["arm"], "linewidth": 1.2}
         steps = [point for point in row["curve"] if point[0] > 0]
         flops.plot([point[2] for point in steps], [point[1] for point in steps], **style)
-        seconds.plot([point[3] for point in steps], [point[1] for point in steps], **style)
-        experts.plot([int(k) for k in row["moe_loss"]], list(row["moe_loss"].values()), marker="o", markersize=3, **style)
-        experts.axhline(row["loss"], color=style["color"], linewidth=0.6, linestyle=":")
+        if steps and steps[0][3] is not None:
+            seconds.plot([point[3] for point in steps], [point[1] for point in steps], **style)
+        experts.plot([int(k) for k in row["moe_ratio"]], list(row["moe_ratio"].values()), marker="o", markersize=3, **style)
     flops.set(xlabel="training FLOPs", ylabel="validation loss of the dense mode (nats)")
     seconds.set(xlabel="seconds, from steps of both modes timed in turn", ylabel="validation loss of the dense mode (nats)")
-    experts.set(xlabel="experts that a token runs", ylabel="validation loss (nats)", xscale="log")
+    experts.set(xlabel="experts that a token runs", ylabel="loss of the mixture / of its own dense mode", xscale="log")
     for axes, arm in ((dense, "dense"), (ssd, "ssd")):
         for row in (row for row in rows if row["arm"] == arm):
             _draw_watched(axes, row)

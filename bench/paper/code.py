@@ -43,13 +43,17 @@ def library_code(folder: Path = _LIBRARY) -> str:
     return checksum((path for path in folder.rglob("*.py") if path not in shown), folder)
 
 
-def check_stages(folder: Path, *, keep: bool = False, now: str | None = None) -> tuple[str, ...]:
+_WAY_OUT = "choose another --out, or --keep-stages where the change leaves their numbers alone."
+
+
+def check_stages(folder: Path, *, keep: bool = False, now: str | None = None, way_out: str = _WAY_OUT) -> tuple[str, ...]:
     """Refuse stages that other code of the library made: their own names know nothing of it.
 
     Args:
         folder: of all stages; the code is noted in its ``library.json``.
         keep: use them all the same, and note the present code beside theirs.
         now: the present code; None looks.
+        way_out: end of the error's line.
 
     Returns:
         Codes that the stages are of, in the order in which they came; "unknown" of stages without a note.
