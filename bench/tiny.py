@@ -6,7 +6,7 @@ import torch
 
 from moeify import CalibrationConfig, ConvertConfig, DataConfig, convert_checkpoint
 from moeify.hf.checkpoint import save_dense
-from moeify.hf.random import byte_tokenizer
+from moeify.hf.tokenizer import byte_tokenizer
 from moeify.routers import NormRouterConfig
 from moeify.train.fit import RouterTrainConfig
 

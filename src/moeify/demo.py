@@ -18,7 +18,7 @@ from .convert import ConvertConfig
 from .data import DataConfig, text_windows
 from .errors import CheckpointError, MoeifyError
 from .hf.checkpoint import check_output, save_dense
-from .hf.random import byte_tokenizer
+from .hf.tokenizer import byte_tokenizer
 from .pipeline import CalibrationConfig, convert_checkpoint, sweep_checkpoint
 from .report.plots import plot_curve
 from .routers import NormRouterConfig

@@ -1,4 +1,4 @@
-"""Models with random weights, and tokenizers and image processors without a model: what an experiment from scratch starts from."""
+"""Models with random weights, and image processors without a model: what an experiment from scratch starts from."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,7 +7,7 @@ import torch
 
 from .._config import did_you_mean
 from .._random import seeded
-from ..errors import CheckpointError, ConfigError
+from ..errors import ConfigError
 
 
 def random_model(architecture: Mapping[str, Any], *, auto_class: str, seed: int, dtype: torch.dtype = torch.float32) -> Any:
@@ -33,7 +33,7 @@ def random_model(architecture: Mapping[str, Any], *, auto_class: str, seed: int,
     try:
         known = (
             set(cls().to_dict())
-            | {"decoder_start_token_id"}
+            | ({"decoder_start_token_id"} if cls().is_encoder_decoder else set())
             | {"id2label", "label2id", "num_labels"}
             | set(getattr(cls, "attribute_map", {}))
         )
@@ -47,36 +47,6 @@ def random_model(architecture: Mapping[str, Any], *, auto_class: str, seed: int,
     except (ValueError, TypeError, StrictDataclassError) as error:
         raise ConfigError(f"the architecture makes no model: {' '.join(str(error).split())}") from error
     return model.eval()
-
-
-def byte_tokenizer(*, context: int) -> Any:
-    """A transformers tokenizer of the 256 bytes, so that the checkpoint is an ordinary one.
-
-    Args:
-        context: longest text of the model, in bytes.
-    """
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    vocabulary = {character: i for i, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=context)
-
-
-def load_tokenizer(source: str) -> Any:
-    """The tokenizer in a folder or of a Hub id, without a model.
-
-    Raises:
-        CheckpointError: there is none, or it cannot be read.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"'{source}': no tokenizer can be loaded: {' '.join(str(error).split())[:200]}") from error
 
 
 def image_processor(config: Any) -> Any:

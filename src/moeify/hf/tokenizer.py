@@ -1,17 +1,18 @@
-"""Tokenizers made here: of bytes, or trained on text, with the special tokens that a kind of model needs."""
+"""Tokenizers without their models: of bytes, trained on text with the special tokens that a kind of model needs, or loaded."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ..errors import ConfigError, DataError
+from ..errors import CheckpointError, ConfigError, DataError
 
 SPECIALS: Mapping[str, Mapping[str, str]] = {
+    "plain": {},
     "causal-lm": {"eos_token": "<|endoftext|>"},
     "masked-lm": {"pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"},
     "span-corruption": {"pad_token": "<pad>", "eos_token": "</s>"},
 }
-"""Special tokens by what a model is trained for; those of span corruption are followed by the sentinels."""
+"""Special tokens by what a model is trained for; those of span corruption are followed by the sentinels, "plain" has none."""
 
 _AROUND = {"masked-lm": "[CLS] $A [SEP]", "span-corruption": "$A </s>"}
 
@@ -32,6 +33,15 @@ class TokenizerTrainConfig:
             raise ConfigError(f"vocab_size must be at least 300: 256 bytes, special tokens and some merges; got {self.vocab_size}.")
         if self.characters < 1:
             raise ConfigError(f"characters must be at least 1, got {self.characters}.")
+
+
+def byte_tokenizer(*, context: int) -> Any:
+    """A transformers tokenizer of the 256 bytes and nothing else, so that a checkpoint is an ordinary one.
+
+    Args:
+        context: longest text of the model, in bytes.
+    """
+    return byte_level("plain", context=context)
 
 
 def byte_level(task: str, *, context: int, sentinels: int = 0) -> Any:
@@ -73,6 +83,20 @@ def train_tokenizer(config: TokenizerTrainConfig, texts: Iterable[str], task: st
     if (size := tokenizer.get_vocab_size()) < config.vocab_size:
         raise DataError(f"the training data gives {size} different tokens only; set vocab_size ({config.vocab_size}) to that, or less.")
     return _finished(tokenizer, task, context=context, sentinels=sentinels, use_regex=True)
+
+
+def load_tokenizer(source: str) -> Any:
+    """The tokenizer in a folder or of a Hub id, without a model.
+
+    Raises:
+        CheckpointError: there is none, or it cannot be read.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"'{source}': no tokenizer can be loaded: {' '.join(str(error).split())[:200]}") from error
 
 
 def _finished(tokenizer: Any, task: str, *, context: int, sentinels: int, use_regex: bool) -> Any:

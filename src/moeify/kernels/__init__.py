@@ -253,6 +253,8 @@ def _objection(name: str, x_TD: Tensor, weights: FFNWeights, plan: DispatchPlan,
     """Why "auto" should not run this implementation here; None if it should. No host sync."""
     if plan.probs_TE is not None and name not in TEACHING:
         return "it has no gradient for the router's probabilities"
+    if cpu.is_transformed():
+        return None if name == "masked" else "torch.func does not look into operators with a backward of their own, nor into a plan's index"
     if name == "cpu_train":
         return _training_objection(x_TD, weights, plan, activation=activation, training=training)
     if name == "cpu":

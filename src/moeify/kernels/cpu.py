@@ -109,9 +109,14 @@ def is_recorded(x: Tensor) -> bool:
         torch.compiler.is_compiling()
         or type(x) not in _PLAIN
         or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
+        or is_transformed()
         or torch._C._is_tracing()
     )
+
+
+def is_transformed() -> bool:
+    """Whether a transformation of torch.func is at work: vmap, grad, jvp."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def unavailable() -> str | None:

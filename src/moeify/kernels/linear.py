@@ -120,7 +120,7 @@ def call_objection(x: Tensor, layer: tuple[Tensor | None, ...], kernel: ModuleTy
             return "while training, a forward without gradients (reentrant checkpointing) must give the bits of its recomputation"
     if torch.is_grad_enabled() and (x.requires_grad or any(t is not None and t.requires_grad for t in layer)):
         return "it has no gradient"
-    if cpu.wants_tangents() or (not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None):
+    if cpu.wants_tangents() or cpu.is_transformed():
         return "it has no forward-mode gradients, and no transformations of torch.func"
     if torch.is_autocast_enabled(kernel.DEVICE):
         return "under autocast the dense layer casts"

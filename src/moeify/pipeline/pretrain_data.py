@@ -13,8 +13,7 @@ from .._files import sync
 from .._progress import NO_PROGRESS, Progress
 from ..data import DataConfig, MaskedData, SpanCorruptionData, WindowData, Windows, pack_tokens, read_texts, sentinel_ids, special_ids
 from ..errors import CheckpointError, ConfigError, DataError
-from ..hf.random import load_tokenizer
-from ..hf.tokenizer import byte_level, train_tokenizer
+from ..hf.tokenizer import byte_level, load_tokenizer, train_tokenizer
 from ..train.loop import TrainingData
 from .inputs import positions_of
 from .pretrain_recipe import PretrainConfig, TokenizerConfig

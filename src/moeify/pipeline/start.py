@@ -4,7 +4,8 @@ from typing import Any
 
 from .._progress import NO_PROGRESS, Progress
 from ..errors import ConfigError
-from ..hf.random import byte_tokenizer, image_processor, load_tokenizer, random_model
+from ..hf.random import image_processor, random_model
+from ..hf.tokenizer import byte_tokenizer, load_tokenizer
 from .names import torch_dtype
 from .recipe import RecipeConfig
 from .tasks import TASKS, Loaded, load_for_task

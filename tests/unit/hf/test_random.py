@@ -5,7 +5,8 @@ import torch
 from PIL import Image
 
 from moeify.errors import CheckpointError, ConfigError
-from moeify.hf.random import byte_tokenizer, image_processor, load_tokenizer, random_model
+from moeify.hf.random import image_processor, random_model
+from moeify.hf.tokenizer import byte_tokenizer, load_tokenizer
 
 GPT = {"model_type": "gpt2", "vocab_size": 256, "n_positions": 16, "n_embd": 8, "n_layer": 1, "n_head": 2, "activation_function": "relu"}
 VIT = {

@@ -4,8 +4,7 @@ import pytest
 
 from moeify.data import special_ids
 from moeify.errors import ConfigError, DataError
-from moeify.hf.random import load_tokenizer
-from moeify.hf.tokenizer import SPECIALS, TokenizerTrainConfig, byte_level, train_tokenizer
+from moeify.hf.tokenizer import SPECIALS, TokenizerTrainConfig, byte_level, load_tokenizer, train_tokenizer
 
 TEXTS = [f"The quick brown fox number {i} jumps over the lazy dog; naïve café {i * 7}." for i in range(200)]
 ODD = "naïve café 漢字\n\tfox"

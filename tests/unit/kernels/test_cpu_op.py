@@ -278,6 +278,25 @@ def test_transformations_of_torch_func_see_the_operator():
     torch.testing.assert_close(found, expected)
 
 
+def test_auto_is_differentiated_and_batched_by_torch_func():
+    weights, plan = by_neuron(random_ffn(16, 24)), build_plan(torch.rand(3, 3) < 0.5)
+    x_BTD, tangent_TD = torch.randn(2, 3, 16), torch.randn(3, 16)
+
+    def ffn(x_TD, impl="auto"):
+        return moe_ffn(x_TD, weights, plan, activation="silu", impl=impl)
+
+    expected = torch.stack([ffn(x_TD, "reference") for x_TD in x_BTD])
+    torch.testing.assert_close(torch.func.vmap(ffn)(x_BTD), expected)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.func.vmap(ffn)(x_BTD), expected)
+    x_TD = x_BTD[0].clone().requires_grad_()
+    (gradient_TD,) = torch.autograd.grad(ffn(x_TD, "reference").square().sum(), x_TD)
+    torch.testing.assert_close(torch.func.grad(lambda x: ffn(x).square().sum())(x_BTD[0]), gradient_TD)
+    step = 1e-3
+    slope_TD = (ffn(x_BTD[0] + step * tangent_TD, "reference") - ffn(x_BTD[0] - step * tangent_TD, "reference")) / (2 * step)
+    torch.testing.assert_close(torch.func.jvp(ffn, (x_BTD[0],), (tangent_TD,))[1], slope_TD, atol=2e-3, rtol=2e-3)
+
+
 @needs_library
 def test_portable_vectors_leave_many_tokens_of_nearly_every_expert_to_dense(monkeypatch):
     weights, plan, x_TD = by_neuron(random_ffn(16, 64)), build_plan(torch.ones(64, 8, dtype=torch.bool)), torch.randn(64, 16)
