@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .._files import sync
 from .._progress import NO_PROGRESS, Progress
-from ..errors import CheckpointError
+from ..errors import CheckpointError, DataError
 from .config import DataConfig, of_split
 from .read import read_texts
 from .tokens import Tokenizer, TooShortError, token_chunks
@@ -68,24 +68,25 @@ def pack_tokens(
         progress: told the tokens.
 
     Raises:
-        DataError: as `text_windows`.
+        DataError: as `text_windows`; or the tokenizer gives ids that it says it does not have.
         CheckpointError: the file cannot be written.
 
-    Cost: memory of about a million characters.
+    Cost: memory of about a million characters. A file that is there is read once, to see that it is whole (a second a gigabyte or so).
     """
     limit = None if config.max_tokens is None else config.max_tokens // config.window * config.window
     dtype = "uint16" if vocab_size <= 1 << 16 else "uint32"
+    item = np.dtype(dtype).itemsize
     key = hashlib.sha256(json.dumps({**made_from, "limit": limit, "dtype": dtype}, sort_keys=True).encode()).hexdigest()[:16]
     note = path.with_name(path.name + ".json")
     found = _read(note)
-    if found.get("key") != key or not path.exists() or path.stat().st_size != found["count"] * np.dtype(dtype).itemsize:
+    if found.get("key") != key or not path.exists() or path.stat().st_size != found["count"] * item or _crc32(path) != found["checksum"]:
         end_id = None if config.separator is not None else end_of_text(tokenizer)
         chunks = token_chunks(read_texts(config), tokenizer, limit=limit, separator=config.separator, end_id=end_id)
         temporary, count, checksum = path.with_name(path.name + ".new"), 0, 0
         try:
             with temporary.open("wb") as file, progress.task(f"tokenise {path.stem}", total=limit or 0) as task:
                 for chunk in chunks:
-                    raw = _narrow(chunk, dtype)
+                    raw = _narrow(chunk, dtype, vocab_size=vocab_size)
                     file.write(raw)
                     count, checksum = count + len(chunk), zlib.crc32(raw, checksum)
                     task.advance(len(chunk))
@@ -94,7 +95,9 @@ def pack_tokens(
             found = {"key": key, "count": count, "dtype": dtype, "checksum": f"{checksum:08x}"}
             new_note = note.with_name(note.name + ".new")
             new_note.write_text(json.dumps(found))
+            sync(new_note)
             new_note.replace(note)
+            sync(note.parent)
         except OSError as error:
             temporary.unlink(missing_ok=True)
             raise CheckpointError(f"cannot write '{path}': {error.strerror}; free space or choose another --out.") from error
@@ -112,8 +115,21 @@ def end_of_text(tokenizer: Any) -> int | None:
     return next((i for i in ids if i is not None), None)
 
 
-def _narrow(chunk: "array[int]", dtype: str) -> bytes:
-    return np.frombuffer(chunk, dtype=np.int64).astype(dtype).tobytes() if len(chunk) else b""
+def _narrow(chunk: "array[int]", dtype: str, *, vocab_size: int) -> bytes:
+    if not len(chunk):
+        return b""
+    ids = np.frombuffer(chunk, dtype=np.int64)
+    if ids.max() >= vocab_size:  # ids with gaps between them
+        raise DataError(f"the tokenizer gives the id {ids.max()} and says that it has {vocab_size} tokens; take another tokenizer.")
+    return ids.astype(dtype).tobytes()
+
+
+def _crc32(path: Path) -> str:
+    checksum = 0
+    with path.open("rb") as file:
+        while piece := file.read(1 << 24):
+            checksum = zlib.crc32(piece, checksum)
+    return f"{checksum:08x}"
 
 
 def _read(note: Path) -> dict[str, Any]:

@@ -5,6 +5,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -57,8 +58,9 @@ class JsonLines:
             raise self._error(error) from error
 
     def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+        """Close the file; what could not be written has been said."""
+        with suppress(OSError):  # a full disk once more: Python tries again what a failed flush left
+            self._file.close()
 
     def _error(self, error: OSError) -> CheckpointError:
         return CheckpointError(f"cannot write '{self._path}': {error.strerror}; free space and run again, the last state is kept.")
@@ -220,7 +222,8 @@ class RunLog:
         """Nothing more comes."""
         self._lines.close()
         for sink in self._sinks:
-            sink.close()
+            with suppress(OSError):
+                sink.close()
 
     def _tell_ssd(self) -> None:
         """Measurements and decisions since the last time; not those of steps before ``start``, which were told then."""

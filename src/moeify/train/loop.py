@@ -388,9 +388,15 @@ class _Log:
 # ---- what a step trains on
 
 
-def sequences_read(sequences: int, config: TrainConfig) -> list[int]:
-    """Numbers of the sequences that a training by `train` reads of so many, rising: from the first whole pass on all of them."""
-    order = _Order(sequences, config)
+def sequences_read(sequences: int, config: TrainConfig, *, lengths: Sequence[int] | None = None) -> list[int]:
+    """Numbers of the sequences that a training by `train` reads of so many, rising: from the first whole pass on all of them.
+
+    Args:
+        sequences: how many there are.
+        config: of the training.
+        lengths: of each, where ``config.group_by_length`` goes by them.
+    """
+    order = _Order(sequences, config, lengths=lengths)
     if order.epochs(config.steps) >= 1:
         return list(range(sequences))
     return sorted(row for step in range(config.steps) for row in order.rows(step))

@@ -57,6 +57,23 @@ def test_a_file_is_made_once_and_again_for_other_data(tmp_path, monkeypatch):
         packed(tmp_path)
 
 
+def test_a_file_that_was_damaged_is_made_again(tmp_path):
+    _, before = packed(tmp_path)
+    path = tmp_path / "tokens.bin"
+    raw = bytearray(path.read_bytes())
+    raw[7] ^= 1
+    path.unlink()  # the windows above still read the old one
+    path.write_bytes(raw)
+    _, after = packed(tmp_path)
+    every = torch.arange(len(before))
+    assert after[every].equal(before[every])
+
+
+def test_ids_beyond_the_vocabulary_are_refused_and_not_wrapped(tmp_path):
+    with pytest.raises(DataError, match="gives the id 70000 and says that it has 256 tokens"):
+        packed(tmp_path, tokenizer=lambda text: [70000 for _ in text])
+
+
 def test_what_was_killed_on_the_way_is_not_taken_for_whole(tmp_path, monkeypatch):
     def dies(*_args, **_kwargs):
         yield np.zeros(3, dtype=np.int64)

@@ -2,12 +2,14 @@
 
 import json
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from moeify.errors import ConfigError
+from moeify.errors import CheckpointError, ConfigError
 from moeify.pipeline import pretrain_log as log
+from moeify.train import TrainConfig
 
 
 def test_rows_of_steps_that_are_done_again_are_dropped_and_half_a_line_too(tmp_path):
@@ -58,9 +60,27 @@ def test_weights_and_biases_is_told_where_it_is_asked_for(monkeypatch):
     assert told == [{"project": "project", "name": "out", "id": "0123", "resume": "allow", "config": {"a": 1}}, (3, {"loss": 1.0}), "end"]
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no such device")
+def test_a_full_disk_is_said_once_and_everybody_is_closed(tmp_path):
+    lines = log.JsonLines(tmp_path / "log.jsonl", start=0)
+    lines._file.close()
+    lines._file = Path("/dev/full").open("w", encoding="utf-8")
+    closed = []
+    failing = SimpleNamespace(close=lambda: (closed.append("first"), (_ for _ in ()).throw(OSError(28, "No space left on device"))))
+    other = SimpleNamespace(close=lambda: closed.append("second"))
+    told = log.RunLog(TrainConfig(steps=2), None, lines, [failing, other], start=0, tokens=[1, 1], per_epoch=2, say=print)
+    with pytest.raises(CheckpointError, match="No space left on device; free space"):
+        lines.write("step", 1, {"loss": 1.0})
+    told.close()
+    assert closed == ["first", "second"]
+
+
 @pytest.mark.skipif(not log.has_tensorboard(), reason="tensorboard is not installed")
 def test_tensorboard_gets_scalars(tmp_path):
     board = log.TensorBoard(tmp_path, start=0)
     board.scalars(1, {"loss": 2.0})
     board.close()
-    assert any(path.stat().st_size for path in tmp_path.iterdir())
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 2.0)]

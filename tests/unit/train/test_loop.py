@@ -69,6 +69,34 @@ def test_group_by_length_puts_like_lengths_into_a_step_in_a_random_order_and_eve
     assert data.seen[:3] != data.seen[4:7]
 
 
+def test_group_by_length_reads_what_sequences_read_says_and_goes_on_where_it_was(tmp_path, monkeypatch):
+    lengths = [7, 1, 5, 3, 8, 2, 6, 4, 9, 0, 11]
+    config = TrainConfig(steps=3, batch_sequences=3, group_by_length=True, save_every=1, **F32)
+    runs = []
+    for killed in (False, True):
+        data, model = emotions(rows=11), tiny_classifier()
+        data.lengths = lengths
+        folder = tmp_path / str(killed)
+        if killed:
+            with monkeypatch.context() as patch:
+                patch.setattr(loop, "save_state", _dies_at_step(2, loop.save_state))
+                with pytest.raises(KeyboardInterrupt):
+                    train(model, data, config, state=folder)
+            model = tiny_classifier()
+        runs.append(train(model, data, config, state=folder).losses)
+        assert sorted({row for rows in data.seen for row in rows}) == sequences_read(11, config, lengths=lengths)
+    assert runs[0] == runs[1]
+
+
+def _dies_at_step(step, save):
+    def saves(*args, **kwargs):
+        save(*args, **kwargs)
+        if kwargs["step"] == step:
+            raise KeyboardInterrupt
+
+    return saves
+
+
 def test_group_by_length_of_sequences_of_one_length_changes_nothing():
     runs = [train(tiny_llama(), text(), TrainConfig(steps=3, group_by_length=is_grouped, **F32)).losses for is_grouped in (False, True)]
     assert runs[0] == runs[1]
