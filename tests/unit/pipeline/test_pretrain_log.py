@@ -64,7 +64,7 @@ def test_weights_and_biases_is_told_where_it_is_asked_for(monkeypatch):
 def test_a_full_disk_is_said_once_and_everybody_is_closed(tmp_path):
     lines = log.JsonLines(tmp_path / "log.jsonl", start=0)
     lines._file.close()
-    lines._file = Path("/dev/full").open("w", encoding="utf-8")
+    lines._file = Path("/dev/full").open("w", encoding="utf-8")  # noqa: SIM115  # close() of it is what is tested
     closed = []
     failing = SimpleNamespace(close=lambda: (closed.append("first"), (_ for _ in ()).throw(OSError(28, "No space left on device"))))
     other = SimpleNamespace(close=lambda: closed.append("second"))
