@@ -33,23 +33,23 @@ STEPS = TrainConfig(steps=12, batch_sequences=6, micro_sequences=2, lr=3e-3, wei
 _SLOW = ("transformers.models.gpt2.modeling_gpt2", "moeify.train", "torch.distributed.fsdp", "torch.distributed.checkpoint")
 
 
-def start(size, jobs, folder):
+def start(size, jobs, folder, *, wait_s=30):
     """Processes that run ``jobs``, [(name, function, arguments)], one after the other; each writes 'NAME.RANK.json' into ``folder``."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(_SLOW))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    processes = [context.Process(target=_work, args=(rank, size, port, jobs, str(folder)), daemon=True) for rank in range(size)]
+    processes = [context.Process(target=_work, args=(rank, size, port, jobs, str(folder), wait_s), daemon=True) for rank in range(size)]
     for process in processes:
         process.start()
     return processes
 
 
-def results(size, jobs, folder, *, timeout_s=120):
+def results(size, jobs, folder, *, timeout_s=120, wait_s=30):
     """{name: what the first process returned}, once all have ended."""
     folder.mkdir(exist_ok=True)
-    processes = start(size, jobs, folder)
+    processes = start(size, jobs, folder, wait_s=wait_s)
     for process in processes:
         process.join(timeout_s)
         if process.is_alive():
@@ -68,11 +68,11 @@ def read(folder, name, rank=0):
     return found["result"]
 
 
-def _work(rank, size, port, jobs, folder):
+def _work(rank, size, port, jobs, folder, wait_s):
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
     warnings.simplefilter("error")
-    with distributed(timeout_s=30):
+    with distributed(timeout_s=wait_s):
         for name, function, arguments in jobs:
             try:
                 found = {"result": function(**arguments), "cpu_s": time.process_time()}
