@@ -252,7 +252,7 @@ def profile(
     warmup_frac="weight_warmup_frac",
 )
 @takes("distillation", DistillConfig, **{field: f"distill_{field}" for field in _config.field_docs(DistillConfig)})
-@takes("train", TrainConfig, skip=("batch_sequences", "save_every", "betas", "seed"))
+@takes("train", TrainConfig, skip=("batch_sequences", "save_every", "betas", "seed", "expert_parallel"))
 @takes("augment", AugmentConfig)
 @takes_projections
 def sparsify(

@@ -20,8 +20,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .._dist import ALONE, Ranks, is_spread, part_of, whole
+from ..channels import kept
 from ..errors import ConfigError, MoeifyError, TrainingError
 from ..layers import moe_layers
+from .expert_parallel import ExpertGroup, expert_group
 
 ParallelKind = Literal["auto", "none", "ddp", "fsdp"]
 
@@ -84,12 +86,14 @@ class Parallel:
         kind: see `TrainConfig.parallel`.
         model: on its device, with everything attached to it; "fsdp" turns its parameters into new ones, each process with its part.
         compute: dtype of matrix products: of what "fsdp" gathers.
+        experts: processes that share out experts, see `TrainConfig.expert_parallel`.
 
     Raises:
-        ConfigError: several processes are asked for and not there, or float16 with "fsdp".
+        ConfigError: several processes are asked for and not there, float16 with "fsdp", or ``experts`` does not divide their number, or is
+            more than the experts of an FFN.
     """
 
-    def __init__(self, kind: ParallelKind, model: nn.Module, *, compute: torch.dtype) -> None:
+    def __init__(self, kind: ParallelKind, model: nn.Module, *, compute: torch.dtype, experts: int = 1) -> None:
         self.ranks = ALONE if kind == "none" else Ranks.present()
         is_joined = dist.is_available() and dist.is_initialized()
         if kind != "none" and not is_joined and num_started() > 1:
@@ -99,6 +103,8 @@ class Parallel:
         if kind in ("ddp", "fsdp") and not is_joined:
             raise ConfigError(f"parallel='{kind}' needs several processes: start with torchrun, and train inside of distributed().")
         self.kind = ("ddp" if self.ranks.size > 1 else "none") if kind == "auto" else kind
+        self._experts = self._shared(experts, model)
+        self._layers = list(moe_layers(model).values())
         self.model = model
         """What a forward calls."""
         self._device = next(model.parameters()).device
@@ -110,6 +116,29 @@ class Parallel:
             if compute is torch.float16:
                 raise ConfigError("compute='float16' does not go with parallel='fsdp'; use bfloat16.")
             shard(model, compute=compute)
+
+    def _shared(self, size: int, model: nn.Module) -> ExpertGroup | None:
+        if size == 1:
+            return None
+        if self.ranks.size % size:
+            raise ConfigError(
+                f"expert_parallel {size} does not divide the {self.ranks.size} processes that train; set 1, or one that does."
+            )
+        group = expert_group(size)
+        for layer in moe_layers(model).values():
+            group.bounds(layer.num_experts)
+        return group
+
+    @contextmanager
+    def shared_experts(self) -> Iterator[None]:
+        """Inside, FFNs in moe mode that train are computed by the processes that share out their experts."""
+        if self._experts is None:
+            yield
+            return
+        with kept(self._layers, "dispatch"):
+            for layer in self._layers:
+                layer.dispatch = self._experts.ffn
+            yield
 
     @property
     def is_spread(self) -> bool:

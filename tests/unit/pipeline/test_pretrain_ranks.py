@@ -15,6 +15,7 @@ from moeify.train import state
 
 SPIKES = ("ssd.fallback_frac=0.1",)
 FSDP = ("train.parallel=fsdp",)
+SHARED = "train.expert_parallel=2"
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +47,7 @@ def two(folder):
         ("ddp", ranks_pretrain.pretrain, of(folder, "ddp")),
         ("fsdp", ranks_pretrain.pretrain, of(folder, "fsdp", *FSDP)),
         ("fallen", ranks_pretrain.pretrain, of(folder, "fallen", *SPIKES, at=13, does="nan")),
-        ("fallen fsdp", ranks_pretrain.pretrain, of(folder, "fallen-fsdp", *SPIKES, *FSDP, at=13, does="nan")),
+        ("fallen shared", ranks_pretrain.pretrain, of(folder, "fallen-shared", *SPIKES, *FSDP, SHARED, at=13, does="nan")),
         ("stopped", ranks_pretrain.command, of(folder, "stopped", at=8, does="term")),
         ("stopped at the end", ranks_pretrain.command, of(folder, "stopped", at=19, does="term")),
         ("resumed", ranks_pretrain.pretrain, of(folder, "stopped")),
@@ -94,7 +95,7 @@ def test_the_log_is_written_once(folder, two):
     assert [(row["kind"], row["step"]) for row in rows[0]] == [(row["kind"], row["step"]) for row in rows[1]]
 
 
-@pytest.mark.parametrize("kind", ["fallen", "fallen fsdp"])
+@pytest.mark.parametrize("kind", ["fallen", "fallen shared"])
 def test_a_sparse_phase_that_goes_wrong_in_one_process_falls_back_in_all(folder, one_fallen, two, kind):
     assert [fallback[:3] for fallback in one_fallen["fallbacks"]] == [[10, 13, 15]]
     assert_same_run(two[kind], one_fallen)
