@@ -25,6 +25,7 @@ def test_torchrun_told_to_stop_passes_it_on_and_one_process_goes_on(tmp_path):
         time.sleep(0.05)
     running.send_signal(signal.SIGTERM)
     said = running.communicate(timeout=60)[1].splitlines()
+    assert running.returncode == 1  # torchrun's own, whatever the processes end with
     stopped = [line for line in said if line.startswith("stopped: ")]
     assert len(stopped) == 1 and "SIGTERM: stopped after step" in stopped[0]
     ended = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=120, check=False)

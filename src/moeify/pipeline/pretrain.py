@@ -14,6 +14,7 @@ Under torchrun every process goes the same way. What reads or writes the folders
 
 import json
 import math
+import os
 import signal
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -95,6 +96,8 @@ def pretrain(
             gone. What the first process raises the others do, too, as its echo.
     """
     chosen = torch_device(device)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and num_started() == 0:
+        raise ConfigError("WORLD_SIZE says several processes, and without RANK they cannot join; start them with torchrun.")
     if num_started() > 1 and chosen.index is not None:
         raise ConfigError(f"--device {device} under torchrun would be one GPU for all processes; --device cuda gives each its own.")
     kind = "cuda" if chosen.type == "cuda" else "cpu"

@@ -84,6 +84,8 @@ def test_two_processes_make_the_checkpoint_of_one(folder, one, two, kind):
     card, config = (folder / kind / "README.md").read_text(), json.loads((folder / kind / "config.json").read_text())
     assert "A GPT2LMHeadModel that" in card and config["architectures"] == ["GPT2LMHeadModel"]
     assert ranks_pretrain.layers_of(folder / kind) == 2
+    manifests = [json.loads((folder / name / "moeify.json").read_text()) for name in ("one", kind)]
+    assert manifests[0] == manifests[1]
     record = json.loads((folder / kind / "pretrain.json").read_text())
     assert record["processes"] == two[kind]["processes"] == 2 and one["processes"] == 1
     assert ranks.read(folder / "two", kind, rank=1) == {**two[kind], "said": []}
@@ -157,11 +159,14 @@ def test_the_others_wait_for_long_work_as_long_as_it_takes(tmp_path):
     assert ranks.read(tmp_path / "long", "long", rank=1) == [None, "after"]
 
 
-def test_one_gpu_for_all_processes_is_refused(tmp_path, monkeypatch):
+def test_processes_that_cannot_work_together_are_refused(tmp_path, monkeypatch):
     module = __import__("moeify.pipeline.pretrain", fromlist=["torch_device"])
     monkeypatch.setattr(module, "torch_device", __import__("torch").device)
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
     with pytest.raises(ConfigError, match="--device cuda gives each its own"):
         pretrain(read_pretrain(recipe_file(tmp_path)), tmp_path / "out", device="cuda:1")
+    monkeypatch.delenv("RANK")
+    with pytest.raises(ConfigError, match="start them with torchrun"):
+        pretrain(read_pretrain(recipe_file(tmp_path)), tmp_path / "out")
     assert not (tmp_path / "out.work").exists()
