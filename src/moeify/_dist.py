@@ -4,8 +4,9 @@ Without `torch.distributed`, or with one process, everything here is what it wou
 """
 
 import json
+import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
@@ -16,6 +17,9 @@ from torch import Tensor, nn
 from . import errors
 
 _Result = TypeVar("_Result")
+
+BEAT_S = 20.0
+"""Seconds between two signs of life while the first process does something long: far below any timeout."""
 
 
 @dataclass(frozen=True)
@@ -56,32 +60,70 @@ class Ranks:
         return sent.to(tensor.device)
 
     def same(self, value: Any) -> Any:
-        """The JSON value of the first process."""
+        """The JSON value of the first process; None is one small message."""
         if self.size == 1:
             return value
-        text = json.dumps(value).encode() if self.is_first else b""
+        text = json.dumps(value).encode() if self.is_first and value is not None else b""
         length = int(self.broadcast(torch.tensor(len(text)), source=0))
+        if length == 0:
+            return None
         sent = torch.tensor(list(text), dtype=torch.uint8) if self.is_first else torch.empty(length, dtype=torch.uint8)
         return json.loads(bytes(self.broadcast(sent, source=0).tolist()))
 
-    def first(self, action: Callable[[], _Result]) -> _Result | None:
-        """Do something in the first process alone, and wait for it; an error of ours there is one in all.
+    def first(self, action: Callable[[], _Result], *, is_long: bool = False) -> _Result | None:
+        """Do something in the first process alone, and wait for it; an error there is one in all.
+
+        Args:
+            action: sends nothing to other processes.
+            is_long: it may take longer than processes wait for each other; they are told now and then that it goes on.
 
         Returns:
             What it gave in the first process; None in others.
+
+        Raises:
+            MoeifyError: what ``action`` raised, with its fields; in other processes an echo (`MoeifyError.is_echo`). What is not one of
+                ours is a TrainingError there.
         """
         result, error = None, None
         if self.is_first:
             try:
-                result = action()
-            except errors.MoeifyError as raised:
+                with self._others_patient() if is_long and self.size > 1 else nullcontext():
+                    result = action()
+            except Exception as raised:  # noqa: BLE001 - raised again below, when the others know
                 error = raised
-        told = self.same(None if error is None else [type(error).__name__, str(error)])
+        elif is_long:
+            while int(self.broadcast(torch.tensor(0), source=0)):
+                pass
+        told = self.same(None if error is None else _told(error))
         if error is not None:
             raise error
         if told is not None:
-            raise getattr(errors, told[0], errors.MoeifyError)(told[1])
+            raise _echo(told)
         return result
+
+    @contextmanager
+    def _others_patient(self) -> Iterator[None]:
+        """The first process' side: 1 every `BEAT_S` seconds, 0 at the end."""
+        ended, failed = threading.Event(), list[RuntimeError]()
+
+        def beat() -> None:
+            try:
+                while not ended.wait(BEAT_S):
+                    self.broadcast(torch.tensor(1), source=0)
+            except RuntimeError as error:  # another process is gone
+                failed.append(error)
+
+        thread = threading.Thread(target=beat, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
+            if not failed:
+                self.broadcast(torch.tensor(0), source=0)
+        if failed:
+            raise failed[0]
 
     def _device(self, tensor: Tensor) -> torch.device:
         """Where the default group takes such a tensor: gloo on the CPU, NCCL on a GPU alone."""
@@ -93,6 +135,22 @@ class Ranks:
 
 ALONE = Ranks()
 """One process."""
+
+
+def _told(error: Exception) -> list[Any]:
+    """An error as JSON: the nearest of our classes, its text and its fields."""
+    if not isinstance(error, errors.MoeifyError):
+        return [errors.TrainingError.__name__, f"the first process failed: {type(error).__name__}: {error}", {}]
+    kind = next(cls.__name__ for cls in type(error).__mro__ if hasattr(errors, cls.__name__))
+    return [kind, str(error), vars(error)]
+
+
+def _echo(told: Sequence[Any]) -> errors.MoeifyError:
+    kind, text, fields = told
+    cls: type[errors.MoeifyError] = getattr(errors, kind)
+    error = cls.__new__(cls, text)  # not by __init__, which may ask for its fields
+    vars(error).update(fields, is_echo=True)
+    return error
 
 
 # ---- tensors that are spread (DTensor: fully_shard's parameters, their gradients and moments)

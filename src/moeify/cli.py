@@ -175,7 +175,7 @@ def _projections(attention: str | None, patterns: Sequence[str] | None, options:
 def command(
     *, resumes: Callable[[Mapping[str, Any]], bool] = lambda _values: False, text: Callable[[Any], Any] = lambda result: result
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Add a function that returns a JSON-like result to the command line, with ``--json`` and ``--debug``.
+    """Add a function that returns a JSON-like result, or None to print nothing, to the command line, with ``--json`` and ``--debug``.
 
     Args:
         resumes: whether the command, interrupted with these values of its options, continues when run again.
@@ -193,7 +193,8 @@ def command(
                 if not is_out_of_memory(error):
                     raise
                 raise MoeifyError(_out_of_memory(error, options=values)) from error
-            show(result if json_ else text(result), as_json=json_)
+            if result is not None:
+                show(result if json_ else text(result), as_json=json_)
 
         as_json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON value.")]
         debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
@@ -251,7 +252,7 @@ def profile(
     warmup_frac="weight_warmup_frac",
 )
 @takes("distillation", DistillConfig, **{field: f"distill_{field}" for field in _config.field_docs(DistillConfig)})
-@takes("train", TrainConfig, skip=("batch_sequences", "save_every", "betas", "seed"))
+@takes("train", TrainConfig, skip=("batch_sequences", "save_every", "betas", "seed", "expert_parallel"))
 @takes("augment", AugmentConfig)
 @takes_projections
 def sparsify(
@@ -578,10 +579,13 @@ def pretrain(
     ] = None,
     device: Device = "cpu",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result, and the state of another run to it.")] = False,
+    timeout: Annotated[float, typer.Option(help="Seconds that processes under torchrun wait for one that does not answer.")] = 1800.0,
 ) -> Any:
-    """Train a model from random weights, dense or by switchable sparse-dense pre-training. SIGTERM and Ctrl-C finish the step and save."""
+    """Train a model from random weights, dense or by switchable sparse-dense pre-training. SIGTERM and Ctrl-C finish the step and save.
+    Under torchrun on several processes."""
     from .pipeline import pretrain as run_pretrain
     from .pipeline import read_pretrain
+    from .train.parallel import started_rank
 
     chosen = read_pretrain(recipe, settings=set_ or ())
     result = run_pretrain(
@@ -589,10 +593,11 @@ def pretrain(
         out or Path(chosen.name),
         device=device,
         overwrite=overwrite,
+        timeout_s=timeout,
         progress=make_progress(),
         say=lambda line: print(line, file=sys.stderr, flush=True),
     )
-    return _config.to_dict(result)
+    return _config.to_dict(result) if started_rank() == 0 else None
 
 
 @command()
@@ -680,7 +685,7 @@ def run(arguments: Sequence[str]) -> int:
     except click_exception as error:
         return _fail(error.format_message(), BAD_INPUT)
     except StoppedError as error:
-        return _fail(str(error), 128 + error.signum, kind="stopped")
+        return 128 + error.signum if error.is_echo else _fail(str(error), 128 + error.signum, kind="stopped")
     except _Interrupted as error:
         return _fail(str(error), INTERRUPTED)
     except KeyboardInterrupt:
@@ -688,7 +693,7 @@ def run(arguments: Sequence[str]) -> int:
     except (MoeifyError, OSError) as error:
         if "--debug" in arguments:
             traceback.print_exc()
-        return _fail(str(error), BAD_INPUT)
+        return BAD_INPUT if getattr(error, "is_echo", False) else _fail(str(error), BAD_INPUT)
     except Exception as error:  # noqa: BLE001 - the outermost border: whatever comes here is a bug, said in a line and never hidden
         if "--debug" in arguments:
             traceback.print_exc()

@@ -12,6 +12,9 @@ _NO_MEMORY = ("can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC
 class MoeifyError(Exception):
     """Base of every error that the library raises on purpose."""
 
+    is_echo = False
+    """Whether the first of several processes raises it, too, and says it."""
+
 
 class ConfigError(MoeifyError, ValueError):
     """An option, configuration field or recipe is unknown, of the wrong type or out of range."""

@@ -25,7 +25,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from types import MethodType
-from typing import Any, Literal, NamedTuple, NoReturn, cast
+from typing import Any, Literal, NamedTuple, NoReturn, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +49,13 @@ from .sites import FFNSite, FFNWeights, expert_bounds, has_int8, in_decoder, not
 Mode = Literal["dense", "moe"]
 Selector = Callable[["MoEFFN", Tensor, Tensor], tuple[Tensor, Tensor]]
 """(layer, x (..., D), h (..., F)) -> h with the unselected neurons at zero, and the mask_TE that this was, for the record."""
+
+
+class Dispatch(Protocol):
+    """Computes selected experts as `kernels.moe_ffn` does, somewhere else."""
+
+    def __call__(self, x_TD: Tensor, weights: FFNWeights, plan: DispatchPlan, *, activation: str, impl: str) -> Tensor:
+        """y_TD."""
 
 
 class _Call(NamedTuple):
@@ -144,6 +151,8 @@ class MoEFFN(nn.Module):
         self.selector: Selector | None = None
         """In training: takes the place of router and rule in every forward in moe mode, and zeroes neurons itself, so that gradients can
         reach the router. The projections then run as they are, at dense cost; not for torch.compile."""
+        self.dispatch: Dispatch | None = None
+        """In training: takes the place of `kernels.moe_ffn` where the kernels would run (`train.expert_parallel`)."""
         self.is_taught = False
         """In training: whether the router learns from the selected experts alone, through 1 + p - stopgrad(p) with p = s / (sum of the
         selected s); see `DispatchPlan.probs_TE`. By the kernels; x gets no gradient by way of the router."""
@@ -296,7 +305,10 @@ class MoEFFN(nn.Module):
         else:
             plan = self._plan(x) if call.select is None else build_plan(self._record(call.select(x), x))
             x_TD, training = x.reshape(-1, x.shape[-1]), self.host.training
-            y = moe_ffn(x_TD, self.weights(), plan, activation=self.site.activation, impl=self.impl, training=training)
+            if training and self.dispatch is not None:
+                y = self.dispatch(x_TD, self.weights(), plan, activation=self.site.activation, impl=self.impl)
+            else:
+                y = moe_ffn(x_TD, self.weights(), plan, activation=self.site.activation, impl=self.impl, training=training)
         return y.reshape(*h.shape[:-1], self.site.d_out)
 
     def _decide(self, first: nn.Module, x: Tensor) -> _Call:

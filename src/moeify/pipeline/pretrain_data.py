@@ -115,8 +115,14 @@ class Prepared:
     """Of the training data."""
 
 
-def prepare_tokenizer(recipe: PretrainConfig, work: Path, *, progress: Progress = NO_PROGRESS) -> Any:
+def prepare_tokenizer(recipe: PretrainConfig, work: Path, *, run: Mapping[str, Any], progress: Progress = NO_PROGRESS) -> Any:
     """The recipe's tokenizer; one that is trained is kept in ``work``.
+
+    Args:
+        recipe: which.
+        work: folder of the run.
+        run: what tells the run's data from others.
+        progress: told of training one.
 
     Raises:
         CheckpointError: there is none of that name, or it cannot be kept.
@@ -130,7 +136,7 @@ def prepare_tokenizer(recipe: PretrainConfig, work: Path, *, progress: Progress 
         return byte_level(recipe.task, context=window, sentinels=needed)
     if not isinstance(chosen, TokenizerConfig):
         return load_tokenizer(chosen)
-    key = key_of({"train": to_dict(chosen), "data": source_id(recipe.data), "task": recipe.task, "sentinels": needed, "window": window})
+    key = key_of({"train": to_dict(chosen), "data": run["data"], "task": recipe.task, "sentinels": needed, "window": window})
     folder, temporary = work / _TOKENIZER, work / f"{_TOKENIZER}.new"
     if not (folder / _KEY).is_file() or (folder / _KEY).read_text() != key:
         with progress.task("train the tokenizer", total=1) as task:

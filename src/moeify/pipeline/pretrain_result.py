@@ -48,6 +48,8 @@ class PretrainResult:
     """Source of the training data."""
     device: str
     """Where it ran."""
+    processes: int = 1
+    """That trained it together; where a run went on with another number, the last."""
     config: dict[str, Any]
     """The recipe with all defaults."""
     versions: dict[str, str]

@@ -229,6 +229,7 @@ class Monitor:
             raise DataError("the probe has no batch.")
         self._model, self._batches, self._config, self._compute = model, batches, config, compute
         self._counts = True
+        self._weights = _label_shares(batches)
         self.ranks = ALONE
         """The processes that measure together; all of them call `measure` alike."""
         self._layers = moe_layers(model)
@@ -302,10 +303,8 @@ class Monitor:
             loss = getattr(outputs, "loss", None)
             if loss is None:
                 return None
-            losses.append(loss.float() if self._counts else torch.zeros_like(loss, dtype=torch.float32))
-        if self.ranks.size == 1:
-            return torch.stack(losses).mean()
-        return self.ranks.sum(torch.stack(losses).sum()) / len(self._batches)
+            losses.append(loss.float() * self._weights[i] if self._counts else torch.zeros_like(loss, dtype=torch.float32))
+        return self.ranks.sum(torch.stack(losses).sum())
 
     def _features(self, name: str, similarity: Similarity) -> Tensor | None:
         if not similarity.reads_weights:
@@ -369,6 +368,12 @@ class Monitor:
             mass_TE = expert_sums(h_TF.float(), layer.bounds)
             sums.captured = sums.captured + (mass_TE * mask_TE).sum(dtype=torch.float64)
             sums.total = sums.total + mass_TE.sum(dtype=torch.float64)
+
+
+def _label_shares(batches: Sequence[Mapping[str, Tensor]]) -> list[float]:
+    """What each batch's mean loss counts in that of all: its share of the labels, so that it does not matter how a probe is cut."""
+    counts = [int((batch["labels"] != -100).sum()) if isinstance(batch.get("labels"), Tensor) else 0 for batch in batches]
+    return [count / sum(counts) if sum(counts) else 1 / len(batches) for count in counts]
 
 
 class _Sums:

@@ -34,7 +34,7 @@ _log = logging.getLogger(__name__)
 _NOT_DECAYED = re.compile(r"bias|layernorm|rmsnorm|(^|\.)norm($|\.)|_norm($|\.)")
 _GROUPED_STEPS = 50  # as transformers' LengthGroupedSampler
 
-FREE_OPTIONS = ("micro_sequences", "gradient_checkpointing", "parallel", "eval_every", "save_every", "log_every")
+FREE_OPTIONS = ("micro_sequences", "gradient_checkpointing", "parallel", "expert_parallel", "eval_every", "save_every", "log_every")
 """Options of `TrainConfig` that may change between a kill and the next start: they decide what is kept and what fits into memory."""
 
 
@@ -110,6 +110,9 @@ class TrainConfig:
     parallel: ParallelKind = "auto"
     """Several processes (torchrun): 'ddp', each has all weights; 'fsdp', each a part of weights, gradients and moments; 'none', they do not
     know of each other. 'auto': 'ddp' where there are several."""
+    expert_parallel: int = field(default=1, metadata=_config.LATER)
+    """Neighbouring processes that share out the experts of FFNs in sparse steps: each computes a part of them, for the tokens of all. It
+    divides the number of processes; 1: every process computes all of its own tokens' experts."""
     eval_every: int | None = None
     """Steps between evaluations; None: only at the end."""
     save_every: int | None = None
@@ -123,7 +126,7 @@ class TrainConfig:
     """Seed of the order of sequences, of dropout and of masking."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_sequences", "micro_sequences", "eval_every", "save_every", "log_every"):
+        for name in ("steps", "batch_sequences", "micro_sequences", "expert_parallel", "eval_every", "save_every", "log_every"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} must be at least 1, got {value}.")
@@ -236,7 +239,7 @@ def train(
     compute = _compute_dtype(config, device)
     if len(data) == 0:
         raise DataError("the training data has no sequence.")
-    parallel = Parallel(config.parallel, model, compute=compute)
+    parallel = Parallel(config.parallel, model, compute=compute, experts=config.expert_parallel)
     ranks = parallel.ranks
     groups = _parameter_groups(model, config, lr_factors or {})
     optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
@@ -247,7 +250,8 @@ def train(
     kept_parts = {part.name: part for part in parts if isinstance(part, KeptPart)}
     for own_part in kept_parts.values():
         own_part.begin(optimizer)
-    with seeded(config.seed, device), _gradient_checkpointing(model, enabled=config.gradient_checkpointing):
+    checkpointing = _gradient_checkpointing(model, enabled=config.gradient_checkpointing)
+    with seeded(config.seed, device), checkpointing, parallel.shared_experts():
         if state is not None:
             named = {"train": config.decisive(), "sequences": len(data), "run": dict(run or {})}
             ranks.first(partial(open_state, state, named))
@@ -573,7 +577,7 @@ def _not_finite(
     loss, norm = loss_and_norm
     device = next(model.parameters()).device
     layers: Iterator[str | None] = (_first_bad_layer(model, _to(batch, device)) for batch in batches)
-    if is_sharded(model):  # then all processes run all their batches, or some wait for the others' parts
+    if is_sharded(model) or config.expert_parallel > 1:  # then all processes run all their batches, or some wait for the others' parts
         layers = iter(list(layers))
     layer = next(filter(None, layers), None)
     gradients = [name for name, p in model.named_parameters() if p.grad is not None and not is_finite(p.grad)]

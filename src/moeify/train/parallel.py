@@ -11,7 +11,7 @@ Every process calls everything with the same arguments. The mean over all labels
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from typing import Literal, cast
 
@@ -20,8 +20,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .._dist import ALONE, Ranks, is_spread, part_of, whole
+from ..channels import kept
 from ..errors import ConfigError, MoeifyError, TrainingError
 from ..layers import moe_layers
+from .expert_parallel import ExpertGroup, expert_group
 
 ParallelKind = Literal["auto", "none", "ddp", "fsdp"]
 
@@ -30,13 +32,14 @@ _LOST = ("Connection closed", "Connection reset", "Broken pipe", "Timed out", "t
 
 
 @contextmanager
-def distributed(*, timeout_s: float = 1800.0) -> Iterator[torch.device]:
+def distributed(*, timeout_s: float = 1800.0, device: Literal["auto", "cpu", "cuda"] = "auto") -> Iterator[torch.device]:
     """Join the processes that ``torchrun`` has started, and leave them at the end; without it, or joined already, nothing.
 
     GPUs: NCCL, and gloo for what is on the CPU; else gloo.
 
     Args:
         timeout_s: how long a process waits for the others before it gives up; longer than the slowest evaluation or checkpoint.
+        device: "cpu" leaves GPUs alone; "auto" takes them where there are any.
 
     Yields:
         This process' device, for ``model.to``.
@@ -44,19 +47,19 @@ def distributed(*, timeout_s: float = 1800.0) -> Iterator[torch.device]:
     Raises:
         ConfigError: fewer GPUs than processes on this machine.
     """
-    joins = _num_started() > 0 and not dist.is_initialized()
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
+    joins = num_started() > 0 and not dist.is_initialized()
+    place = torch.device("cpu")
+    if device == "cuda" or (device == "auto" and torch.cuda.is_available()):
         local = int(os.environ.get("LOCAL_RANK", torch.cuda.current_device()))
         if local >= torch.cuda.device_count():
             raise ConfigError(f"process {local} of this machine has no GPU ({torch.cuda.device_count()} there); lower --nproc-per-node.")
-        device = torch.device("cuda", local)
-        torch.cuda.set_device(device)
+        place = torch.device("cuda", local)
+        torch.cuda.set_device(place)
     if joins:
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        backend = "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo"
         _join(backend, timedelta(seconds=timeout_s))
     try:
-        yield device
+        yield place
     finally:
         if joins:
             dist.destroy_process_group()
@@ -83,21 +86,25 @@ class Parallel:
         kind: see `TrainConfig.parallel`.
         model: on its device, with everything attached to it; "fsdp" turns its parameters into new ones, each process with its part.
         compute: dtype of matrix products: of what "fsdp" gathers.
+        experts: processes that share out experts, see `TrainConfig.expert_parallel`.
 
     Raises:
-        ConfigError: several processes are asked for and not there, or float16 with "fsdp".
+        ConfigError: several processes are asked for and not there, float16 with "fsdp", or ``experts`` does not divide their number, or is
+            more than the experts of an FFN.
     """
 
-    def __init__(self, kind: ParallelKind, model: nn.Module, *, compute: torch.dtype) -> None:
+    def __init__(self, kind: ParallelKind, model: nn.Module, *, compute: torch.dtype, experts: int = 1) -> None:
         self.ranks = ALONE if kind == "none" else Ranks.present()
         is_joined = dist.is_available() and dist.is_initialized()
-        if kind != "none" and not is_joined and _num_started() > 1:
+        if kind != "none" and not is_joined and num_started() > 1:
             raise ConfigError(
                 "torchrun has started several processes, which have not joined; train inside of 'with moeify.train.distributed()'."
             )
         if kind in ("ddp", "fsdp") and not is_joined:
             raise ConfigError(f"parallel='{kind}' needs several processes: start with torchrun, and train inside of distributed().")
         self.kind = ("ddp" if self.ranks.size > 1 else "none") if kind == "auto" else kind
+        self._experts = self._shared(experts, model)
+        self._layers = list(moe_layers(model).values())
         self.model = model
         """What a forward calls."""
         self._device = next(model.parameters()).device
@@ -109,6 +116,29 @@ class Parallel:
             if compute is torch.float16:
                 raise ConfigError("compute='float16' does not go with parallel='fsdp'; use bfloat16.")
             shard(model, compute=compute)
+
+    def _shared(self, size: int, model: nn.Module) -> ExpertGroup | None:
+        if size == 1:
+            return None
+        if self.ranks.size % size:
+            raise ConfigError(
+                f"expert_parallel {size} does not divide the {self.ranks.size} processes that train; set 1, or one that does."
+            )
+        group = expert_group(size)
+        for layer in moe_layers(model).values():
+            group.bounds(layer.num_experts)
+        return group
+
+    @contextmanager
+    def shared_experts(self) -> Iterator[None]:
+        """Inside, FFNs in moe mode that train are computed by the processes that share out their experts."""
+        if self._experts is None:
+            yield
+            return
+        with kept(self._layers, "dispatch"):
+            for layer in self._layers:
+                layer.dispatch = self._experts.ffn
+            yield
 
     @property
     def is_spread(self) -> bool:
@@ -157,21 +187,30 @@ class Parallel:
         """Of all gradients, whole ones."""
         return whole(nn.utils.get_total_norm(gradients))
 
-    @contextmanager
-    def faults(self, step: int) -> Iterator[None]:
-        """Say so in one line where another process is gone."""
-        try:
-            yield
-        except MoeifyError:
+    def faults(self, step: int) -> AbstractContextManager[None]:
+        """`faults` of a step."""
+        return faults(self.ranks, f"at step {step}")
+
+
+@contextmanager
+def faults(ranks: Ranks, where: str) -> Iterator[None]:
+    """Say so in one line where another process is gone.
+
+    Raises:
+        TrainingError: it is.
+    """
+    try:
+        yield
+    except MoeifyError:
+        raise
+    except RuntimeError as error:
+        is_lost = isinstance(error, dist.DistError) or any(text in str(error) for text in _LOST)
+        if ranks.size == 1 or not is_lost:
             raise
-        except RuntimeError as error:
-            is_lost = isinstance(error, dist.DistError) or any(text in str(error) for text in _LOST)
-            if self.ranks.size == 1 or not is_lost:
-                raise
-            raise TrainingError(
-                f"process {self.ranks.rank} of {self.ranks.size} lost another one at step {step} ({_said(error)}); "
-                "that one's own output says why. The same command goes on from the last saved state."
-            ) from error
+        raise TrainingError(
+            f"process {ranks.rank} of {ranks.size} lost another one {where} ({_said(error)}); "
+            "that one's own output says why. The same command goes on from the last saved state."
+        ) from error
 
 
 def share(rows: Sequence[int], micro: int | None, ranks: Ranks) -> list[list[int]]:
@@ -293,6 +332,11 @@ def _said(error: Exception) -> str:
     return str(error).splitlines()[0].partition(". ")[0]
 
 
-def _num_started() -> int:
+def started_rank() -> int:
+    """Number of this process among those that torchrun has started, joined or not; 0 without it."""
+    return int(os.environ["RANK"]) if num_started() > 0 else 0
+
+
+def num_started() -> int:
     """Processes that torchrun, or whoever sets the same variables, has started; 0: none has."""
     return int(os.environ["WORLD_SIZE"]) if dist.is_available() and {"RANK", "WORLD_SIZE"} <= os.environ.keys() else 0

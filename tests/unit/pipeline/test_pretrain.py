@@ -271,6 +271,23 @@ def test_a_second_signal_acts_at_once(tmp_path, monkeypatch):
         pretrain(recipe(tmp_path), tmp_path / "out")
 
 
+def test_a_signal_that_comes_twice_at_once_is_one(monkeypatch):
+    from moeify.pipeline.stopping import stopping
+
+    now = [100.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    before = signal.getsignal(signal.SIGINT)
+    with stopping(repeats_s=5.0) as stop:
+        signal.raise_signal(signal.SIGTERM)
+        now[0] += 4.9
+        signal.raise_signal(signal.SIGINT)
+        assert stop.signum == signal.SIGTERM
+        now[0] += 0.2
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) == before
+
+
 def test_a_full_disk_is_one_line_and_the_state_before_stays(tmp_path, monkeypatch, capsys, whole):
     file, saved = recipe_file(tmp_path), []
 
@@ -465,13 +482,6 @@ def test_bad_recipes_end_in_one_line(tmp_path, capsys, setting, message):
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
     assert re.search(message, line)
     assert not (tmp_path / "out").exists()
-
-
-def test_several_processes_are_refused_not_let_into_one_folder(tmp_path, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ConfigError, match="one process so far"):
-        pretrain(recipe(tmp_path), tmp_path / "out")
-    assert not (tmp_path / "out.work").exists()
 
 
 def test_a_tokenizer_without_what_the_task_needs_is_refused(tmp_path):

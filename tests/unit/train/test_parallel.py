@@ -13,9 +13,12 @@ from pretraining import Counting, tiny_gpt
 
 from moeify._dist import ALONE, Ranks
 from moeify.errors import CheckpointError, ConfigError
+from moeify.sites import expert_bounds
+from moeify.train.expert_parallel import ExpertGroup
 from moeify.train.loop import TrainConfig, train
 from moeify.train.parallel import blocks_of, share
 
+LOADS = ("ragged", "none for the last")
 SPARSE = 14
 """Forwards of each of two processes in 7 steps: the last saved state, of step 6, is in the sparse phase."""
 
@@ -45,6 +48,11 @@ def two(folder):
         ("ddp diverges", ranks.diverge, {"kind": "ddp"}),
         ("fsdp diverges", ranks.diverge, {"kind": "fsdp"}),
         ("full disk", ranks.fill_a_disk, {"state": f"{fsdp}-full", "source": fsdp}),
+        ("ddp shared", ranks.pretrain, {"kind": "ddp", "expert_parallel": 2, "gradient_checkpointing": True}),
+        ("fsdp shared", ranks.pretrain, {"kind": "fsdp", "expert_parallel": 2}),
+        ("by three", ranks.share_among_three, {}),
+        *((f"experts {loads}", ranks.share_experts, {"size": 2, "loads": loads}) for loads in LOADS),
+        ("experts in bfloat16", ranks.share_experts, {"size": 2, "dtype": "float32", "autocast": True}),
     ]
     return ranks.results(2, jobs, folder / "two")
 
@@ -56,6 +64,9 @@ def four(folder, two):
         ("ddp", ranks.pretrain, {"kind": "ddp", "micro": 1}),
         ("fsdp of fsdp", ranks.pretrain, {"kind": "fsdp", "state": f"{fsdp}-4", "source": fsdp, "micro": 1}),
         ("fsdp of ddp", ranks.pretrain, {"kind": "fsdp", "state": f"{ddp}-4", "source": ddp}),
+        ("ddp shared", ranks.pretrain, {"kind": "ddp", "micro": 1, "expert_parallel": 2}),
+        *((f"experts {loads}", ranks.share_experts, {"size": 4, "loads": loads}) for loads in LOADS),
+        ("experts by pairs", ranks.share_experts, {"size": 2, "num_experts": 4, "dtype": "float32"}),
     ]
     return ranks.results(4, jobs, folder / "four")
 
@@ -85,6 +96,54 @@ def test_two_processes_train_as_one_through_all_phases(two, one, kind):
 
 def test_four_processes_train_as_one_where_a_step_is_not_a_multiple(four, one):
     assert_same_run(four["ddp"], one)
+
+
+@pytest.mark.parametrize("kind", ["ddp shared", "fsdp shared"])
+def test_processes_that_share_out_experts_train_as_one(two, one, kind):
+    assert_same_run(two[kind], one)
+    computed = 2 if kind == "ddp shared" else 1  # once more in backward, with checkpointing
+    assert two[kind]["shared"] == 11 * 2 * computed  # forwards of 6 sparse steps, one of them of 4 sequences alone; layers
+    assert two["ddp"]["shared"] == 0
+
+
+def test_pairs_of_processes_share_out_experts(four, one):
+    assert_same_run(four["ddp shared"], one)
+    assert four["ddp shared"]["shared"] == 11 * 2
+
+
+@pytest.mark.parametrize("loads", LOADS)
+@pytest.mark.parametrize("number", [2, 4])
+def test_shared_experts_give_the_output_and_gradients_of_each_alone(folder, two, four, number, loads):
+    name, of = ("two", two) if number == 2 else ("four", four)
+    neurons = expert_bounds(17, 7)
+    owned = expert_bounds(7, number)
+    for rank in range(number):
+        found = ranks.read(folder / name, f"experts {loads}", rank=rank)
+        assert max(found["largest"].values()) < 1e-9, found["largest"]
+        own = range(neurons[owned[rank]], neurons[owned[rank + 1]])
+        idle = loads != "ragged" and rank == number - 1
+        assert set(found["computed"]) <= set(own)  # its own experts and no others
+        assert bool(found["computed"]) != idle
+    assert min(of[f"experts {loads}"]["sizes"].values()) > 0.1
+
+
+def test_shared_experts_of_pairs_in_float32(folder, four):
+    for rank in range(4):
+        assert max(ranks.read(folder / "four", "experts by pairs", rank=rank)["largest"].values()) < 1e-4  # of gradients up to 100
+
+
+def test_shared_experts_under_autocast(two):
+    found = two["experts in bfloat16"]
+    assert max(found["largest"][name] / size for name, size in found["sizes"].items()) < 0.03  # 2^-8 a rounding, of few sums
+    assert max(found["largest"].values()) > 1e-4
+
+
+def test_processes_that_cannot_share_out_experts_are_an_error(two):
+    assert two["by three"] == ["ConfigError", "expert_parallel 3 does not divide the 2 processes that train; set 1, or one that does."]
+    with pytest.raises(ConfigError, match="expert_parallel 4 is more than the 3 experts"):
+        ExpertGroup(handle=None, rank=0, size=4).bounds(3)
+    with pytest.raises(ConfigError, match="does not divide the 1 processes"):
+        train(tiny_gpt(), Counting(), TrainConfig(steps=1, expert_parallel=2))
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
