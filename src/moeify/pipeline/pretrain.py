@@ -263,10 +263,10 @@ class _Run:
                     raise self._stopped(self._signal(stop), error.step) from None
                 except DivergedError as error:
                     fallbacks = self._fall_back(error, attempt.ssd, fallbacks)
-                    del attempt  # before there is another one
                 finally:
                     if log is not None:
                         log.close()
+                del attempt, log  # the log knows the model, too: both go before there is another one
         if signum := self._signal(stop):  # within the last step
             raise self._stopped(signum, self.train.steps)
         return self._finish(attempt, record, cost, estimate, fallbacks, overwrite=overwrite)
@@ -289,7 +289,7 @@ class _Run:
         if recipe.log.tensorboard and has_tensorboard():
             sinks.append(TensorBoard(self.work / _BOARD, start=start))
         if recipe.log.wandb is not None:
-            sinks.append(WandB(recipe.log.wandb, name=self.out.name, run=run_id(self.run), config=_config.to_dict(recipe)))
+            sinks.append(WandB(recipe.log.wandb, name=self.out.name, folder=self.work, config=_config.to_dict(recipe)))
         lines = JsonLines(self.work / LOG_FILE, start=start)
         return RunLog(
             self.train,

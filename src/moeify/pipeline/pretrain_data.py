@@ -151,8 +151,9 @@ def prepare_tokenizer(recipe: PretrainConfig, work: Path, *, run: Mapping[str, A
             for path in (*temporary.iterdir(), temporary):
                 sync(path)
             temporary.rename(folder)
-        except OSError as error:
-            raise CheckpointError(f"cannot write '{folder}': {error.strerror}; free space or choose another --out.") from error
+        except Exception as error:  # tokenizers says "No space left on device" by a bare Exception
+            said = error.strerror if isinstance(error, OSError) else str(error)
+            raise CheckpointError(f"cannot write '{folder}': {said}; free space or choose another --out.") from error
     return load_tokenizer(str(folder))
 
 

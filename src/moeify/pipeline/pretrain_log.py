@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -85,17 +86,28 @@ class TensorBoard:
 
 
 class WandB:
-    """Scalars for Weights & Biases, which must be installed; a run that goes on is the same run there."""
+    """Scalars for Weights & Biases, which must be installed; a run that goes on is the same run there, as long as ``folder`` is kept.
 
-    def __init__(self, project: str, *, name: str, run: str, config: Mapping[str, Any]) -> None:
+    A step may come twice, after a fallback or a kill: it is a number of its own, for W&B drops what goes back.
+    """
+
+    def __init__(self, project: str, *, name: str, folder: Path, config: Mapping[str, Any]) -> None:
         check_wandb()
         import wandb  # type: ignore[import-not-found, unused-ignore]
 
+        note = folder / "wandb"
+        try:
+            if not note.exists():
+                note.write_text(secrets.token_hex(8))
+            run = note.read_text()
+        except OSError as error:
+            raise CheckpointError(f"cannot write '{note}': {error.strerror}; free space and run again.") from error
         self._run: Any = wandb.init(project=project, name=name, id=run, resume="allow", config=dict(config))
+        self._run.define_metric("*", step_metric="step")
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """All of a step at once."""
-        self._run.log(dict(values), step=step)
+        self._run.log({**values, "step": step})
 
     def close(self) -> None:
         """End the run."""

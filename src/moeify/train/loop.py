@@ -349,8 +349,9 @@ def train(
                             seconds=log.seconds,
                         )
                     )
-                # A signal may reach one process alone.
-                is_stopping = stop is not None and not is_last and bool(ranks.sum(torch.tensor(int(stop()), device=device)))
+                is_stopping = stop is not None and not is_last and stop()
+                if stop is not None and ranks.size > 1:  # a signal may reach one process alone
+                    is_stopping = bool(ranks.sum(torch.tensor(int(is_stopping))))
                 if state is not None and (is_last or is_stopping or _is_due(done, config.save_every)):
                     so_far = _config.to_dict(log.record(order.epochs(done)))
                     own = {name: own_part.state() for name, own_part in kept_parts.items()}

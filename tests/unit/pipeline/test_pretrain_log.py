@@ -45,19 +45,28 @@ def test_durations(seconds, text):
     assert log.duration(seconds) == text
 
 
-def test_weights_and_biases_is_told_where_it_is_asked_for(monkeypatch):
+def test_weights_and_biases_is_told_where_it_is_asked_for(tmp_path, monkeypatch):
     if not log.importlib.util.find_spec("wandb"):
         with pytest.raises(ConfigError, match="wandb is not installed"):
             log.check_wandb()
     told = []
-    run = SimpleNamespace(log=lambda values, step: told.append((step, values)), finish=lambda: told.append("end"))
+    run = SimpleNamespace(
+        log=told.append, finish=lambda: told.append("end"), define_metric=lambda name, step_metric: told.append(step_metric)
+    )
     fake = SimpleNamespace(init=lambda **options: told.append(options) or run)
     monkeypatch.setitem(sys.modules, "wandb", fake)
     monkeypatch.setattr(log, "check_wandb", lambda: None)
-    sink = log.WandB("project", name="out", run="0123", config={"a": 1})
-    sink.scalars(3, {"loss": 1.0})
-    sink.close()
-    assert told == [{"project": "project", "name": "out", "id": "0123", "resume": "allow", "config": {"a": 1}}, (3, {"loss": 1.0}), "end"]
+    folders = [tmp_path / "one", tmp_path / "two"]
+    for folder in (*folders, folders[0]):
+        folder.mkdir(exist_ok=True)
+        sink = log.WandB("project", name="out", folder=folder, config={"a": 1})
+        sink.scalars(3, {"loss": 1.0})
+        sink.close()
+    first, second, again = told[::4]
+    assert first == {"project": "project", "name": "out", "id": first["id"], "resume": "allow", "config": {"a": 1}}
+    assert again == first
+    assert second["id"] != first["id"]
+    assert told[1:4] == ["step", {"loss": 1.0, "step": 3}, "end"]
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no such device")
