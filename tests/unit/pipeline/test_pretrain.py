@@ -261,6 +261,15 @@ def test_a_signal_within_the_last_step_leaves_the_rest_to_the_next_call(tmp_path
     assert_equal((pretrain(recipe(tmp_path), tmp_path / "out"), tmp_path / "out"), whole)
 
 
+@pytest.fixture
+def interrupts():
+    """Ctrl-C interrupts, as in a terminal: processes in the background, and those of pytest-xdist, ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interrupts")
 def test_a_second_signal_acts_at_once(tmp_path, monkeypatch):
     def twice():
         signal.raise_signal(signal.SIGINT)
@@ -271,6 +280,7 @@ def test_a_second_signal_acts_at_once(tmp_path, monkeypatch):
         pretrain(recipe(tmp_path), tmp_path / "out")
 
 
+@pytest.mark.usefixtures("interrupts")
 def test_a_signal_that_comes_twice_at_once_is_one(monkeypatch):
     from moeify.pipeline.stopping import stopping
 
