@@ -9,7 +9,7 @@ import math
 import pytest
 import torch
 from ffn_cases import loop_over_tokens, map_weights, random_ffn, random_plan, tensors_of
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from numerics import assert_as_accurate_as_torch
 from tiny import convert_tiny, tiny_inputs, tiny_llama
@@ -68,7 +68,12 @@ def test_it_is_as_accurate_as_torch(dtype, activation, gated, biased, conv1d, T,
     check(moe_ffn(x_TD, weights, plan, activation=activation, impl="triton"), x_TD, weights, plan, activation=activation)
 
 
-@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=10,
+    deadline=None,
+    phases=[Phase.explicit, Phase.reuse, Phase.generate],
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 @given(
     T=st.sampled_from([1, 2, 16, 33]),
     E=st.integers(1, 9),
@@ -100,7 +105,7 @@ def test_any_shape_in_any_tiles(T, E, extra, D, O, neurons, channels, outputs, d
     if by_token:
         y_TO = torch.addmm(weights.down_bias_D, h, weights.down_FD)
     else:
-        y_TO = weights.down_bias_D.expand(T, O).contiguous()
+        y_TO = weights.down_bias_D.repeat(T, 1)
         triton_ffn.add_up(y_TO, ragged, [(h, weights.down_FD)], num_tokens=T, num_experts=E, tiles=many)
     check(y_TO, x_TD, weights, plan, activation="silu")
 
