@@ -52,6 +52,8 @@ TUNED: dict[tuple[str, str], Mapping[str, Any]] = {}
 """(architecture, regime) -> fields of `FFNTiles` that `bench.tune` found, for types of 2 bytes; not the size of groups. Regimes: "1",
 "16" and "512" tokens at most, "ragged". None has been measured yet."""
 
+WAVES = 4
+"""Programs of a single token's second product for each that runs at once; an estimate, too."""
 FLOAT32_ROWS = 32
 """Rows of a tile in float32: from 64 on Triton 3.7 compiles its products for sm100 to TF32 instructions, whatever is asked for."""
 
@@ -113,7 +115,10 @@ def union_tiles(
         tiles = replace(tiles, **TUNED.get((architecture, regime), {}))
     whole = -(-d_out // tiles.outputs) * -(-max(num_tokens, 1) // tiles.tokens)
     num_depths = -(-num_neurons // tiles.depth)
-    splits = min(num_depths, -(-PROGRAMS_PER_UNIT * num_units // whole))
+    wanted = PROGRAMS_PER_UNIT * num_units
+    if num_tokens <= 1:  # a split's work is what is selected of it: of few long ones the fullest would be waited for
+        wanted *= WAVES
+    splits = min(num_depths, -(-wanted // whole))
     return replace(tiles, neurons_per_split=-(-num_depths // splits) * tiles.depth)
 
 
