@@ -343,3 +343,14 @@ def test_a_converted_model_runs_and_trains_by_it_when_asked_for_by_name(monkeypa
     torch.testing.assert_close(found, expected)
     for got, want in zip(grads, exact, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
+
+
+def test_a_compiled_model_generates_with_a_static_cache():
+    model = convert_tiny(tiny_llama(), rule=TopK(k=1)).eval()
+    prompt = tiny_inputs(batch=1, length=4)["input_ids"]
+    options = {"max_new_tokens": 3, "do_sample": False, "cache_implementation": "static", "disable_compile": True}
+    set_impl(model, "masked")
+    expected = model.generate(prompt, **options)
+    set_impl(model, "triton")
+    model.forward = torch.compile(model.forward, backend="aot_eager", fullgraph=True)
+    assert model.generate(prompt, **options).equal(expected)
