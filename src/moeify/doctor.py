@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import os
 import platform
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -80,24 +81,30 @@ def _speed() -> dict[str, float]:
 
 
 def _kernels() -> list[dict[str, Any]]:
-    """What ``impl="auto"`` runs here for one token and for a batch of them, at a tenth and at nine tenths of the experts active; and in
-    training."""
+    """What ``impl="auto"`` runs on each device here for one token and for a batch of them, at a tenth and at nine tenths of the experts
+    active; and in training."""
     num_experts, size, width = 32, 8, 64
-    weights = FFNWeights(torch.zeros(num_experts * size, width), torch.zeros(num_experts * size, width))
+    cases = ((1, 0.1, False), (512, 0.1, False), (512, 0.9, False), (512, 0.25, True))
     rows = []
-    for num_tokens, active, training in ((1, 0.1, False), (512, 0.1, False), (512, 0.9, False), (512, 0.25, True)):
-        mask_TE = (torch.arange(num_experts) < active * num_experts).expand(num_tokens, num_experts)
+    for device, (num_tokens, active, training) in product(_devices(), cases):
+        weights = FFNWeights(*(torch.zeros(num_experts * size, width, device=device) for _ in range(2)))
+        mask_TE = (torch.arange(num_experts, device=device) < active * num_experts).expand(num_tokens, num_experts)
         plan = kernels.build_plan(mask_TE)
-        candidates = kernels.explain(torch.zeros(num_tokens, width), weights, plan, activation="relu", training=training)
-        labels = {"tokens": num_tokens, "active": active, "training": training}
+        x_TD = torch.zeros(num_tokens, width, device=device)
+        candidates = kernels.explain(x_TD, weights, plan, activation="relu", training=training)
+        labels = {"device": device, "tokens": num_tokens, "active": active, "training": training}
         rows += [{**labels, **dataclasses.asdict(candidate)} for candidate in candidates]
     return rows
+
+
+def _devices() -> tuple[str, ...]:
+    return ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
 
 
 def _linear_kernels() -> list[dict[str, Any]]:
     """What ``impl="auto"`` runs here for linear layers that skip input channels, on each device: one token, and a prompt."""
     rows = []
-    for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+    for device in _devices():
         layer = LinearWeights(torch.zeros(64, 64, device=device), torch.zeros(64, device=device))
         for num_tokens in (1, 512):
             candidates = explain_linear(torch.zeros(num_tokens, 64, device=device), layer)

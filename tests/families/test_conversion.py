@@ -10,7 +10,7 @@ from families.models import SUPPORTED, build
 from torch import nn
 
 from moeify.convert import ConvertConfig, convert, to_dense
-from moeify.kernels import IMPLS
+from moeify.kernels import impls_for
 from moeify.layers import moe_layers, set_impl, set_mode, set_rule
 from moeify.quantize import quantize
 from moeify.routers import NormRouterConfig
@@ -128,7 +128,7 @@ def test_convert_with_all_experts_on_equals_the_dense_model(family_id):
     assert all(layer.masked_reason() is None for layer in layers.values())
     kept = {name: p for name, p in model.named_parameters() if ".moe.router." not in f".{name}"}
     assert {name: p.shape for name, p in kept.items()} == {name: p.shape for name, p in names.items()}
-    for impl in (*IMPLS, "auto"):
+    for impl in (*impls_for("cpu"), "auto"):
         set_impl(model, impl)
         assert_same(outputs(model, inputs), dense, within)
 
@@ -159,7 +159,7 @@ def test_convert_with_a_sparse_rule_equals_masking_by_hand(family_id):
     masked = outputs(by_hand, inputs)
 
     assert any((masked[key] - dense[key]).abs().max() > 100 * within[key] for key in dense)
-    for impl in (*IMPLS, "auto"):
+    for impl in (*impls_for("cpu"), "auto"):
         set_impl(model, impl)
         assert_same(outputs(model, inputs), masked, within)
 
@@ -195,7 +195,7 @@ def test_int8_weights_run_in_every_kernel_and_load_bit_equal(family_id, tmp_path
         layer.router = ScoresByToken(layer.num_experts, seed=0)
     set_impl(model, "reference")
     expected = outputs(model, inputs)
-    for impl in (*IMPLS, "auto"):
+    for impl in (*impls_for("cpu"), "auto"):
         set_impl(model, impl)
         for key, value in outputs(model, inputs).items():
             assert (value - expected[key]).abs().max() <= 1e-3 * expected[key].abs().max(), (impl, key)
@@ -228,7 +228,7 @@ def test_generate_with_all_experts_on_says_what_the_dense_model_says(family_id):
     assert model.generate(**inputs, **options).shape == in_moe_mode.shape
 
 
-@pytest.mark.parametrize("impl", [*IMPLS, "auto"])
+@pytest.mark.parametrize("impl", [*impls_for("cpu"), "auto"])
 def test_a_residual_added_in_place_to_the_output_corrupts_neither_weights_nor_gradients(impl):
     # Falcon's block does `mlp_output += residual` on the very tensor that the executor returned.
     model, inputs = converted("falcon")

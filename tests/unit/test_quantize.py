@@ -24,7 +24,7 @@ from moeify.select import DynKMax, Threshold, TopK
 from moeify.sites import Int8Linear, find_ffn_sites, find_linear_sites, site_weights
 
 INPUTS = tiny.tiny_inputs()
-HERE = [impl for impl in kernels.IMPLS if not impl.startswith("cpu") or kernels.cpu.unavailable() is None]
+HERE = kernels.impls_for("cpu")
 
 
 def logits(model, **inputs):

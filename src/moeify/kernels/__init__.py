@@ -15,24 +15,27 @@ from .._config import lookup
 from ..errors import KernelError
 from ..sites.formula import ACTIVATIONS
 from ..sites.site import FFNWeights
-from . import cpu, cpu_op, cpu_train, gather, grouped, masked, reference
+from . import cpu, cpu_op, cpu_train, gather, gpu_ffn, grouped, masked, reference
 from .plan import DispatchPlan as DispatchPlan
 from .plan import build_plan as build_plan
+from .tiles import UNION_TOKENS
 
 IMPLS: dict[str, Callable[..., Tensor]] = {
     "reference": reference.moe_ffn,
     "cpu": cpu_op.moe_ffn,
     "cpu_train": cpu_train.moe_ffn,
+    "triton": gpu_ffn.moe_ffn,
+    "triton_recompute": gpu_ffn.moe_ffn_recomputing,
     "gather": gather.moe_ffn,
     "masked": masked.moe_ffn,
     "grouped": grouped.moe_ffn,
 }
 """Implementations by name; all have the signature ``(x_TD, weights, plan, *, activation) -> y_TD``."""
 
-AUTO_ORDER = ("cpu", "cpu_train", "gather", "masked", "grouped")
+AUTO_ORDER = ("cpu", "cpu_train", "triton", "gather", "masked", "grouped")
 """What ``impl="auto"`` asks, in order; the first without an objection runs. The last one never objects."""
 
-TEACHING = ("reference", "cpu_train", "masked", "grouped")
+TEACHING = ("reference", "cpu_train", "triton", "triton_recompute", "masked", "grouped")
 """Implementations whose backward pass gives `DispatchPlan.probs_TE` its gradient."""
 
 
@@ -132,6 +135,13 @@ def explain(
     ]
 
 
+def impls_for(device: torch.device | str) -> tuple[str, ...]:
+    """Names of those of `IMPLS` that can run on this device here, whatever the tensors' type; runs nothing."""
+    kind = torch.device(device).type
+    missing = {"cpu": "it runs on the CPU" if kind != "cpu" else cpu.unavailable(), "triton": gpu_ffn.unavailable(kind)}
+    return tuple(name for name in IMPLS if missing.get(name.partition("_")[0]) is None)
+
+
 def reads_rows(weight: Tensor) -> bool:
     """Whether kernels of this machine read each neuron's row of such a weight in one piece: then that is how it should lie in memory."""
     return weight.device.type == "cpu" and weight.dtype in cpu.DTYPES and cpu.unavailable() is None
@@ -140,6 +150,8 @@ def reads_rows(weight: Tensor) -> bool:
 def _unasked(name: str, impl: str) -> str:
     if impl != "auto":
         return f"{impl!r} was asked for by name"
+    if name == "triton_recompute":
+        return "never chosen by 'auto': 'triton' that keeps less for backward, and computes more"
     return "a later candidate" if name in AUTO_ORDER else "never chosen by 'auto': the oracle, slow"
 
 
@@ -257,6 +269,8 @@ def _objection(name: str, x_TD: Tensor, weights: FFNWeights, plan: DispatchPlan,
         return None if name == "masked" else "torch.func does not look into operators with a backward of their own, nor into a plan's index"
     if name == "cpu_train":
         return _training_objection(x_TD, weights, plan, activation=activation, training=training)
+    if name == "triton":
+        return _triton_objection(x_TD, plan, activation=activation)
     if name == "cpu":
         if (why_not := cpu.refusal(x_TD, activation=activation)) is not None:
             return why_not
@@ -308,6 +322,22 @@ def _training_objection(x_TD: Tensor, weights: FFNWeights, plan: DispatchPlan, *
     until = next(fraction for tokens, fraction in rows if plan.num_tokens <= tokens)
     if plan.active_fraction > until:
         return f"active fraction {plan.active_fraction:.2f} is above the crossover {until} for {plan.num_tokens} tokens"
+    return None
+
+
+TRITON_UNTIL = 0.9
+"""Active fraction up to which the Triton kernels take many tokens, where it is known without waiting for the device. An estimate: a dense
+product reaches more of a GPU's peak than one of gathered tokens."""
+
+
+def _triton_objection(x_TD: Tensor, plan: DispatchPlan, *, activation: str) -> str | None:
+    if not x_TD.is_cuda:
+        return f"it runs on a GPU, x_TD is on {x_TD.device}"
+    if (why_not := gpu_ffn.refusal(x_TD, num_experts=plan.num_experts, activation=activation)) is not None:
+        return why_not
+    is_known = plan.is_countable and not {"num_pairs", "token_N"}.isdisjoint(vars(plan))  # to count them would be a host sync
+    if is_known and plan.num_tokens > UNION_TOKENS and plan.active_fraction > TRITON_UNTIL:
+        return f"active fraction {plan.active_fraction:.2f} is above the crossover {TRITON_UNTIL} for {plan.num_tokens} tokens"
     return None
 
 

@@ -1,9 +1,11 @@
 """How a GPU kernel cuts its work up. Tiles are arguments: no kernel looks for them while it runs, and the same call gives the same bits.
 
-Letters: T tokens, K input channels, N outputs.
+Letters: T tokens, K input channels, N outputs; of an FFN D input width, O output width, F neurons, E experts.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
 TOKENS = 16
 """Tokens of one tile where there are several; the side of a matrix instruction's operand."""
@@ -38,3 +40,119 @@ def linear_tiles(K: int, N: int, *, num_tokens: int, weight_bytes: int, num_unit
     num_tiles = -(-K // channels)
     splits = min(num_tiles, -(-PROGRAMS_PER_UNIT * num_units // whole))
     return LinearTiles(tokens=tokens, channels=channels, outputs=outputs, channels_per_split=-(-num_tiles // splits) * channels)
+
+
+UNION_TOKENS = 512
+"""Tokens up to which experts are computed for the union of what they select, in the order of the neurons, rather than by pairs."""
+ATOMIC_NEURONS = 128
+"""Neurons of an expert from which its output is added to y by atomics, 4 O bytes for a pair; below, a dense product over all neurons costs
+less. At 2.5 TB/s of atomics, 600 TFLOP/s and a quarter active both cost the same with 120 neurons: an estimate."""
+
+TUNED: dict[tuple[str, str], Mapping[str, Any]] = {}
+"""(architecture, regime) -> fields of `FFNTiles` that `bench.tune` found, for types of 2 bytes; not the size of groups. Regimes: "1",
+"16" and "512" tokens at most, "ragged". None has been measured yet."""
+
+WAVES = 4
+"""Programs of a single token's second product for each that runs at once; an estimate, too."""
+FLOAT32_ROWS = 32
+"""Rows of a tile in float32: from 64 on Triton 3.7 compiles its products for sm100 to TF32 instructions, whatever is asked for."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FFNTiles:
+    """Tiles of the kernels in `triton_ffn`; all are powers of two, and at least 16 where a product has several tokens."""
+
+    tokens: int
+    """Tokens, or pairs, of one program."""
+    neurons: int
+    """Neurons of one program in products whose result is a neuron's."""
+    channels: int
+    """What such a program reads at a time of the inputs' width."""
+    outputs: int
+    """Outputs of one program in products that sum over neurons."""
+    depth: int
+    """Neurons that such a program reads at a time; pairs, where it sums over those."""
+    neurons_per_split: int = 0
+    """Neurons of one program that sums over them, a multiple of ``depth``; few tokens alone."""
+    experts_per_group: int = 1
+    """Neighbouring experts that many tokens run together, so that thin ones fill a tile."""
+    is_atomic: bool = False
+    """Whether pairs are added to y by atomics."""
+    num_warps: int = 4
+    num_stages: int = 3
+
+
+def union_tiles(
+    *,
+    d_in: int,
+    d_out: int,
+    num_neurons: int,
+    num_experts: int,
+    num_tokens: int,
+    bytes_per_number: int,
+    num_units: int,
+    architecture: str = "none",
+) -> FFNTiles:
+    """Tiles of up to `UNION_TOKENS` tokens: small enough that the neurons of a few experts are work for every unit of the GPU.
+
+    Args:
+        bytes_per_number: of x.
+        num_units: multiprocessors of the GPU.
+        architecture: key of `TUNED`.
+    """
+    wide = 2 if bytes_per_number == 4 else 1
+    if num_tokens <= 1:
+        regime, tiles = "1", FFNTiles(tokens=1, neurons=8, channels=512 // wide, outputs=128, depth=64 // wide)
+    elif num_tokens <= TOKENS:
+        regime, tiles = "16", FFNTiles(tokens=TOKENS, neurons=16, channels=128 // wide, outputs=64, depth=64 // wide)
+    else:
+        regime, tokens = "512", FLOAT32_ROWS if num_tokens <= FLOAT32_ROWS or wide == 2 else 64
+        tiles = FFNTiles(tokens=tokens, neurons=64 // wide, channels=64 // wide, outputs=64, depth=64 // wide)
+    size = max(1, num_neurons // num_experts)
+    least = 4 if tiles.tokens == 1 else 16
+    tiles = replace(tiles, neurons=max(least, min(tiles.neurons, _power_of_two(size))))  # a tile is read for its busiest expert
+    if wide == 1:
+        tiles = replace(tiles, **TUNED.get((architecture, regime), {}))
+    whole = -(-d_out // tiles.outputs) * -(-max(num_tokens, 1) // tiles.tokens)
+    num_depths = -(-num_neurons // tiles.depth)
+    wanted = PROGRAMS_PER_UNIT * num_units
+    if num_tokens <= 1:  # a split's work is what is selected of it: of few long ones the fullest would be waited for
+        wanted *= WAVES
+    splits = min(num_depths, -(-wanted // whole))
+    return replace(tiles, neurons_per_split=-(-num_depths // splits) * tiles.depth)
+
+
+def ragged_tiles(
+    *, num_neurons: int, num_experts: int, num_tokens: int, bytes_per_number: int, by_expert: bool = False, architecture: str = "none"
+) -> FFNTiles:
+    """Tiles of many tokens, and of training.
+
+    Args:
+        bytes_per_number: of x.
+        by_expert: no groups of several experts.
+        architecture: key of `TUNED`.
+    """
+    size = max(1, num_neurons // num_experts)
+    wide = 2 if bytes_per_number == 4 else 1
+    many = num_tokens > UNION_TOKENS and wide == 1
+    tiles = FFNTiles(
+        tokens=128 if many else FLOAT32_ROWS,
+        neurons=max(16, min(64 if wide == 1 else FLOAT32_ROWS, _power_of_two(size))),
+        channels=64 // wide,
+        outputs=128 if many else 64,
+        depth=max(16, min(64 // wide, _power_of_two(size))),
+        experts_per_group=1 if by_expert else experts_per_group(num_neurons, num_experts),
+        is_atomic=size >= ATOMIC_NEURONS,
+        num_warps=8 if many else 4,
+    )
+    return replace(tiles, **TUNED.get((architecture, "ragged"), {})) if many else tiles
+
+
+def experts_per_group(num_neurons: int, num_experts: int) -> int:
+    """Neighbours that many tokens run together: experts of fewer neurons than a tile must have, as many as fill one."""
+    return max(1, min(16 // (num_neurons // num_experts), num_experts))
+
+
+def _power_of_two(number: int) -> int:
+    """The largest that is not above ``number``."""
+    return 1 << (number.bit_length() - 1)

@@ -11,14 +11,14 @@ from ffn_cases import CPU_REGIMES, loop_over_tokens, map_weights, needs_library,
 from numerics import assert_as_accurate_as_torch
 
 from moeify.errors import KernelError
-from moeify.kernels import IMPLS, build_plan, cpu, cpu_op, explain, masked, moe_ffn
+from moeify.kernels import build_plan, cpu, cpu_op, explain, impls_for, masked, moe_ffn
 from moeify.routers import NormRouterConfig
 from moeify.select import DynKMax, Threshold
 from moeify.sites import FFNWeights
 from moeify.sites.int8 import quantize_rows
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
-HERE = [impl for impl in IMPLS if not impl.startswith("cpu") or cpu.unavailable() is None]
+HERE = impls_for("cpu")
 HALF_AND_FULL = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 KINDS = pytest.mark.parametrize(
     ("gated", "biased"),

@@ -12,12 +12,12 @@ from ffn_cases import loop_over_tokens, map_weights, random_ffn, random_plan, te
 from numerics import assert_as_accurate_as_torch
 
 from moeify.errors import ConfigError, KernelError
-from moeify.kernels import IMPLS, TEACHING, build_plan, cpu, explain, masked, moe_ffn
+from moeify.kernels import IMPLS, TEACHING, build_plan, explain, impls_for, masked, moe_ffn
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 
 # Where there is no compiler there is no library; test_cpu.py fails if there is a compiler and yet no library.
-HERE = [impl for impl in IMPLS if not impl.startswith("cpu") or cpu.unavailable() is None]
+HERE = impls_for("cpu")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 RUNS = [
     pytest.param(impl, dtype, id=f"{impl}-{str(dtype)[6:]}")
@@ -80,7 +80,7 @@ def test_gradients_match_fp64_loop(impl, dtype, activation, gated, biased, T, E,
         assert_as_accurate_as_torch(got, oracle=exact, baseline=plain, factor=factor)
 
 
-@pytest.mark.parametrize("impl", TEACHING)
+@pytest.mark.parametrize("impl", [impl for impl in HERE if impl in TEACHING])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda d: str(d)[6:])
 @pytest.mark.parametrize(("activation", "gated", "biased"), KINDS)
 @pytest.mark.parametrize(("T", "E", "F", "D", "keep"), SHAPES[1:8])
@@ -194,10 +194,10 @@ def test_grouped_when_compiled_breaks_the_graph_and_stays_right():
     torch.testing.assert_close(torch.compile(layer, backend="aot_eager")(x_TD), layer(x_TD))
 
 
-def test_auto_order_covers_every_impl_but_the_oracle():
+def test_auto_order_covers_every_impl_but_the_oracle_and_what_saves_memory():
     from moeify.kernels import AUTO_ORDER
 
-    assert {*AUTO_ORDER, "reference"} == set(IMPLS)
+    assert {*AUTO_ORDER, "reference", "triton_recompute"} == set(IMPLS)
 
 
 @pytest.mark.parametrize(

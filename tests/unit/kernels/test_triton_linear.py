@@ -32,26 +32,6 @@ def test_in_the_interpreter_the_kernels_compute_what_the_definition_says():
     assert done.returncode == 0 and " passed" in done.stdout, done.stdout + done.stderr
 
 
-@pytest.fixture
-def compiled(monkeypatch, tmp_path):
-    """Compile one of the kernels for an NVIDIA GPU; pointers and sizes are multiples of 16, but for what is named."""
-    if gpu_linear.is_interpreted():
-        pytest.skip("TRITON_INTERPRET is set")
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    def compile_for(kernel, capability, *, pointers, constants, odd=(), num_warps=4):
-        names = kernel.arg_names
-        signature = {name: "constexpr" if name in constants else pointers.get(name, "i32") for name in names}
-        even = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name not in (*constants, *odd)}
-        source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=even)
-        return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": num_warps})
-
-    return compile_for
-
-
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("num_tokens", [1, 5])
 @pytest.mark.parametrize(("x", "weight"), [("bf16", "bf16"), ("bf16", "i8"), ("fp16", "fp16"), ("fp32", "fp32")])

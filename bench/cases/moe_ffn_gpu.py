@@ -1,0 +1,258 @@
+"""One FFN as a mixture of experts against the dense FFN, on a GPU: the same output first, then how near a call comes to what it must move.
+
+Sides: ``dense`` is `torch.nn.functional.linear` and the activation; ``compiled`` the same under `torch.compile` (``--autotune``: mode
+max-autotune); ``ours`` begins at the mask; ``layer`` at the input, with a router of width 128 and the threshold rule; ``grouped`` is
+torch's grouped_mm, ``loop`` a loop over experts, both for many tokens. Up to 512 tokens every side is a CUDA graph over layers that
+together exceed the cache; ``step`` rows are forward and backward. ``floor_us`` is the larger of bytes over the copy's bandwidth and FLOPs
+over the product's rate, both measured first; ``of_floor`` is that over ours. Masks are random, the worst case: tokens share few experts.
+
+Before the clock runs, ours must be as near to float64 as twice plain PyTorch; a row that is not says ``is_right`` false and has no times.
+What no time is left for (``--budget``) is named in the last row. ``--quick`` runs a tiny shape, on a CPU in Triton's interpreter.
+
+Letters: T tokens, D model width, F FFN width, E experts, G expert size.
+"""
+
+import argparse
+import time
+from collections.abc import Callable, Iterator, Sequence
+from itertools import product
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from bench import gpu
+from bench import tune as tuning
+from bench.common import numbers, whole_numbers, words
+from moeify.errors import ConfigError
+from moeify.kernels import build_plan, grouped, moe_ffn, reference
+from moeify.kernels.tiles import TUNED
+from moeify.routers import NormRouterConfig, build_router
+from moeify.select import Threshold
+from moeify.sites import ACTIVATIONS, FFNSite, FFNWeights
+
+NUM_TOKENS = (1, 8, 64, 512, 4096, 16384)
+STEP_TOKENS = 8192
+FRACTIONS = (1.0, 0.5, 0.25, 0.1)
+QUICK = {"tokens": (1, 5, 520), "fractions": (0.5,)}
+LOOP_TOKENS = 4096
+"""Tokens at which the loop over experts is timed, too: its launches alone take milliseconds."""
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """What `run` takes besides ``quick``."""
+    parser.add_argument("--shapes", type=words, metavar="A,B", help=f"some of {', '.join(gpu.SHAPES)}; all by default")
+    parser.add_argument("--dtypes", type=words, metavar="A,B", help=f"some of {', '.join(gpu.DTYPES)}; bfloat16 by default")
+    parser.add_argument("--tokens", type=whole_numbers, metavar="T,T", help=f"{','.join(map(str, NUM_TOKENS))} by default")
+    parser.add_argument("--fractions", type=numbers, metavar="F,F", help=f"{','.join(map(str, FRACTIONS))} by default")
+    parser.add_argument(
+        "--expert-size", type=whole_numbers, default=(64, 128), metavar="G,G", help="neurons of an expert; 64,128 by default"
+    )
+    parser.add_argument(
+        "--budget", type=float, default=500.0, metavar="S", help="seconds after which no further row begins; 500 by default"
+    )
+    parser.add_argument("--tune", action="store_true", help="first try tiles, on llama-8b, and use the best")
+    parser.add_argument("--autotune", action="store_true", help="compile the dense FFN with max-autotune (a minute each)")
+    parser.add_argument("--no-compiled", action="store_true", help="leave torch.compile out")
+
+
+def run(
+    *,
+    quick: bool,
+    shapes: Sequence[str] | None = None,
+    dtypes: Sequence[str] | None = None,
+    tokens: Sequence[int] | None = None,
+    fractions: Sequence[float] | None = None,
+    expert_size: Sequence[int] = (64, 128),
+    budget: float = 500.0,
+    tune: bool = False,
+    autotune: bool = False,
+    no_compiled: bool = False,
+) -> Iterator[dict[str, Any]]:
+    """Rows: medians of microseconds a call; ratio is dense over ours, of_bound that times f."""
+    end = time.perf_counter() + budget
+    kind = gpu.device()
+    known = {**gpu.SHAPES, "tiny": gpu.TINY}
+    named = gpu.names_or_all(shapes or (("tiny",) if quick else tuple(gpu.SHAPES)), known, where="--shapes")
+    types = gpu.names_or_all(dtypes or (("float16",) if kind == "cpu" else ("bfloat16",)), gpu.DTYPES, where="--dtypes")
+    tokens = tokens or (QUICK["tokens"] if quick else NUM_TOKENS)
+    fractions = fractions or (QUICK["fractions"] if quick else FRACTIONS)
+    sizes = (16,) if quick else expert_size
+    if min(tokens) < 1 or min(sizes) < 1 or not all(0 < f <= 1 for f in fractions):
+        raise ConfigError("--tokens and --expert-size must be at least 1, --fractions in (0, 1].")
+    peaks = gpu.ceilings(kind, dtype=gpu.DTYPES[types[0]])
+    yield {"what": "ceilings", "copy_bytes_per_s": peaks[0], "product_flops_per_s": peaks[1]}
+    if tune:
+        yield from _tuned(quick=quick, end=end)
+    mode = None if no_compiled or quick else "max-autotune-no-cudagraphs" if autotune else "default"
+    left_out = []
+    for name, dtype_name in product(named, types):
+        bench = _Bench(known[name], gpu.DTYPES[dtype_name], kind=kind, peaks=peaks, quick=quick)
+        cases = [(T, f, G, False) for T, G, f in product(tokens, sizes, fractions)]
+        cases += [(QUICK["tokens"][1] if quick else STEP_TOKENS, f, G, True) for G, f in product(sizes, fractions) if f < 1]
+        for T, f, G, is_step in cases:
+            labels = {"shape": name, "dtype": dtype_name, "expert_size": G, "tokens": T, "wanted_f": f, "masks": "random"}
+            if time.perf_counter() > end:
+                left_out.append(f"{name} {T} {f} {G}{' step' if is_step else ''}")
+                continue
+            measure = bench.step if is_step else bench.forward
+            try:
+                yield {"what": "step" if is_step else "ffn", **labels, **measure(T, f, G, mode=mode)}
+            except gpu.triton_errors() as error:
+                yield {"what": "error", **labels, "error": str(error).splitlines()[0][:200]}
+    yield {"what": "left out", "rows": "; ".join(left_out)}
+
+
+def _tuned(*, quick: bool, end: float) -> Iterator[dict[str, Any]]:
+    """Rows of the best tiles, which later rows use."""
+    kind, shape, size = gpu.device(), gpu.TINY if quick else gpu.SHAPES["llama-8b"], 16 if quick else 64
+    dtype = torch.float16 if kind == "cpu" else torch.bfloat16
+    for row in tuning.tune(tuple(tuning.TOKENS), shape=shape, expert_size=size, dtype=dtype, fraction=0.25, quick=quick):
+        if row["what"] == "best":
+            TUNED[row["architecture"], row["regime"]] = row["tiles"]
+            yield row
+        if time.perf_counter() > end:
+            return
+
+
+class _Bench:
+    """One shape's layers, and what is timed on them."""
+
+    def __init__(self, shape: gpu.Shape, dtype: torch.dtype, *, kind: str, peaks: tuple[float, float], quick: bool) -> None:
+        self.shape, self.dtype, self.kind, self.peaks, self.quick = shape, dtype, kind, peaks, quick
+        self.layers = gpu.layers_of(shape, dtype=dtype, device=kind)
+        self.down_DF = [w.down_FD.t() for w in self.layers]
+        self.compiled_us: dict[int, float] = {}
+        self.rounds, self.seconds = (2, 0.0) if quick else (25, 0.6)
+
+    def dense(self, x_TD: Tensor, i: int) -> Tensor:
+        """One layer as families write it."""
+        w, act = self.layers[i], ACTIVATIONS[self.shape.activation]
+        up_TF = F.linear(x_TD, w.up_FD, w.up_bias_F)
+        h_TF = act(up_TF) if w.gate_FD is None else act(F.linear(x_TD, w.gate_FD)) * up_TF
+        return F.linear(h_TF, self.down_DF[i], w.down_bias_D)
+
+    @torch.no_grad()
+    def forward(self, T: int, fraction: float, G: int, *, mode: str | None) -> dict[str, Any]:
+        """One row without gradients."""
+        shape, act = self.shape, self.shape.activation
+        E = -(-shape.d_ff // G)
+        x_TD = torch.randn(T, shape.d_model, device=self.kind).to(self.dtype)
+        mask_TE = gpu.random_mask(T, E, fraction, device=self.kind)
+        f, union = gpu.count_of(mask_TE)
+        plan = build_plan(mask_TE)
+        checked = self._checked(x_TD, plan, act)
+        if not checked["is_right"]:
+            return checked
+        plain: dict[str, gpu.Call] = {
+            "dense": lambda i: self.dense(x_TD, i),
+            "ours": lambda i: moe_ffn(x_TD, self.layers[i], build_plan(mask_TE), activation=act, impl="triton"),
+            "layer": self._layer(x_TD, E, fraction),
+        }
+        graphs = T <= gpu.GRAPH_TOKENS
+        options = {"num_layers": len(self.layers), "device": self.kind, "rounds": self.rounds, "seconds": self.seconds}
+        us = gpu.medians_us(plain, graphs=graphs, **options)
+        if mode is not None:
+            if T not in self.compiled_us:  # neither masks nor experts change it, and to compile takes seconds
+                self.compiled_us |= {T: gpu.medians_us({"": self._compiled(x_TD, mode)}, graphs=graphs, **options)[""]}
+            us["compiled"] = self.compiled_us[T]
+        rivals: dict[str, gpu.Call] = {}
+        if T > gpu.GRAPH_TOKENS and fraction < 1:
+            if grouped.grouped_mm_refusal(x_TD, self.layers[0], plan) is None and self.kind == "cuda":
+                rivals["grouped"] = lambda i: grouped.moe_ffn(x_TD, self.layers[i], build_plan(mask_TE), activation=act)
+            if T == LOOP_TOKENS:
+                rivals["loop"] = lambda i: reference.moe_ffn(x_TD, self.layers[i], build_plan(mask_TE), activation=act)
+        if rivals:
+            us |= gpu.medians_us(rivals, graphs=False, **options | {"rounds": 5})
+        floor_us, bound_by = self._floor(T, f, union, passes=1)
+        return {"f": f, "union": union, **checked, **self._ratios(us, f), "floor_us": floor_us, "bound_by": bound_by} | {
+            "of_floor": floor_us / us["ours"]
+        }
+
+    def step(self, T: int, fraction: float, G: int, *, mode: str | None) -> dict[str, Any]:
+        """One row of forward and backward, all gradients."""
+        shape, act = self.shape, self.shape.activation
+        E = -(-shape.d_ff // G)
+        x_TD = torch.randn(T, shape.d_model, device=self.kind).to(self.dtype).requires_grad_()
+        grad_TD = torch.randn_like(x_TD)
+        mask_TE = gpu.random_mask(T, E, fraction, device=self.kind)
+        f, union = gpu.count_of(mask_TE)
+        leaves = [t.requires_grad_() for w in self.layers for t in vars(w).values() if t is not None]
+
+        def both(forward: Callable[[int], Tensor]) -> gpu.Call:
+            def call(i: int) -> None:
+                own = [t for t in vars(self.layers[i]).values() if t is not None]
+                torch.autograd.grad(forward(i), [x_TD, *own], grad_TD)
+
+            return call
+
+        sides: dict[str, gpu.Call] = {
+            "dense": both(lambda i: self.dense(x_TD, i)),
+            "ours": both(lambda i: moe_ffn(x_TD, self.layers[i], build_plan(mask_TE), activation=act, impl="triton")),
+        }
+        if not self.quick:
+            sides["recompute"] = both(lambda i: moe_ffn(x_TD, self.layers[i], build_plan(mask_TE), activation=act, impl="triton_recompute"))
+        try:
+            self.down_DF = [w.down_FD.t() for w in self.layers]
+            options = {"num_layers": len(self.layers), "device": self.kind, "rounds": min(self.rounds, 8), "seconds": self.seconds}
+            us = gpu.medians_us(sides, graphs=False, **options)
+        finally:
+            for leaf in leaves:
+                leaf.requires_grad_(False)
+            self.down_DF = [w.down_FD.t() for w in self.layers]
+        floor_us, bound_by = self._floor(T, f, union, passes=3)
+        return {
+            "f": f,
+            "union": union,
+            **self._ratios(us, f),
+            "floor_us": floor_us,
+            "bound_by": bound_by,
+            "of_floor": floor_us / us["ours"],
+        }
+
+    def _checked(self, x_TD: Tensor, plan: Any, act: str) -> dict[str, Any]:
+        weights: FFNWeights = self.layers[0]
+        ours, plain = gpu.relative_errors(x_TD, weights, plan, activation=act)
+        # that was the first tokens, few enough for float64; all of them are compared with plain PyTorch
+        y_TD = moe_ffn(x_TD, weights, plan, activation=act, impl="triton").float()
+        exact = moe_ffn(x_TD, weights, plan, activation=act, impl="masked").float()
+        whole = ((y_TD - exact).norm() / exact.norm().clamp_min(1e-30)).item()
+        eps = torch.finfo(self.dtype).eps
+        return {"error": ours, "plain_error": plain, "is_right": ours <= 2 * plain + eps and whole <= 4 * (plain + eps)}
+
+    def _layer(self, x_TD: Tensor, E: int, fraction: float) -> gpu.Call:
+        """Router, rule and experts from the input; the rule's threshold selects the fraction."""
+        shape = self.shape
+        gate = "gate" if shape.gated else None
+        sizes = {"d_model": shape.d_model, "d_ff": shape.d_ff, "d_out": shape.d_model}
+        site = FFNSite(name="", up="up", down="down", gate=gate, activation=shape.activation, **sizes)
+        router = build_router(NormRouterConfig(width=128), site=site, num_experts=E).to(self.kind)
+        scores = router(x_TD).flatten()
+        rule = Threshold(theta=scores.kthvalue(max(1, round((1 - fraction) * len(scores)))).values.item())
+        return lambda i: moe_ffn(x_TD, self.layers[i], build_plan(rule(router(x_TD))), activation=shape.activation, impl="triton")
+
+    def _compiled(self, x_TD: Tensor, mode: str) -> gpu.Call:
+        torch.compiler.reset()  # each shape is a compilation of its own, of which there is a limit
+        act = ACTIVATIONS[self.shape.activation]
+
+        def ffn(x: Tensor, up: Tensor, gate: Tensor | None, down: Tensor, up_bias: Tensor | None, down_bias: Tensor | None) -> Tensor:
+            u = F.linear(x, up, up_bias)
+            return F.linear(act(u) if gate is None else act(F.linear(x, gate)) * u, down, down_bias)
+
+        compiled = torch.compile(ffn, dynamic=False, mode=mode)
+        ws = self.layers
+        return lambda i: compiled(x_TD, ws[i].up_FD, ws[i].gate_FD, self.down_DF[i], ws[i].up_bias_F, ws[i].down_bias_D)
+
+    def _ratios(self, us: dict[str, float], f: float) -> dict[str, Any]:
+        best = min(us[name] for name in ("dense", "compiled") if name in us)
+        row = {f"{name}_us": value for name, value in us.items()} | {"ratio": best / us["ours"], "of_bound": best / us["ours"] * f}
+        return row | ({"layer_ratio": best / us["layer"]} if "layer" in us else {})
+
+    def _floor(self, T: int, f: float, union: float, *, passes: int) -> tuple[float, str]:
+        """The least microseconds: weights of the union, x and y once a pass; FLOPs of the pairs."""
+        shape, matrices = self.shape, 3 if self.shape.gated else 2
+        size = self.dtype.itemsize
+        bytes_us = passes * (matrices * shape.d_model * shape.d_ff * union + 2 * T * shape.d_model) * size / self.peaks[0] * 1e6
+        flops_us = passes * 2 * matrices * T * shape.d_model * shape.d_ff * f / self.peaks[1] * 1e6
+        return (bytes_us, "bytes") if bytes_us > flops_us else (flops_us, "flops")

@@ -1,0 +1,160 @@
+"""The Triton kernels of experts: compiled for GPUs that are not here, and interpreted on the CPU.
+
+Triton reads TRITON_INTERPRET when it is first imported, and what compiles cannot be interpreted: the tests of interpreted_ffn.py run in a
+process of their own.
+"""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from moeify.kernels import gpu_ffn, gpu_linear
+from moeify.kernels.tiles import TUNED, ragged_tiles, union_tiles
+
+pytestmark = pytest.mark.skipif(gpu_linear.unavailable() is not None, reason=str(gpu_linear.unavailable()))
+BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
+SHARED_BYTES = 99 << 10  # of a block of threads on the smallest GPU in question (sm86, sm89)
+F, D, SIZE = 14336, 4096, 64  # llama-8b
+EXPERTS = {"SIZE": SIZE, "LARGER": 0}
+FUNCTION = {"ACTIVATION": "silu", "THRESHOLD": 0.0}
+# Sizes that need not be multiples of 16.
+ODD = (
+    "num_tokens",
+    "num_experts",
+    "num_groups",
+    "experts_per_group",
+    "row_tiles",
+    "n_tiles",
+    "o_tiles",
+    "d_tiles",
+    "mask_stride_t",
+    "room",
+)
+MATRIX_INSTRUCTIONS = {80: "mma.sync", 90: "wgmma.mma_async|mma.sync", 100: "tcgen05.mma|mma.sync"}
+
+# A compiler's choices depend on the size of a type and on the target: not every pair is worth its time.
+TARGETS = pytest.mark.parametrize(("dtype", "capability"), [("bf16", 80), ("bf16", 90), ("bf16", 100), ("fp16", 90), ("fp32", 100)])
+
+
+@pytest.mark.slow
+def test_in_the_interpreter_the_kernels_compute_what_the_definition_says():
+    tests = Path(__file__).with_name("interpreted_ffn.py")
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-qx", str(tests)],
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0 and " passed" in done.stdout, done.stdout + done.stderr
+
+
+def pointers(dtype):
+    floats = ("x", "up", "gate", "h", "kept", "a", "w", "b", "v", "down", "grad", "rows", "out", "up_bias", "gate_bias", "bias")
+    numbers = {"mask_ptr": "*u8", "offset_ptr": "*i32", "token_ptr": "*i32", "pair_ptr": "*i32", "count_ptr": "*i32"}
+    return {f"{name}_ptr": f"*{dtype}" for name in floats} | numbers | dict.fromkeys(("sums_ptr", "energy_ptr"), "*fp32")
+
+
+def check(found, *, capability, dtype, products, asynchronous=False, wide=0):
+    ptx = found.asm["ptx"]
+    assert f".target sm_{capability}" in ptx and found.asm["cubin"]
+    assert found.metadata.shared <= SHARED_BYTES, "it does not fit any GPU"
+    assert ".local" not in ptx, "registers are spilled"
+    if products:
+        matrix = re.search(MATRIX_INSTRUCTIONS[capability], ptx)
+        assert bool(matrix) == (dtype != "fp32"), "float32 would be rounded to TF32, or other types run without matrix instructions"
+    if asynchronous:
+        assert re.search(r"cp\.async\.c[ag]\.shared\.global \[.*?\], \[.*?\], 0x10", ptx), "no copy of 16 bytes runs ahead"
+    assert len(re.findall(r"ld\.global\S*\.v4\.b32", ptx)) >= wide, "weights are not read 16 bytes at a time"
+
+
+def without(*names):
+    return dict.fromkeys(names)
+
+
+def tiles_of(T, dtype):
+    if T > 512:
+        return ragged_tiles(num_neurons=F, num_experts=F // SIZE, num_tokens=T, bytes_per_number=BYTES[dtype])
+    sizes = {"d_in": D, "d_out": D, "num_neurons": F, "num_experts": F // SIZE}
+    return union_tiles(**sizes, num_tokens=T, bytes_per_number=BYTES[dtype], num_units=132)
+
+
+@TARGETS
+@pytest.mark.parametrize("T", [1, 8, 64])
+def test_kernels_of_few_tokens_compile_to_wide_loads_and_fit_any_gpu(compiled, capability, T, dtype):
+    from moeify.kernels import triton_ffn
+
+    t = tiles_of(T, dtype)
+    options = {"num_warps": t.num_warps, "num_stages": t.num_stages, "pointers": pointers(dtype), "odd": ODD}
+    none = without("up_bias_ptr", "gate_bias_ptr", "up_scale_ptr", "gate_scale_ptr", "offset_ptr", "token_ptr", "kept_ptr")
+    one = dict.fromkeys(("experts_per_group", "n_tiles", "x_stride_d", "up_stride_d", "gate_stride_d", "mask_stride_e"), 1)
+    sides = {"T_TILE": t.tokens, "N_TILE": t.neurons, "K_TILE": t.channels, "RUN": min(SIZE, t.neurons), **EXPERTS}
+    first = {**none, **one, **sides, **FUNCTION, "IS_RAGGED": False, "BY_TOKEN": True}
+    expected = {"capability": capability, "dtype": dtype, "products": T > 1, "asynchronous": T > 1}
+    weights = 2 * t.neurons * t.channels * BYTES[dtype] // 16 // 128
+    check(compiled(triton_ffn.first_products, capability, constants=first, **options), **expected, wide=weights if T == 1 else 0)
+    sides = {"T_TILE": t.tokens, "K_TILE": t.depth, "O_TILE": t.outputs, "RUN": min(SIZE, t.depth), **EXPERTS}
+    weights = t.depth * t.outputs * BYTES[dtype] // 16 // 128
+    for contiguous in ("down_stride_f", "down_stride_o"):  # as nn.Linear stores it, and by neuron
+        second = {contiguous: 1, "mask_stride_e": 1, **sides}
+        check(compiled(triton_ffn.second_products, capability, constants=second, **options), **expected, wide=weights if T == 1 else 0)
+
+
+@TARGETS
+def test_kernels_of_many_tokens_and_of_training_compile_to_copies_that_run_ahead(compiled, capability, dtype):
+    from moeify.kernels import triton_ffn
+
+    t = tiles_of(4096, dtype)
+    options = {"num_warps": t.num_warps, "num_stages": t.num_stages, "pointers": pointers(dtype), "odd": ODD}
+    expected = {"capability": capability, "dtype": dtype, "products": True, "asynchronous": True}
+    common = {**EXPERTS, "BY_TOKEN": False}
+    none = without("up_bias_ptr", "gate_bias_ptr", "up_scale_ptr", "gate_scale_ptr")
+    one = dict.fromkeys(("x_stride_d", "up_stride_d", "gate_stride_d", "mask_stride_e"), 1)
+    sides = {"T_TILE": t.tokens, "N_TILE": t.neurons, "K_TILE": t.channels}
+    first = {**none, **one, **sides, **common, **FUNCTION, "IS_RAGGED": True, "RUN": t.neurons}
+    check(compiled(triton_ffn.first_products, capability, constants=first, **options), **expected)
+    through = {"grad_stride_o": 1, "down_stride_f": 1, "mask_stride_e": 1, **sides, **common, **FUNCTION}
+    check(compiled(triton_ffn.through_activation, capability, constants=through, **options), **expected)
+    sides = {"R_TILE": t.tokens, "K_TILE": t.depth, "O_TILE": t.outputs, **EXPERTS}
+    found = compiled(triton_ffn.add_products, capability, constants={"w_stride_f": 1, **without("b_ptr", "v_ptr"), **sides}, **options)
+    check(found, **expected)
+    assert re.search(r"(atom|red)\.global\S*add\S*\.f32", found.asm["ptx"])
+    both = {"w_stride_o": 1, "v_stride_o": 1, **sides, "K_TILE": max(16, t.depth // 2)}
+    check(compiled(triton_ffn.add_products, capability, constants=both, **options), **expected)
+    sides = {"R_TILE": t.depth, "N_TILE": t.neurons, "D_TILE": t.outputs, **common}
+    for bias in ({}, without("bias_ptr")):
+        total = {"x_stride_d": 1, "out_stride_d": 1, **sides, **bias}
+        check(compiled(triton_ffn.sum_pairs, capability, constants=total, **options), **expected)
+
+
+@pytest.mark.parametrize("capability", [80, 100])
+@pytest.mark.parametrize("name", ["count_pairs", "place_pairs"])
+def test_the_plan_on_the_device_compiles(compiled, capability, name):
+    from moeify.kernels import triton_ffn
+
+    found = compiled(getattr(triton_ffn, name), capability, pointers=pointers("fp32"), constants={"T_TILE": 1024}, odd=ODD)
+    check(found, capability=capability, dtype="fp32", products=False)
+    assert not re.search(r"\b(atom|red)\.", found.asm["ptx"]), "the order of pairs would differ from run to run"
+
+
+@pytest.mark.parametrize("function", gpu_ffn.FUNCTIONS)
+def test_every_activation_compiles_forward_and_backward(compiled, function):
+    from moeify.kernels import triton_ffn
+
+    assert gpu_ffn.FUNCTIONS == triton_ffn.FUNCTIONS
+    named = {"ACTIVATION": function, "THRESHOLD": 0.5 if function == "shifted_relu" else 0.0}
+    sides = {"T_TILE": 16, "N_TILE": 16, "K_TILE": 16, "BY_TOKEN": False, **EXPERTS, **named}
+    options = {"pointers": pointers("bf16"), "odd": ODD}
+    none = without("gate_ptr", "up_bias_ptr", "gate_bias_ptr", "up_scale_ptr", "gate_scale_ptr")
+    first = {**none, **sides, "IS_RAGGED": True, "RUN": 16}
+    assert compiled(triton_ffn.first_products, 90, constants=first, **options).asm["cubin"]
+    assert compiled(triton_ffn.through_activation, 90, constants={**without("gate_ptr", "energy_ptr"), **sides}, **options).asm["cubin"]
+
+
+def test_tuned_tiles_name_known_fields():
+    known = {"tokens", "neurons", "channels", "outputs", "depth", "is_atomic", "num_warps", "num_stages"}
+    assert all(set(found) <= known for found in TUNED.values())
