@@ -15,6 +15,7 @@ from torch import Tensor
 from ..errors import KernelError
 from ..sites.site import FFNWeights, expert_bounds
 from . import cpu
+from .gradients import empty_gradients, in_place_of
 from .plan import DispatchPlan
 
 _Optional: TypeAlias = Tensor | None
@@ -123,7 +124,7 @@ def _backward_cpu(
 ) -> list[Tensor]:
     """Gradients of those of the inputs from x_TD to probs_TE that are wanted, in order."""
     inputs = (x_TD, up_FD, down_FD, gate_FD, up_bias_F, gate_bias_F, down_bias_D, probs_TE)
-    found = _empty_gradients(inputs, wanted)
+    found = empty_gradients(inputs, wanted)
     x_grad, up, down, gate, up_bias, gate_bias, down_bias, probs = found
     if down_bias is not None:
         torch.sum(grad_TD, 0, out=down_bias)
@@ -158,21 +159,7 @@ def _backward_cpu(
 
 @_backward_cpu.register_fake
 def _(_grad_TD: Tensor, *rest: Any) -> list[Tensor]:
-    return [t for t in _empty_gradients(rest[:8], rest[-1]) if t is not None]
-
-
-def _empty_gradients(inputs: tuple[_Optional, ...], wanted: list[bool]) -> list[_Optional]:
-    """Memory for the wanted ones; of probabilities fp32, which sums need."""
-    x_TD, *others = inputs
-    found: list[_Optional] = [torch.empty_like(x_TD, memory_format=torch.contiguous_format) if wanted[0] else None]  # type: ignore[arg-type]
-    for tensor, want in zip(others, wanted[1:], strict=True):
-        if tensor is None or not want:
-            found.append(None)
-        elif tensor is inputs[-1]:
-            found.append(tensor.new_empty(tensor.shape, dtype=torch.float32))
-        else:
-            found.append(torch.empty_like(tensor))
-    return found
+    return [t for t in empty_gradients(rest[:8], rest[-1]) if t is not None]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -187,11 +174,8 @@ def _backward(ctx: Any, grad_TD: _Optional, _: _Optional) -> tuple[_Optional, ..
         return (None,) * 11
     *inputs, mask_TE, kept_K = ctx.saved_tensors
     wanted = [want and t is not None for want, t in zip(ctx.needs_input_grad, inputs, strict=False)]
-    found = iter(_backward_cpu(grad_TD, *inputs, mask_TE, kept_K, ctx.activation, wanted))
-    gradients = [next(found) if want else None for want in wanted]
-    if gradients[-1] is not None:
-        gradients[-1] = gradients[-1].to(inputs[-1].dtype)
-    return (*gradients, None, None, None)
+    found = _backward_cpu(grad_TD, *inputs, mask_TE, kept_K, ctx.activation, wanted)
+    return (*in_place_of(inputs, wanted, found), None, None, None)
 
 
 _ffn_train_cpu.register_autograd(_backward, setup_context=_setup_context)
