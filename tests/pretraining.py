@@ -14,7 +14,9 @@ def tiny_gpt(*, seed=0, inner=50, act="relu"):
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return GPT2LMHeadModel(config)
+        model = GPT2LMHeadModel(config)
+    model.loss_type = "ForCausalLM"  # as `hf.random.random_model` sets it
+    return model
 
 
 def sites_of(model):

@@ -46,6 +46,8 @@ def random_model(architecture: Mapping[str, Any], *, auto_class: str, seed: int,
         raise
     except (ValueError, TypeError, StrictDataclassError) as error:
         raise ConfigError(f"the architecture makes no model: {' '.join(str(error).split())}") from error
+    if getattr(model, "loss_type", "") is None:  # transformers takes this one then, with a warning that no compiled forward can give
+        model.loss_type = "ForCausalLM"
     return model.eval()
 
 

@@ -56,6 +56,10 @@ class SSD(Removable):
     """
 
     name = "ssd"
+    compiles = True
+    """Within a training forward there are only the layers' modes, which a compiled graph is guarded by."""
+
+    is_collective = True
 
     def __init__(
         self,

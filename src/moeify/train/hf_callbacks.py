@@ -181,7 +181,7 @@ class SSDCallback(PartsCallback):
         probe: batches that everything is measured on.
 
     Raises:
-        ConfigError: with ``torch_compile``, or as `SSD`.
+        ConfigError: as `SSD`.
     """
 
     def __init__(self, sites: Sequence[FFNSite], config: SSDConfig | None = None, *, probe: Sequence[Mapping[str, Tensor]]) -> None:
@@ -189,7 +189,6 @@ class SSDCallback(PartsCallback):
         """The part, once the Trainer has been made; its probes and decisions stay readable after training."""
 
         def attach(model: nn.Module, args: TrainingArguments) -> list[AttachedPart]:
-            _refuse_compile(args)
             self.ssd = SSD(model, sites, config, probe=probe, compute=_compute(args))
             return [self.ssd]
 

@@ -51,7 +51,8 @@ class TrainingData(Protocol):
 
 class Part(Protocol):
     """What a stage adds to training, by hooks on the model. It depends on the step alone, so that resume needs no state of it; one that
-    cannot is a `KeptPart`."""
+    cannot is a `KeptPart`. One whose work within a forward compiled code keeps has a true attribute ``compiles``, one
+    whose processes talk to each other ``is_collective``."""
 
     def set_step(self, step: int) -> None:
         """Called before the forwards of every optimizer step."""
@@ -107,6 +108,9 @@ class TrainConfig:
     else float32. 'float16' scales the loss, and needs a GPU."""
     gradient_checkpointing: bool = False
     """Compute activations again in backward instead of keeping them: less memory, a third more time, the same result."""
+    compile: bool = field(default=False, metadata=_config.LATER)
+    """Compile the model's forward and backward (``torch.compile``); the first step, and the first sparse one of SSD, take longer. Only
+    together with parts that say `compiles`."""
     parallel: ParallelKind = "auto"
     """Several processes (torchrun): 'ddp', each has all weights; 'fsdp', each a part of weights, gradients and moments; 'none', they do not
     know of each other. 'auto': 'ddp' where there are several."""
@@ -139,6 +143,8 @@ class TrainConfig:
             raise ConfigError(f"min_lr_frac must be in [0, 1], got {self.min_lr_frac}.")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ConfigError(f"betas must be in [0, 1), got {self.betas}.")
+        if self.compile and self.gradient_checkpointing:
+            raise ConfigError("compile and gradient_checkpointing do not go together; compiled code chooses what it keeps by itself.")
 
     def epochs(self, sequences: int) -> float:
         """Passes over a data set of this many sequences; far more than 1 on a small one is learning by heart."""
@@ -228,7 +234,8 @@ def train(
         The record; the model is in eval mode, without gradients.
 
     Raises:
-        ConfigError: nothing to train, float16 weights to train, or float16 products without a GPU.
+        ConfigError: nothing to train, float16 weights to train, float16 products without a GPU, or ``compile`` with a part whose hooks
+            compiled code would not see.
         DataError: no sequences, or a step without a label.
         CheckpointError: ``state`` is of another run, or cannot be written.
         TrainingError: the loss or a gradient is not finite (`DivergedError`), or memory ran out. The model then has the weights that gave
@@ -239,130 +246,175 @@ def train(
     compute = _compute_dtype(config, device)
     if len(data) == 0:
         raise DataError("the training data has no sequence.")
-    parallel = Parallel(config.parallel, model, compute=compute, experts=config.expert_parallel)
-    ranks = parallel.ranks
-    groups = _parameter_groups(model, config, lr_factors or {})
-    optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(_lr_factor, config=config))
-    scaler = torch.amp.GradScaler(device.type, enabled=compute is torch.float16)
-    log = _Log()
-    done = 0
-    kept_parts = {part.name: part for part in parts if isinstance(part, KeptPart)}
-    for own_part in kept_parts.values():
-        own_part.begin(optimizer)
+    loop = _Loop(model, data, config, parts=parts, lr_factors=lr_factors or {}, compute=compute, state=state)
     checkpointing = _gradient_checkpointing(model, enabled=config.gradient_checkpointing)
-    with seeded(config.seed, device), checkpointing, parallel.shared_experts():
-        if state is not None:
-            named = {"train": config.decisive(), "sequences": len(data), "run": dict(run or {})}
-            ranks.first(partial(open_state, state, named))
-            if kept := load_state(state, model=model, optimizer=optimizer, schedule=schedule, scaler=scaler, ranks=ranks):
-                done, log = kept.step, _Log.of(_config.from_dict(TrainRecord, kept.record, where=str(state)))
-                for name, own_part in kept_parts.items():
-                    own_part.load_state(*load_part(kept.folder, name))
-        order = _Order(len(data), config, ranks, lengths=getattr(data, "lengths", None))
-        shifted: bool | None = None
-        model.train()
-        model.zero_grad(set_to_none=True)  # what a failed step, or somebody else, left there
+    with seeded(config.seed, device), checkpointing, loop.parallel.shared_experts():
+        done = loop.begin(run or {})
         with progress.task("train", total=config.steps) as task:
             task.advance(done)
             for step in range(done, config.steps):
                 start = time.perf_counter()
-                parallel.begin_step(step, seed=config.seed)
-                with parallel.faults(step):
-                    for part in parts:
-                        part.set_step(step)
-                if order.begins_epoch(step):
-                    torch.empty((), dtype=torch.int64).random_()  # a DataLoader does when it starts: so dropout is Trainer's, too
-                generator = torch.Generator().manual_seed(1_000_003 * (config.seed + 1) + step + (ranks.rank << 40))
-                shares = order.micro_batches(step)
-                batches = [
-                    data.batch(rows, generator=generator) if rows else blank(data.batch(order.rows(step)[:1], generator=generator))
-                    for rows in shares
-                ]
-                if shifted is None:
-                    with _memory_errors(config, step), _autocast(device, compute), restored(device):
-                        shifted = shifts_labels(model, _to(batches[0], device))
-                counts = [counted_labels(batch, shifted=shifted) if rows else 0 for rows, batch in zip(shares, batches, strict=True)]
-                tokens = sum(_num_tokens(batch) for rows, batch in zip(shares, batches, strict=True) if rows)
-                with parallel.faults(step):
-                    all_counts, all_tokens = parallel.totals(sum(counts), tokens)
-                if all_counts == 0:
-                    raise DataError(f"no label in the sequences of step {step}; raise batch_sequences ({config.batch_sequences}).")
-
-                total = torch.zeros((), device=device)
-                with _memory_errors(config, step), parallel.faults(step):
-                    for i, (batch, count) in enumerate(zip(batches, counts, strict=True)):
-                        if count == 0:  # its mean is NaN
-                            if ranks.size == 1:
-                                continue
-                            batch = blank(batch)  # the other processes run one
-                        with parallel.micro_step(is_last=i == len(batches) - 1):
-                            with _autocast(device, compute):
-                                loss = _loss(parallel.model, _to(batch, device)) * parallel.weight(count, all_counts)
-                            scaler.scale(loss).backward()
-                        total += loss.detach() / ranks.size
-                    scaler.unscale_(optimizer)
-                    norm = parallel.norm([p.grad for p in model.parameters() if p.grad is not None])
-                    values = torch.stack([ranks.sum(total), norm.to(total)]).tolist()  # the one synchronisation of a step
-                    overflowed = scaler.is_enabled() and scaler.get_scale() > 1 and not math.isfinite(values[1])
-                    if not (math.isfinite(values[0]) and (math.isfinite(values[1]) or overflowed)):
-                        with _autocast(device, compute):
-                            raise _not_finite(values, model, batches, step=step, config=config, state=state)
-                    if config.clip:
-                        nn.utils.clip_grads_with_norm_(model.parameters(), config.clip, norm)
-                    lr = schedule.get_last_lr()[0]
-                    scaler.step(optimizer)  # float16: not where a gradient overflowed; the next losses are scaled less
-                    scaler.update()
-                    if not overflowed:
-                        schedule.step()
-                optimizer.zero_grad(set_to_none=True)
-
-                done = step + 1
-                is_last = done == config.steps
-                log.losses.append(values[0])
-                log.tokens += all_tokens
-                if is_last or done % config.log_every == 0:
-                    read = {name: float(value) for part in parts for name, value in part.values().items()}
-                    log.parts += [{"step": float(done), **read}] if read else []
-                    _log.log(
-                        logging.INFO if ranks.is_first else logging.DEBUG,
-                        "step %d of %d: loss %.4f, gradient norm %.3g, lr %.3g %s",
-                        done,
-                        config.steps,
-                        *values,
-                        lr,
-                        read or "",
-                    )
-                if evaluate is not None and (is_last or _is_due(done, config.eval_every)):
-                    with parallel.faults(step):
-                        log.evals.append((done, float(ranks.same(_evaluated(model, evaluate, device)))))
-                log.seconds += time.perf_counter() - start
+                loss, norm, lr = loop.step(step)
+                loop.look(step, loss=loss, norm=norm, lr=lr, evaluate=evaluate)
+                loop.log.seconds += time.perf_counter() - start
                 if watch is not None:
-                    watch(
-                        StepReport(
-                            step=done,
-                            loss=values[0],
-                            grad_norm=values[1],
-                            lr=float(lr),
-                            losses=log.losses,
-                            evals=log.evals,
-                            seconds=log.seconds,
-                        )
-                    )
-                is_stopping = stop is not None and not is_last and stop()
-                if stop is not None and ranks.size > 1:  # a signal may reach one process alone
-                    is_stopping = bool(ranks.sum(torch.tensor(int(is_stopping))))
-                if state is not None and (is_last or is_stopping or _is_due(done, config.save_every)):
-                    so_far = _config.to_dict(log.record(order.epochs(done)))
-                    own = {name: own_part.state() for name, own_part in kept_parts.items()}
-                    held: dict[str, Any] = {"model": model, "optimizer": optimizer, "schedule": schedule, "scaler": scaler}
-                    with parallel.faults(step):
-                        save_state(state, step=done, **held, record=so_far, parts=own, ranks=ranks)
+                    watch(loop.report(step, loss=loss, norm=norm, lr=lr))
+                is_stopping = loop.stops(stop) if stop is not None and step + 1 < config.steps else False
+                loop.save(step, now=is_stopping)
                 task.advance(1)
                 if is_stopping:
-                    raise StoppedError(f"stopped after step {done} of {config.steps}.", step=done)
+                    raise StoppedError(f"stopped after step {step + 1} of {config.steps}.", step=step + 1)
     model.eval()
-    return log.record(order.epochs(done))
+    return loop.record()
+
+
+class _Loop:
+    """What `train` holds from the first step to the last."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data: TrainingData,
+        config: TrainConfig,
+        *,
+        parts: Sequence[Part],
+        lr_factors: Mapping[str, float],
+        compute: torch.dtype,
+        state: Path | None,
+    ) -> None:
+        self.model, self.data, self.config, self.parts, self.compute, self.folder = model, data, config, parts, compute, state
+        self.device = next(model.parameters()).device
+        _check_parts(parts, config)
+        self.parallel = Parallel(config.parallel, model, compute=compute, experts=config.expert_parallel)
+        self.forward = torch.compile(self.parallel.model) if config.compile else self.parallel.model
+        self.ranks = self.parallel.ranks
+        groups = _parameter_groups(model, config, lr_factors)
+        self.optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, partial(_lr_factor, config=config))
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=compute is torch.float16)
+        self.kept_parts = {part.name: part for part in parts if isinstance(part, KeptPart)}
+        for own_part in self.kept_parts.values():
+            own_part.begin(self.optimizer)
+        self.log = _Log()
+        self.order = _Order(len(data), config, self.ranks, lengths=getattr(data, "lengths", None))
+        self._shifted: bool | None = None
+
+    def begin(self, run: Mapping[str, Any]) -> int:
+        """Take up what a killed run left; the steps it had done."""
+        done = 0
+        if self.folder is not None:
+            named = {"train": self.config.decisive(), "sequences": len(self.data), "run": dict(run)}
+            self.ranks.first(partial(open_state, self.folder, named))
+            if kept := load_state(self.folder, **self._held(), ranks=self.ranks):
+                done, self.log = kept.step, _Log.of(_config.from_dict(TrainRecord, kept.record, where=str(self.folder)))
+                for name, own_part in self.kept_parts.items():
+                    own_part.load_state(*load_part(kept.folder, name))
+        self.model.train()
+        self.model.zero_grad(set_to_none=True)  # what a failed step, or somebody else, left there
+        return done
+
+    def step(self, step: int) -> tuple[float, float, float]:
+        """One optimizer step: its loss, its gradient's norm before clipping, and the learning rate it was done with."""
+        self.parallel.begin_step(step, seed=self.config.seed)
+        with self.parallel.faults(step):
+            for part in self.parts:
+                part.set_step(step)
+        batches, counts, all_labels = self._read(step)
+        total = torch.zeros((), device=self.device)
+        with _memory_errors(self.config, step), self.parallel.faults(step):
+            for i, (batch, count) in enumerate(zip(batches, counts, strict=True)):
+                if count == 0:  # its mean is NaN
+                    if self.ranks.size == 1:
+                        continue
+                    batch = blank(batch)  # the other processes run one
+                with self.parallel.micro_step(is_last=i == len(batches) - 1):
+                    with _autocast(self.device, self.compute):
+                        loss = _loss(self.forward, _to(batch, self.device)) * self.parallel.weight(count, all_labels)
+                    self.scaler.scale(loss).backward()
+                total += loss.detach() / self.ranks.size
+            found = self._update(step, total, batches)
+        self.optimizer.zero_grad(set_to_none=True)
+        return found
+
+    def _read(self, step: int) -> tuple[list[Mapping[str, Tensor]], list[int], int]:
+        """This process' micro-batches of a step, the labels in each, and those of all processes together."""
+        if self.order.begins_epoch(step):
+            torch.empty((), dtype=torch.int64).random_()  # a DataLoader does when it starts: so dropout is Trainer's, too
+        generator = torch.Generator().manual_seed(1_000_003 * (self.config.seed + 1) + step + (self.ranks.rank << 40))
+        shares = self.order.micro_batches(step)
+        batches: list[Mapping[str, Tensor]] = [
+            self.data.batch(rows, generator=generator) if rows else blank(self.data.batch(self.order.rows(step)[:1], generator=generator))
+            for rows in shares
+        ]
+        if self._shifted is None:
+            with _memory_errors(self.config, step), _autocast(self.device, self.compute), restored(self.device):
+                self._shifted = shifts_labels(self.model, _to(batches[0], self.device))
+        counts = [counted_labels(batch, shifted=self._shifted) if rows else 0 for rows, batch in zip(shares, batches, strict=True)]
+        tokens = sum(_num_tokens(batch) for rows, batch in zip(shares, batches, strict=True) if rows)
+        with self.parallel.faults(step):
+            all_labels, all_tokens = self.parallel.totals(sum(counts), tokens)
+        if all_labels == 0:
+            raise DataError(f"no label in the sequences of step {step}; raise batch_sequences ({self.config.batch_sequences}).")
+        self.log.tokens += all_tokens
+        return batches, counts, all_labels
+
+    def _update(self, step: int, total: Tensor, batches: Sequence[Mapping[str, Tensor]]) -> tuple[float, float, float]:
+        """From summed gradients to new weights; nothing that is no number gets into them."""
+        scaler = self.scaler
+        scaler.unscale_(self.optimizer)
+        norm = self.parallel.norm([p.grad for p in self.model.parameters() if p.grad is not None])
+        values = torch.stack([self.ranks.sum(total), norm.to(total)]).tolist()  # the one synchronisation of a step
+        overflowed = scaler.is_enabled() and scaler.get_scale() > 1 and not math.isfinite(values[1])
+        if not (math.isfinite(values[0]) and (math.isfinite(values[1]) or overflowed)):
+            with _autocast(self.device, self.compute):
+                raise _not_finite(values, self.model, batches, step=step, config=self.config, state=self.folder)
+        if self.config.clip:
+            nn.utils.clip_grads_with_norm_(self.model.parameters(), self.config.clip, norm)
+        lr = float(self.schedule.get_last_lr()[0])
+        scaler.step(self.optimizer)  # float16: not where a gradient overflowed; the next losses are scaled less
+        scaler.update()
+        if not overflowed:
+            self.schedule.step()
+        return values[0], values[1], lr
+
+    def look(self, step: int, *, loss: float, norm: float, lr: float, evaluate: Callable[[nn.Module], float] | None) -> None:
+        """Log a step that was done; read the parts and evaluate where it is due."""
+        done, config, log = step + 1, self.config, self.log
+        is_last = done == config.steps
+        log.losses.append(loss)
+        if is_last or done % config.log_every == 0:
+            read = {name: float(value) for part in self.parts for name, value in part.values().items()}
+            log.parts += [{"step": float(done), **read}] if read else []
+            level = logging.INFO if self.ranks.is_first else logging.DEBUG
+            _log.log(level, "step %d of %d: loss %.4f, gradient norm %.3g, lr %.3g %s", done, config.steps, loss, norm, lr, read or "")
+        if evaluate is not None and (is_last or _is_due(done, config.eval_every)):
+            with self.parallel.faults(step):
+                log.evals.append((done, float(self.ranks.same(_evaluated(self.model, evaluate, self.device)))))
+
+    def report(self, step: int, *, loss: float, norm: float, lr: float) -> StepReport:
+        log = self.log
+        return StepReport(step=step + 1, loss=loss, grad_norm=norm, lr=lr, losses=log.losses, evals=log.evals, seconds=log.seconds)
+
+    def stops(self, stop: Callable[[], bool]) -> bool:
+        """Whether any process is to stop: a signal may reach one alone."""
+        is_stopping = stop()
+        return bool(self.ranks.sum(torch.tensor(int(is_stopping)))) if self.ranks.size > 1 else is_stopping
+
+    def save(self, step: int, *, now: bool) -> None:
+        """Keep the state after a step, where it is due or ``now``."""
+        done = step + 1
+        if self.folder is None or not (now or done == self.config.steps or _is_due(done, self.config.save_every)):
+            return
+        own = {name: own_part.state() for name, own_part in self.kept_parts.items()}
+        so_far = _config.to_dict(self.log.record(self.order.epochs(done)))
+        with self.parallel.faults(step):
+            save_state(self.folder, step=done, **self._held(), record=so_far, parts=own, ranks=self.ranks)
+
+    def record(self) -> TrainRecord:
+        return self.log.record(self.order.epochs(self.config.steps))
+
+    def _held(self) -> dict[str, Any]:
+        return {"model": self.model, "optimizer": self.optimizer, "schedule": self.schedule, "scaler": self.scaler}
 
 
 @dataclass
@@ -388,6 +440,16 @@ class _Log:
             epochs=epochs,
             seconds=self.seconds,
         )
+
+
+def _check_parts(parts: Sequence[Part], config: TrainConfig) -> None:
+    def lacks(attribute: str, wanted: bool) -> str | None:
+        return next((type(part).__name__ for part in parts if getattr(part, attribute, False) is not wanted), None)
+
+    if config.compile and (name := lacks("compiles", True)):
+        raise ConfigError(f"compile does not go with {name}, whose hooks compiled code would not see; leave it out.")
+    if config.parallel == "none" and Ranks.present().size > 1 and (name := lacks("is_collective", False)):
+        raise ConfigError(f"parallel='none' leaves processes alone, and those of {name} need each other; choose 'ddp'.")
 
 
 # ---- what a step trains on
@@ -452,7 +514,7 @@ def _to(batch: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
     return {key: value.to(device, non_blocking=True) for key, value in batch.items()}
 
 
-def _loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+def _loss(model: Callable[..., Any], batch: Mapping[str, Tensor]) -> Tensor:
     loss = getattr(model(**batch), "loss", None)
     if loss is None:
         raise DataError(f"{type(model).__name__} gives no loss for {', '.join(batch)}: it needs a head, and the data labels.")
@@ -530,10 +592,16 @@ def _gradient_checkpointing(model: nn.Module, *, enabled: bool) -> Iterator[None
     # transformers 5.23 gave the two methods new names and deprecates the old ones, which 5.17 has alone.
     kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
     getattr(model, f"{kind}_checkpointing_enable")({"use_reentrant": False})
+    config = cast(Any, model).config
+    had_cache = getattr(config, "use_cache", False)
+    if had_cache:  # models turn it off by themselves, with a warning that no compiled forward can give
+        config.use_cache = False
     try:
         yield
     finally:
         getattr(model, f"{kind}_checkpointing_disable")()
+        if had_cache:
+            config.use_cache = had_cache
 
 
 def _evaluated(model: nn.Module, evaluate: Callable[[nn.Module], float], device: torch.device) -> float:

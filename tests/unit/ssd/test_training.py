@@ -3,14 +3,17 @@
 import json
 import warnings
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from pretraining import PROBE, Counting, sites_of, tiny_gpt
 from tiny import tiny_llama
+from torch._dynamo.backends.debugging import aot_eager
 from torch.nn import functional as F
 from training import F32, Dies, DyingData, trainer_losses, trainer_of
 
+from moeify._dist import Ranks
 from moeify.convert import manifest_of
 from moeify.errors import CheckpointError, ConfigError
 from moeify.layers import moe_layers, record_active, set_mode
@@ -212,6 +215,41 @@ def test_states_without_or_of_other_parts_are_refused(tmp_path):
     assert not list((tmp_path / "b").glob("*/parts*"))  # as it was without parts that keep something
 
 
+# -- torch.compile ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_compiled_training_compiles_each_mode_once_and_has_the_eager_losses(monkeypatch, uninterrupted):
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return aot_eager(graph, inputs)
+
+    _, eager, expected = uninterrupted
+    torch.compiler.reset()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend, fullgraph=True))
+    _, ssd, record = run(training=replace(STEPS, compile=True))
+    assert record.losses == pytest.approx(expected.losses, rel=1e-4)
+    assert [d.after for d in ssd.decisions] == [d.after for d in eager.decisions]
+    assert len(graphs) == 2, "one of dense steps, one of sparse ones, though there are two phases of each"
+
+
+def test_compiling_is_refused_with_hooks_that_it_would_not_see():
+    class Hooks:
+        def set_step(self, step):
+            raise AssertionError("nothing has been trained")
+
+    with pytest.raises(ConfigError, match="compile does not go with Hooks"):
+        train(tiny_gpt(), Counting(), replace(STEPS, compile=True), parts=[Hooks()])
+
+
+def test_processes_that_do_not_know_of_each_other_are_refused(monkeypatch):
+    model, ssd = attached()
+    monkeypatch.setattr(Ranks, "present", lambda: Ranks(rank=0, size=2))
+    with pytest.raises(ConfigError, match="parallel='none' leaves processes alone, and those of SSD need each other"):
+        train(model, Counting(), replace(STEPS, parallel="none"), parts=[ssd])
+
+
 # -- transformers.Trainer --------------------------------------------------------------------------------------------------------------
 
 
@@ -249,6 +287,9 @@ def test_trainer_resumes_within_a_sparse_phase_to_the_same_losses(tmp_path):
     assert other.ssd.decisions == callback.ssd.decisions
 
 
-def test_trainer_refuses_compilation(tmp_path):
-    with pytest.raises(ConfigError, match="torch_compile"):
-        with_trainer(tmp_path, torch_compile=True)
+def test_trainer_compiles_the_model_and_gives_the_losses_of_our_loop(tmp_path):
+    torch.compiler.reset()
+    trainer, _, callback = with_trainer(tmp_path / "compiled", torch_compile=True, torch_compile_backend="aot_eager")
+    eager, _, _ = with_trainer(tmp_path / "eager")
+    assert trainer_losses(trainer) == pytest.approx(trainer_losses(eager), rel=1e-4)
+    assert [s.step for s in callback.ssd.switches] == [3, 9]
