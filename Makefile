@@ -12,13 +12,13 @@ DEVICE ?= local
 # Folder of `make paper` with novels, minilm, emotion and fashion_mnist; bench/paper/README.md has the commands that get them.
 INPUTS ?= inputs
 
-.PHONY: demo test lint types contracts docs-check bench paper sanitize clean
+.PHONY: demo test lint types contracts docs-check docs bench paper sanitize clean
 
 demo: $(VENV)/.runtime
 	$(BIN)/moeify demo --out demo-out --overwrite
 
 # Two processes of one thread each: tests are small, and one thread of them is as fast as two.
-test: $(VENV)/.dev lint types contracts docs-check
+test: $(VENV)/.dev lint types contracts docs-check docs
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 lint: $(VENV)/.dev
@@ -35,6 +35,10 @@ docs-check: $(VENV)/.dev
 	$(BIN)/python scripts/check_docs.py
 	$(BIN)/python scripts/families.py --check
 	test ! -f docs/paper.md || $(BIN)/python -m bench.paper --out docs/paper --page docs/paper.md --check
+
+# The site, in build/site; a warning is an error.
+docs: $(VENV)/.dev
+	$(BIN)/sphinx-build -W --keep-going -q -b html docs build/site
 
 bench: $(VENV)/.dev
 	$(PIP) -e '.[bench]'

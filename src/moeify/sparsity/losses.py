@@ -40,9 +40,9 @@ EPS = 1e-8
 def sparsity_loss(a_TF: Tensor, *, loss: str = "hoyer", mask_T: Tensor | None = None, eps: float = EPS) -> Tensor:
     """Mean penalty of the real tokens; differentiable.
 
-    hoyer: H(a) = (sum_i |a_i|)^2 / (sum_i a_i^2 + eps), in [0, number of non-zeros of a], scale-free where sum a^2 >> eps; 0 for a row of
-        zeros. A fresh ReLU layer has about 0.64 times its non-zeros.
-    l1: sum_i |a_i|, in [0, inf): a sum over neurons, no mean.
+    - hoyer: H(a) = (sum_i |a_i|)^2 / (sum_i a_i^2 + eps), in [0, number of non-zeros of a], scale-free where sum a^2 >> eps; 0 for a row of
+      zeros. A fresh ReLU layer has about 0.64 times its non-zeros.
+    - l1: sum_i |a_i|, in [0, inf): a sum over neurons, no mean.
 
     The mean is over tokens, never over neurons: a wider FFN has a larger loss.
 

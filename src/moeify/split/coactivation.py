@@ -42,7 +42,7 @@ class Coactivation:
     """Of the share transforms: "mean" compares how neurons vary together (correlation); "none" how much they fire together (cosine), as
     MoEfication's graph does."""
     level_weight: float = 0.0
-    """Of the share transforms: weight of one extra feature, the standardised log of the neuron's mean energy: 0 ignores it, a large value
+    """Weight of one extra feature of the share transforms, the standardised log of the neuron's mean energy; 0 ignores it, a large value
     (100) groups by mean energy alone."""
     iterations: int = 1000
     """At most this many rounds of swaps."""

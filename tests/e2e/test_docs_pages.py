@@ -1,0 +1,56 @@
+"""Python of the docs' pages runs as it stands, one block after the other, on tiny models."""
+
+import re
+
+import tiny
+import torch
+from transformers import AutoModelForCausalLM
+
+import moeify
+from moeify.kernels import IMPLS
+from moeify.select import RULES, DynKMax
+from moeify.split import SPLITS, split_neurons
+
+
+def blocks_of(page, request):
+    text = (request.config.rootpath / "docs" / page).read_text(encoding="utf-8")
+    return re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+
+
+def test_extending(tmp_path, monkeypatch, request, capsys):
+    for table in (RULES, SPLITS, IMPLS):
+        for name in list(table):
+            monkeypatch.setitem(table, name, table[name])
+    tiny.save_converted_tiny(tmp_path / "DIR", rule=DynKMax(tau=0.9))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "DIR")
+    before = {name: dict(table) for name, table in (("rules", RULES), ("splits", SPLITS), ("impls", IMPLS))}
+    namespace = {"model": model, "batch": {"input_ids": torch.arange(12)[None]}}
+    blocks = blocks_of("extending.md", request)
+    assert len(blocks) == 3
+    try:
+        for block in blocks:
+            exec(block, namespace)
+        split = split_neurons(torch.randn(12, 5), method=SPLITS["by_norm"](), num_experts=3)
+        assert sorted(split.order_F.tolist()) == list(range(12))
+        rule = RULES["mean_multiple"](factor=1.0)
+        assert rule(torch.tensor([[1.0, 2.0, 6.0]])).tolist() == [[False, False, True]]
+        scores_TE = torch.rand(7, 5)
+        assert torch.equal(rule(scores_TE), type(rule).critical(scores_TE) >= 1.0)
+    finally:
+        for table, was in ((RULES, "rules"), (SPLITS, "splits"), (IMPLS, "impls")):
+            table.clear()
+            table.update(before[was])
+    out = capsys.readouterr().out
+    assert re.search(r"^\d+ of \d+ experts$", out, flags=re.MULTILINE)
+
+
+def test_quickstart(tmp_path, monkeypatch, request, capsys):
+    model = tiny.tiny_llama()
+    batch = {"input_ids": torch.randint(64, (2, 32))}
+    moeify.thin(model, [batch], moeify.ThinConfig(skip_frac=0.4))
+    model.save_pretrained(tmp_path / "thin")
+    tiny.byte_tokenizer().save_pretrained(tmp_path / "thin")
+    monkeypatch.chdir(tmp_path)
+    for block in blocks_of("quickstart.md", request):
+        exec(block, {})
+    assert re.search(r"^\d+% of the weights were not read$", capsys.readouterr().out, flags=re.MULTILINE)
