@@ -69,7 +69,7 @@ class LinksOutside(SphinxTransform):
 
 
 def plain(_app: Sphinx, _what: str, _name: str, _obj: object, _options: object, lines: list[str]) -> None:
-    """Docstrings are prose: only code between backticks, lists and Google's sections are markup; what is indented by itself is a formula."""
+    """Docstrings are prose: code between backticks, lists and Google's sections are markup; what is indented by itself is a formula."""
     found: list[str] = []
     is_formula, last = False, ""
     for line in lines:
