@@ -8,6 +8,7 @@ import inspect
 import json
 import os
 import re
+import shlex
 import sys
 import traceback
 import types
@@ -640,16 +641,17 @@ def report(
     batch_size: Annotated[int, typer.Option(min=1, help="Windows per forward.")] = 1,
     dtype: DType = "float32",
     device: Device = "cpu",
-    out: Annotated[Path | None, typer.Option(help="Folder for report.md and its pictures; by default DIR/report.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for report.html, report.md and pictures; by default DIR/report.")] = None,
     seed: Seed = None,
 ) -> Any:
-    """Write a page with the curve, its picture and the routers' quality; with --data, --text or --image also which experts run."""
+    """Write one HTML page: curve, presets, costs and the routers' quality; with --data, --text or --image also which experts run."""
     from .pipeline import PanelRequest, report_checkpoint
 
     fractions = None if targets is None else _numbers(targets, option="--targets")
     request = PanelRequest(data=data and dataclasses.replace(data, seed=seed), text=text, image=image)
     options: dict[str, Any] = {"batch_size": batch_size, "dtype": dtype, "device": device, "progress": make_progress()}
     curves = _named_paths(compare or [], option="--compare", taken=directory.name)
+    options["commands"] = [shlex.join(["moeify", *sys.argv[1:]])]
     return report_checkpoint(directory, curve=curve, out=out, request=request, compare=curves, within=within, targets=fractions, **options)
 
 

@@ -566,7 +566,10 @@ def test_report_reads_a_curve_and_draws_it(converted, tmp_path, capsys):
     run(capsys, "sweep", converted, "--values", "0.0,2.5", "--out", tmp_path / "curve.json", *SMALL)
     code, out, err = run(capsys, "report", converted, "--curve", tmp_path / "curve.json", "--out", tmp_path / "page", "--json")
     assert (code, err) == (0, "")
-    files = {kind: tmp_path / "page" / name for kind, name in (("page", "report.md"), ("png", "curve.png"), ("svg", "curve.svg"))}
+    files = {
+        kind: tmp_path / "page" / name
+        for kind, name in (("html", "report.html"), ("page", "report.md"), ("png", "curve.png"), ("svg", "curve.svg"))
+    }
     assert json.loads(out) == {kind: str(path) for kind, path in files.items()}
     assert sorted((tmp_path / "page").iterdir()) == sorted(files.values())
     page = files["page"].read_text(encoding="utf-8")
@@ -583,7 +586,7 @@ def test_report_compares_curves_at_equal_cost(converted, tmp_path, capsys):
     options = ["--curve", mine, "--out", tmp_path / "page"]
     code, out, err = run(capsys, "report", converted, *options, "--compare", f"another | one={other}", "--within", "1000", "--json")
     assert (code, err) == (0, "")
-    assert set(json.loads(out)) == {"page", "png", "svg", "compare"}
+    assert set(json.loads(out)) == {"html", "page", "png", "svg", "compare"}
     assert (tmp_path / "page" / "compare.png").stat().st_size > 1000
     page = (tmp_path / "page" / "report.md").read_text(encoding="utf-8")
     section = page.partition("## Methods at equal cost")[2]
@@ -618,7 +621,7 @@ def test_report_with_data_and_text_runs_the_checkpoint(converted, tmp_path, caps
     code, out, err = run(capsys, "report", converted, *options)
     assert (code, err) == (0, "")
     files = json.loads(out)
-    assert set(files) == {"page", "analysis", "experts", "active", "tokens"}, "there is no curve, and none is needed"
+    assert set(files) == {"html", "page", "analysis", "experts", "active", "tokens"}, "there is no curve, and none is needed"
     assert sorted(map(str, (tmp_path / "page").iterdir())) == sorted(files.values())
     found = json.loads((tmp_path / "page" / "analysis.json").read_text())
     settings = ExecutedExperts.from_json(found["experts"]).active_fraction()

@@ -18,7 +18,6 @@ from .inputs import calibration_batches as calibration_batches
 from .inputs import evaluation_batches as evaluation_batches
 from .measure import generate_text as generate_text
 from .measure import profile_checkpoint as profile_checkpoint
-from .measure import report_checkpoint as report_checkpoint
 from .measure import sweep_checkpoint as sweep_checkpoint
 from .panels import PanelRequest as PanelRequest
 from .pretrain import pretrain as pretrain
@@ -29,6 +28,7 @@ from .project import ProjectionsConfig as ProjectionsConfig
 from .quantize import quantize_checkpoint as quantize_checkpoint
 from .recipe import RecipeConfig as RecipeConfig
 from .recipe import read_recipe as read_recipe
+from .reports import report_checkpoint as report_checkpoint
 from .run_recipe import STAGES as STAGES
 from .run_recipe import run_recipe as run_recipe
 from .run_recipe import run_stages as run_stages

@@ -1,7 +1,7 @@
-"""The verbs that read a checkpoint: sweep, profile, generate, report."""
+"""The verbs that read a checkpoint: sweep, profile, generate."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any, TypeVar
@@ -14,15 +14,13 @@ from .._random import seeded
 from ..channels import sparse_inputs
 from ..convert import manifest_of
 from ..data import DataConfig, check_source
-from ..errors import CheckpointError, ConfigError, DataError
+from ..errors import CheckpointError, ConfigError
 from ..evaluate import (
-    METRICS,
     Curve,
     CurvePoint,
     DenseQuality,
     DenseReference,
     LayerRules,
-    ablation,
     default_metric,
     model_cost,
     sweep,
@@ -30,17 +28,12 @@ from ..evaluate import (
 from ..hf.checkpoint import MANIFEST_FILE, check_writable, library_versions, load_model, read_calibration, read_manifest
 from ..hf.inputs import example_inputs
 from ..layers import moe_layers, set_mode
-from ..report import ablation_markdown, check_plots, cost_markdown, curve_markdown, layers_markdown, plot_curve
 from ..select import RULES, Rule
 from ..sites import find_ffn_sites
 from ..sparsity import ActivationProfile, profile_activations
 from .inputs import calibration_batches, evaluation_batches
 from .names import torch_device, torch_dtype
-from .panels import CALIBRATED, PanelRequest, check_request, run_panels, write_panels
 from .work import fingerprint, run_id, weights_checksum
-
-REPORT_TARGETS = (0.25, 0.5, 0.75)
-"""Active fractions at which a report shows executed experts, beside the calibrated rules."""
 
 _Steps = list[float | LayerRules]
 _Record = TypeVar("_Record")
@@ -64,16 +57,6 @@ class KnobRecord:
             for name, values in table.items():
                 if len(values) != len(self.targets):
                     raise ConfigError(f"knobs[{rule!r}][{name!r}] has {len(values)} values for {len(self.targets)} targets.")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ScoreRecord:
-    """What a report reads of the calibration record."""
-
-    router_scores: dict[str, dict[str, float]] = field(default_factory=dict)
-    """Scores of each FFN's router, by name."""
-    skipped: dict[str, float] = field(default_factory=dict)
-    """Share of its input channels that each linear layer skips of calibration data."""
 
 
 def sweep_checkpoint(
@@ -120,10 +103,10 @@ def sweep_checkpoint(
     directory = Path(directory)
     if values is not None and targets is not None:
         raise ConfigError("give --values or --targets, not both.")
-    calibration = _calibration_of(directory, KnobRecord)
-    own_type, names = _own_rule(directory)
+    calibration = calibration_of(directory, KnobRecord)
+    own_type, names = own_rule(directory)
     rule_type = _config.lookup(RULES, rule, where="--rule") if rule is not None else own_type
-    steps = _checked(values, rule_type) if values is not None else _calibrated_steps(rule_type, calibration, targets, names=names)
+    steps = _checked(values, rule_type) if values is not None else calibrated_steps(rule_type, calibration, targets, names=names)
     earlier = Curve.read(out) if out is not None and out.exists() else None
     if out is not None:
         check_writable(out.parent, out)
@@ -134,7 +117,7 @@ def sweep_checkpoint(
     batches = evaluation_batches(model, processor, data, batch_size=batch_size, progress=progress)
     runs = [(rule_type, steps)]
     own = _layer_rules({name: layer.rule for name, layer in (moe_layers(model) or sparse_inputs(model)).items()})
-    if values is None and (rule_type is not own_type or all(_rules_of(step, own_type, own.rules) != own.rules for step in steps)):
+    if values is None and (rule_type is not own_type or all(rules_of(step, own_type, own.rules) != own.rules for step in steps)):
         runs.append((own_type, [own]))
     metric = default_metric(model, batches[0])
     reference = DenseReference(model, batches, metric=metric, progress=progress)
@@ -250,146 +233,7 @@ def generate_text(
     return str(tokenizer.decode(ids[0], skip_special_tokens=True))
 
 
-def report_checkpoint(
-    directory: str | Path,
-    *,
-    curve: Path | None = None,
-    out: Path | None = None,
-    request: PanelRequest | None = None,
-    compare: Mapping[str, Path] | None = None,
-    within: float | None = None,
-    targets: Sequence[float] | None = None,
-    batch_size: int = 1,
-    dtype: str = "float32",
-    device: str = "cpu",
-    progress: Progress = NO_PROGRESS,
-) -> dict[str, str]:
-    """Write a report of what was measured: a markdown page, the curve as a picture, and what a request asks to run the checkpoint for.
-
-    Args:
-        directory: converted or thinned checkpoint.
-        curve: ``curve.json`` of a sweep; None looks for one in the checkpoint's folder and beside it, and with a request does without.
-        out: folder for ``report.md``, ``curve.png`` and ``curve.svg``; None means ``<directory>/report``. A request adds ``analysis.json``
-            and, by what it asks for, ``experts.png``, ``active.png``, ``tokens.html``, ``patches.png``.
-        request: data, text or image to run the checkpoint on; nothing by default, and nothing is loaded then.
-        compare: ``curve.json`` of other checkpoints by the name that the page gives them, of the same metric and batches: the page gets a
-            table of all at equal cost, and at (nearly) equal quality, and ``compare.png``.
-        within: what the latter may lose against this curve's dense model, in units of the metric; None: 0.01 where more is better, else 2 %
-            of the dense model's.
-        targets: stored active fractions (multiples of 0.05) and 1, to run the data at beside the checkpoint's own rules; None:
-            `REPORT_TARGETS`.
-        batch_size: sequences per forward.
-        dtype: of the weights, "float32", "bfloat16" or "float16".
-        device: "cpu", "cuda" or "cuda:1".
-        progress: told every batch.
-
-    Returns:
-        Paths of the files, by kind.
-
-    Raises:
-        CheckpointError: no converted checkpoint, or ``out`` cannot be written. DataError: no curve, or not one. ConfigError: targets
-            without data, or one that is not stored, or a loss without curves to compare. Of a request also what `check_request` and
-            `run_panels` raise; all but the latter before the model is loaded.
-    """
-    directory, request = Path(directory), request or PanelRequest()
-    if targets is not None and request.data is None:
-        raise ConfigError("--targets are the active fractions to run --data at; name the data.")
-    calibration = _calibration_of(directory, ScoreRecord)
-    measured = _curve_of(directory, curve, is_needed=not request or bool(compare))
-    others = _comparable(measured, compare or {})
-    if within is not None and not others:
-        raise ConfigError("--within is what curves to --compare may lose; name at least one.")
-    settings: dict[str, Rule | Mapping[str, Rule]] = {}
-    if request:
-        check_plots()
-        place, kind = torch_device(device), torch_dtype(dtype)
-        check_request(directory, request)
-        if request.data is not None:
-            settings = _panel_settings(directory, REPORT_TARGETS if targets is None else targets)
-    out = out or directory / "report"
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CheckpointError(f"cannot make the folder '{out}': {error.strerror}; choose another --out.") from error
-    drawn: dict[str, str] = {}
-    sections = ""
-    if request:
-        model, processor = load_model(directory, dtype=kind, progress=progress)
-        panels = run_panels(model.to(place), processor, request, settings, batch_size=batch_size, progress=progress)
-        drawn, sections = write_panels(panels, out, title=directory.name)
-    files, page = {"page": str(out / "report.md")}, f"# {directory.name}\n\n"
-    if measured is not None:
-        files |= {"png": str(out / "curve.png"), "svg": str(out / "curve.svg")}
-        plot_curve(measured, files["png"])
-        plot_curve(measured, files["svg"])
-        cost = f"## Cost\n\n{parts}\n" if (parts := cost_markdown(measured)) else ""
-        page += f"![quality against cost](curve.png)\n\n{curve_markdown(measured)}\n{cost}"
-    if measured is not None and others:
-        files["compare"] = str(out / "compare.png")
-        page += _compared({directory.name: measured, **others}, Path(files["compare"]), within=within)
-    files, page = files | drawn, page + sections
-    scores = {name: {key: f"{value:.4f}" for key, value in row.items()} for name, row in calibration.router_scores.items()}
-    skipped = {name: {"skipped": f"{share:.4f}"} for name, share in calibration.skipped.items()}
-    for title, rows in (("Routers", scores), ("Skipped channels", skipped)):
-        page += f"## {title}\n\n{layers_markdown(rows)}" if rows else ""
-    temporary = Path(files["page"]).with_suffix(".new")
-    temporary.write_text(page, encoding="utf-8")
-    temporary.replace(files["page"])
-    return files
-
-
-def _comparable(measured: Curve | None, compare: Mapping[str, Path]) -> dict[str, Curve]:
-    """Curves that may stand beside the one that was measured.
-
-    Raises:
-        DataError: one cannot be read, has no point, or is of another metric or other batches; says which.
-    """
-    curves = {name: Curve.read(path) for name, path in compare.items()}
-    for name, curve in curves.items():
-        assert measured is not None
-        if not curve.points or not measured.points:
-            raise DataError(f"'{compare[name]}' or the checkpoint's own curve has no point to compare; moeify sweep measures them.")
-        if curve.metric != measured.metric:
-            raise DataError(f"'{compare[name]}' is measured by {curve.metric}, the checkpoint's curve by {measured.metric}.")
-        if curve.extra.get("fingerprint") != measured.extra.get("fingerprint"):
-            raise DataError(f"'{compare[name]}' was not measured on the batches of the checkpoint's curve; sweep both on the same data.")
-    return curves
-
-
-def _compared(curves: Mapping[str, Curve], picture: Path, *, within: float | None) -> str:
-    """The section of methods at equal cost; a curve of several rules has a row for each."""
-    first = next(iter(curves.values()))
-    lower = METRICS[first.metric].lower_is_better
-    within = within if within is not None else 0.02 * first.dense.quality if lower else 0.01
-    rows = {}
-    for name, curve in curves.items():
-        rules = dict.fromkeys(point.rule for point in curve.points)
-        for rule in rules:
-            rows[name if len(rules) == 1 else f"{name} {rule}"] = [point for point in curve.points if point.rule == rule]
-    table = ablation(rows, metric=first.metric, dense=first.dense.quality, within=within)
-    plot_curve(curves, picture)
-    return f"## Methods at equal cost\n\n![methods at equal cost](compare.png)\n\n{ablation_markdown(table)}\n"
-
-
-def _curve_of(directory: Path, curve: Path | None, *, is_needed: bool) -> Curve | None:
-    """The curve that is named, or the one in or beside the folder; None where there is none and none is needed."""
-    choices = [curve] if curve is not None else [directory / "curve.json", directory.parent / "curve.json"]
-    found = next((path for path in choices if path.exists()), choices[0])
-    return Curve.read(found) if is_needed or curve is not None or found.exists() else None
-
-
-def _panel_settings(directory: Path, targets: Sequence[float]) -> dict[str, Rule | Mapping[str, Rule]]:
-    """The checkpoint's own rules, and its own kind of rule at the stored knobs of each target."""
-    rule_type, names = _own_rule(directory)
-    calibration = _calibration_of(directory, KnobRecord)
-    settings: dict[str, Rule | Mapping[str, Rule]] = {CALIBRATED: {}}
-    for target in targets:
-        (step,) = _calibrated_steps(rule_type, calibration, [target], names=names)
-        settings[f"target {target:g}"] = _rules_of(step, rule_type, names)
-    return settings
-
-
-def _calibration_of(directory: Path, record_type: type[_Record]) -> _Record:
+def calibration_of(directory: Path, record_type: type[_Record]) -> _Record:
     """What the caller needs of `read_calibration`, checked."""
     calibration = read_calibration(directory)
     known = {f.name: calibration[f.name] for f in fields(record_type) if f.name in calibration}  # type: ignore[arg-type]
@@ -403,10 +247,10 @@ def _identity(model: nn.Module, calibration: KnobRecord) -> dict[str, Any]:
     """All of a model that decides what a point measures."""
     levels = {name: executor.level_K for name, executor in sparse_inputs(model).items()}
     weights = {"weights": weights_checksum(model), **({"levels": fingerprint([levels])} if levels else {})}
-    return {**weights, **manifest_of(model).to_dict(), **_config.to_dict(calibration)}
+    return {**weights, **replace(manifest_of(model), presets=()).to_dict(), **_config.to_dict(calibration)}
 
 
-def _own_rule(directory: Path) -> tuple[type[Rule], set[str]]:
+def own_rule(directory: Path) -> tuple[type[Rule], set[str]]:
     """The kind of rule that all layers of the checkpoint have, and their names: MoE layers, or without any those that skip channels."""
     manifest = read_manifest(directory)
     rules = {record.site.name: type(record.rule) for record in manifest.sites or manifest.channels}
@@ -425,7 +269,7 @@ def _checked(values: Sequence[float], rule_type: type[Rule]) -> _Steps:
     return [*values]
 
 
-def _calibrated_steps(rule_type: type[Rule], calibration: KnobRecord, targets: Sequence[float] | None, *, names: set[str]) -> _Steps:
+def calibrated_steps(rule_type: type[Rule], calibration: KnobRecord, targets: Sequence[float] | None, *, names: set[str]) -> _Steps:
     """The stored knobs at ``targets``, or at 0.1, 0.15, ... 0.95 and the knob that runs every expert; one step where all are equal."""
     table = calibration.knobs.get(rule_type.name, {})
     if set(table) != names:
@@ -437,13 +281,13 @@ def _calibrated_steps(rule_type: type[Rule], calibration: KnobRecord, targets: S
             everything = _all_experts(rule_type, calibration)
             rules = {name: rule_type.at(everything) for name in table}
             # the same as a target below 1 where that needs all experts, too
-            steps = [step for step in steps if _rules_of(step, rule_type, table) != rules]
+            steps = [step for step in steps if rules_of(step, rule_type, table) != rules]
             steps.append(everything)
             continue
         if round(target, 4) not in stored:
             raise ConfigError(f"--targets: no knobs are stored for the active fraction {target:g}; stored: {[*calibration.targets]} and 1.")
         step = _layer_rules({name: rule_type.at(values[stored[round(target, 4)]]) for name, values in table.items()})
-        if all(_rules_of(earlier, rule_type, table) != step.rules for earlier in steps):
+        if all(rules_of(earlier, rule_type, table) != step.rules for earlier in steps):
             steps.append(step)
     return steps
 
@@ -457,6 +301,6 @@ def _all_experts(rule_type: type[Rule], calibration: KnobRecord) -> float:
     return end if end < float("inf") else float(calibration.most_experts)
 
 
-def _rules_of(step: float | LayerRules, rule_type: type[Rule], names: Iterable[str]) -> Mapping[str, Rule]:
+def rules_of(step: float | LayerRules, rule_type: type[Rule], names: Iterable[str]) -> Mapping[str, Rule]:
     """Rule of each layer; a plain knob is that of all of them."""
     return step.rules if isinstance(step, LayerRules) else {name: rule_type.at(step) for name in names}

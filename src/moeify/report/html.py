@@ -5,6 +5,8 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+from markupsafe import Markup
+
 from ..errors import DataError
 from ..evaluate import TokenCosts
 from .text import token_shares
@@ -31,6 +33,23 @@ def token_costs_html(tokens: Sequence[str], costs: TokenCosts, path: str | Path,
     Raises:
         DataError: another number of tokens, nothing but padding, or the file cannot be written.
     """
+    spans, key = tokens_html(tokens, costs)
+    page = (
+        f'<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n<title>{html.escape(title)}</title>\n<style>{_STYLE}</style>\n'
+        f'<h1>{html.escape(title)}</h1>\n<p class="key">FLOPs of MoE layers / dense: {key}</p>\n<p class="tokens">{spans}</p>\n</html>\n'
+    )
+    try:
+        Path(path).write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise DataError(f"cannot write '{path}': {error.strerror}.") from None
+
+
+def tokens_html(tokens: Sequence[str], costs: TokenCosts) -> tuple[Markup, Markup]:
+    """The text with each token coloured by its cost, and the key of the colours; text is escaped.
+
+    Raises:
+        DataError: another number of tokens than costs, or nothing but padding.
+    """
     shares = [(token, share) for token, share in zip(tokens, token_shares(tokens, costs), strict=True) if not math.isnan(share)]
     if not shares:
         raise DataError("there is no token to show.")
@@ -41,14 +60,7 @@ def token_costs_html(tokens: Sequence[str], costs: TokenCosts, path: str | Path,
     )
     steps = [low + (high - low) * i / 4 for i in range(5)]
     key = "".join(f'<span style="background:{_color(step, low, high)}">{step:.3f}</span>' for step in steps)
-    page = (
-        f'<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n<title>{html.escape(title)}</title>\n<style>{_STYLE}</style>\n'
-        f'<h1>{html.escape(title)}</h1>\n<p class="key">FLOPs of MoE layers / dense: {key}</p>\n<p class="tokens">{spans}</p>\n</html>\n'
-    )
-    try:
-        Path(path).write_text(page, encoding="utf-8")
-    except OSError as error:
-        raise DataError(f"cannot write '{path}': {error.strerror}.") from None
+    return Markup(spans), Markup(key)
 
 
 def _color(share: float, low: float, high: float) -> str:

@@ -11,7 +11,7 @@ from ..evaluate import METRICS, AblationTable, Curve, CurvePoint, ExecutedExpert
 
 _MARKUP = re.compile(r"([\\`*_\[\]<>&|~])")
 _HEADER = ("rule", "knob", "active", "FFN FLOPs", "all FLOPs", "{metric}", "ratio", "KL")
-_PARTS = {
+PARTS = {
     "experts": "experts",
     "routers": "router",
     "FFNs not converted": "ffn_unconverted",
@@ -21,6 +21,7 @@ _PARTS = {
     "head": "head",
     "other": "other",
 }
+"""Parts of a model's cost as tables name them, with their keys in `moeify.evaluate.Curve.cost_by_part`."""
 
 
 def curve_markdown(curve: Curve) -> str:
@@ -38,7 +39,7 @@ def cost_markdown(curve: Curve) -> str:
     if not columns["dense"]:
         return ""
     lines = [_markdown_row(["MFLOPs per token", *columns]), _markdown_row(["---", *["---:"] * len(columns)])]
-    shown = {label: key for label, key in _PARTS.items() if key in columns["dense"]}  # "projections" only where there are some
+    shown = {label: key for label, key in PARTS.items() if key in columns["dense"]}  # "projections" only where there are some
     lines += [_markdown_row([label, *(f"{parts[key] / 1e6:.3f}" for parts in columns.values())]) for label, key in shown.items()]
     return "\n".join([*lines, _markdown_row(["all", *(f"{sum(parts.values()) / 1e6:.3f}" for parts in columns.values())])]) + "\n"
 

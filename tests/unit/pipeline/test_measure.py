@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import tiny
 
 from moeify.data import DataConfig
 from moeify.errors import CheckpointError, ConfigError, DataError
@@ -27,6 +28,7 @@ POINT = CurvePoint(
 @pytest.mark.parametrize("cost", [None, COST])
 def test_report_has_the_curve_the_routers_and_the_cost_where_it_was_recorded(tmp_path, cost):
     pytest.importorskip("matplotlib")
+    tiny.save_converted_tiny(tmp_path)
     record = {"schema": 1, "sites": [], "calibration": {"router_scores": {"model.layers.0.mlp": {"captured@0.5": 0.875}}}}
     (tmp_path / "moeify.json").write_text(json.dumps(record))
     extra = {"calibrated": {"rule": "topk", "value": 2.0}} | ({} if cost is None else {"cost": cost})
@@ -37,6 +39,9 @@ def test_report_has_the_curve_the_routers_and_the_cost_where_it_was_recorded(tmp
     assert "| `model.layers.0.mlp` | 0.8750 |" in text
     assert ("| experts | 4.000 | 2.000 |" in text) == (cost is not None)
     assert ("## Cost" in text) == (cost is not None)
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert "0.8750" in page
+    assert ("Where the FLOPs are" in page) == (cost is not None)
 
 
 @pytest.mark.parametrize("scores", [[], {"a": 0.5}, {"a": {"captured": "x"}}, None])

@@ -54,7 +54,8 @@ def picture(tmp_path):
 def test_report_of_an_image_shows_its_patches(vit, picture, tmp_path):
     pytest.importorskip("matplotlib")
     files = report_checkpoint(vit, out=tmp_path / "page", request=PanelRequest(image=picture))
-    assert set(files) == {"page", "analysis", "patches"}
+    assert set(files) == {"html", "page", "analysis", "patches"}
+    assert 'src="data:image/png;base64,' in (tmp_path / "page" / "report.html").read_text()
     found = json.loads((tmp_path / "page" / "analysis.json").read_text())
     costs = TokenCosts.from_json(found["image"]["costs"])
     assert costs.grid == (3, 3)

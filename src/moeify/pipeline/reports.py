@@ -1,0 +1,222 @@
+"""The report of a checkpoint: one HTML page, and its parts as files."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .._progress import NO_PROGRESS, Progress
+from ..convert import Manifest
+from ..errors import CheckpointError, ConfigError, DataError
+from ..evaluate import METRICS, AblationTable, Curve, ablation
+from ..hf.checkpoint import library_versions, load_model, read_calibration, read_manifest
+from ..report import (
+    Report,
+    ablation_markdown,
+    check_plots,
+    cost_markdown,
+    curve_markdown,
+    layers_markdown,
+    plot_curve,
+    report_html,
+)
+from ..select import Rule
+from .measure import KnobRecord, calibrated_steps, calibration_of, own_rule, rules_of
+from .names import torch_device, torch_dtype
+from .panels import CALIBRATED, PanelRequest, Panels, check_request, run_panels, write_panels
+
+_TOLD = ("data", "split", "column", "window", "tokens", "seed")
+REPORT_TARGETS = (0.25, 0.5, 0.75)
+"""Active fractions at which a report shows executed experts, beside the calibrated rules."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreRecord:
+    """What a report reads of the calibration record."""
+
+    router_scores: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Scores of each FFN's router, by name."""
+    skipped: dict[str, float] = field(default_factory=dict)
+    """Share of its input channels that each linear layer skips of calibration data."""
+
+
+def report_checkpoint(
+    directory: str | Path,
+    *,
+    curve: Path | None = None,
+    out: Path | None = None,
+    request: PanelRequest | None = None,
+    compare: Mapping[str, Path] | None = None,
+    within: float | None = None,
+    targets: Sequence[float] | None = None,
+    batch_size: int = 1,
+    dtype: str = "float32",
+    device: str = "cpu",
+    commands: Sequence[str] = (),
+    progress: Progress = NO_PROGRESS,
+) -> dict[str, str]:
+    """Write a report of what was measured: one HTML file that needs no other, and as files a markdown page and pictures.
+
+    Args:
+        directory: converted or thinned checkpoint.
+        curve: ``curve.json`` of a sweep; None looks for one in the checkpoint's folder and beside it, and with a request does without.
+        out: folder for ``report.html``, ``report.md``, ``curve.png`` and ``curve.svg``; None means ``<directory>/report``. A request adds
+            ``analysis.json`` and, by what it asks for, ``experts.png``, ``active.png``, ``tokens.html``, ``patches.png``.
+        request: data, text or image to run the checkpoint on; nothing by default, and nothing is loaded then.
+        compare: ``curve.json`` of other checkpoints by the name that the page gives them, of the same metric and batches: the page gets a
+            table of all at equal cost, and at (nearly) equal quality, and ``compare.png``.
+        within: what the latter may lose against this curve's dense model, in units of the metric; None: 0.01 where more is better, else 2 %
+            of the dense model's.
+        targets: stored active fractions (multiples of 0.05) and 1, to run the data at beside the checkpoint's own rules; None:
+            `REPORT_TARGETS`.
+        batch_size: sequences per forward.
+        dtype: of the weights, "float32", "bfloat16" or "float16".
+        device: "cpu", "cuda" or "cuda:1".
+        commands: what the page says that it was made by.
+        progress: told every batch.
+
+    Returns:
+        Paths of the files, by kind.
+
+    Raises:
+        CheckpointError: no converted checkpoint, or ``out`` cannot be written. DataError: no curve, or not one. ConfigError: targets
+            without data, or one that is not stored, or a loss without curves to compare. Of a request also what `check_request` and
+            `run_panels` raise; all but the latter before the model is loaded.
+    """
+    directory, request = Path(directory), request or PanelRequest()
+    if targets is not None and request.data is None:
+        raise ConfigError("--targets are the active fractions to run --data at; name the data.")
+    calibration = calibration_of(directory, ScoreRecord)
+    measured = _curve_of(directory, curve, is_needed=not request or bool(compare))
+    others = _comparable(measured, compare or {})
+    if within is not None and not others:
+        raise ConfigError("--within is what curves to --compare may lose; name at least one.")
+    settings: dict[str, Rule | Mapping[str, Rule]] = {}
+    if request:
+        check_plots()
+        place, kind = torch_device(device), torch_dtype(dtype)
+        check_request(directory, request)
+        if request.data is not None:
+            settings = _panel_settings(directory, REPORT_TARGETS if targets is None else targets)
+    out = out or directory / "report"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"cannot make the folder '{out}': {error.strerror}; choose another --out.") from error
+    drawn: dict[str, str] = {}
+    sections, panels, table = "", Panels(), None
+    if request:
+        model, processor = load_model(directory, dtype=kind, progress=progress)
+        panels = run_panels(model.to(place), processor, request, settings, batch_size=batch_size, progress=progress)
+        drawn, sections = write_panels(panels, out, title=directory.name)
+    files, page = {"html": str(out / "report.html"), "page": str(out / "report.md")}, f"# {directory.name}\n\n"
+    if measured is not None:
+        files |= {"png": str(out / "curve.png"), "svg": str(out / "curve.svg")}
+        plot_curve(measured, files["png"])
+        plot_curve(measured, files["svg"])
+        cost = f"## Cost\n\n{parts}\n" if (parts := cost_markdown(measured)) else ""
+        page += f"![quality against cost](curve.png)\n\n{curve_markdown(measured)}\n{cost}"
+    if measured is not None and others:
+        files["compare"] = str(out / "compare.png")
+        table = _compared({directory.name: measured, **others}, within=within)
+        plot_curve({directory.name: measured, **others}, files["compare"])
+        page += f"## Methods at equal cost\n\n![methods at equal cost](compare.png)\n\n{ablation_markdown(table)}\n"
+    files, page = files | drawn, page + sections
+    scores = {name: {key: f"{value:.4f}" for key, value in row.items()} for name, row in calibration.router_scores.items()}
+    skipped = {name: {"skipped": f"{share:.4f}"} for name, share in calibration.skipped.items()}
+    for title, rows in (("Routers", scores), ("Skipped channels", skipped)):
+        page += f"## {title}\n\n{layers_markdown(rows)}" if rows else ""
+    shown = Report(
+        title=directory.name,
+        subtitle=_what(read_manifest(directory)),
+        curve=measured,
+        others=others,
+        table=table,
+        presets=read_manifest(directory).presets,
+        experts=panels.experts,
+        tokens=panels.tokens,
+        text_costs=panels.text_costs,
+        patches=Path(files["patches"]) if "patches" in files else None,
+        layers={"Routers": calibration.router_scores, "Skipped channels": {n: {"skipped": v} for n, v in calibration.skipped.items()}},
+        facts=_facts(directory, read_calibration(directory), measured),
+        commands=commands,
+    )
+    for path, text in ((Path(files["page"]), page), (Path(files["html"]), report_html(shown))):
+        temporary = path.with_suffix(".new")
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    return files
+
+
+def _what(manifest: Manifest) -> str:
+    """A checkpoint in a line."""
+    experts = sorted({record.num_experts for record in manifest.sites})
+    parts = [f"{len(manifest.sites)} FFNs as mixtures of {' or '.join(map(str, experts))} experts"] if experts else []
+    parts += [f"{len(manifest.channels)} linear layers that skip input channels"] if manifest.channels else []
+    parts += [f"{len(manifest.projections)} projections replaced"] if manifest.projections else []
+    return "; ".join([*parts, *(["int8 weights"] if manifest.has_int8 else [])])
+
+
+def _comparable(measured: Curve | None, compare: Mapping[str, Path]) -> dict[str, Curve]:
+    """Curves that may stand beside the one that was measured.
+
+    Raises:
+        DataError: one cannot be read, has no point, or is of another metric or other batches; says which.
+    """
+    curves = {name: Curve.read(path) for name, path in compare.items()}
+    for name, curve in curves.items():
+        assert measured is not None
+        if not curve.points or not measured.points:
+            raise DataError(f"'{compare[name]}' or the checkpoint's own curve has no point to compare; moeify sweep measures them.")
+        if curve.metric != measured.metric:
+            raise DataError(f"'{compare[name]}' is measured by {curve.metric}, the checkpoint's curve by {measured.metric}.")
+        if curve.extra.get("fingerprint") != measured.extra.get("fingerprint"):
+            raise DataError(f"'{compare[name]}' was not measured on the batches of the checkpoint's curve; sweep both on the same data.")
+    return curves
+
+
+def _compared(curves: Mapping[str, Curve], *, within: float | None) -> AblationTable:
+    """Methods at equal cost; a curve of several rules has a row for each."""
+    first = next(iter(curves.values()))
+    lower = METRICS[first.metric].lower_is_better
+    within = within if within is not None else 0.02 * first.dense.quality if lower else 0.01
+    rows = {}
+    for name, curve in curves.items():
+        rules = dict.fromkeys(point.rule for point in curve.points)
+        for rule in rules:
+            rows[name if len(rules) == 1 else f"{name} {rule}"] = [point for point in curve.points if point.rule == rule]
+    return ablation(rows, metric=first.metric, dense=first.dense.quality, within=within)
+
+
+def _facts(directory: Path, calibration: Mapping[str, Any], curve: Curve | None) -> dict[str, str]:
+    """What a reader needs to believe a report: words and numbers alone, as they are stored."""
+    manifest = read_manifest(directory)
+    facts = {"checkpoint": directory.name, "MoE layers": str(len(manifest.sites)), "layers that skip channels": str(len(manifest.channels))}
+    facts |= {
+        f"calibration: {key.replace('_', ' ')}": str(value) for key, value in calibration.items() if isinstance(value, str | int | float)
+    }
+    if curve is not None:
+        kept = {
+            key: curve.extra[key] for key in ("data", "split", "column", "window", "tokens", "seed") if curve.extra.get(key) is not None
+        }
+        facts |= {f"curve: {key}": str(value) for key, value in kept.items()}
+        facts |= {f"version of {name}": str(version) for name, version in (curve.extra.get("versions") or {}).items()}
+    return facts | {f"report by {name}": version for name, version in library_versions().items()}
+
+
+def _curve_of(directory: Path, curve: Path | None, *, is_needed: bool) -> Curve | None:
+    """The curve that is named, or the one in or beside the folder; None where there is none and none is needed."""
+    choices = [curve] if curve is not None else [directory / "curve.json", directory.parent / "curve.json"]
+    found = next((path for path in choices if path.exists()), choices[0])
+    return Curve.read(found) if is_needed or curve is not None or found.exists() else None
+
+
+def _panel_settings(directory: Path, targets: Sequence[float]) -> dict[str, Rule | Mapping[str, Rule]]:
+    """The checkpoint's own rules, and its own kind of rule at the stored knobs of each target."""
+    rule_type, names = own_rule(directory)
+    calibration = calibration_of(directory, KnobRecord)
+    settings: dict[str, Rule | Mapping[str, Rule]] = {CALIBRATED: {}}
+    for target in targets:
+        (step,) = calibrated_steps(rule_type, calibration, [target], names=names)
+        settings[f"target {target:g}"] = rules_of(step, rule_type, names)
+    return settings
