@@ -58,6 +58,7 @@ from .pipeline import generate_text as generate_text
 from .pipeline import profile_checkpoint as profile_checkpoint
 from .pipeline import quantize_checkpoint as quantize_checkpoint
 from .pipeline import report_checkpoint as report_checkpoint
+from .pipeline import speculate_text as speculate_text
 from .pipeline import sweep_checkpoint as sweep_checkpoint
 from .pipeline import thin_checkpoint as thin_checkpoint
 from .presets import Preset as Preset

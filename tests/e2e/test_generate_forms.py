@@ -155,7 +155,7 @@ def test_drafting_by_a_low_budget_gives_the_text_of_the_high_one(pair, form):
     if form == "assistant_model":
         assert torch.equal(model.generate(ids, assistant_model=low, **options), long)
         return
-    for speculation in (Speculation(low, confidence=0), Speculation(low, draft_tokens=2), Speculation(low, draft_tokens=9)):
+    for speculation in (Speculation(low), Speculation(low, draft_tokens=2, adapt=False), Speculation(low, confidence=0.5)):
         assert torch.equal(model.generate(ids, custom_generate=speculation, **options), long)
         counts = speculation.counts
         assert counts.new_tokens == 40
@@ -167,7 +167,7 @@ def test_what_generate_returns_beside_the_text_is_the_models_own(pair):
     model, _, ids, _ = pair
     options = GREEDY | {"return_dict_in_generate": True, "output_scores": True, "output_logits": True, "repetition_penalty": 1.3}
     plain = model.generate(ids, **options)
-    ours = model.generate(ids, custom_generate=Speculation(self_draft(model, draft_rule(model)), confidence=0), **options)
+    ours = model.generate(ids, custom_generate=Speculation(self_draft(model, draft_rule(model))), **options)
     assert torch.equal(ours.sequences, plain.sequences)
     for name in ("scores", "logits"):
         assert_allclose(torch.cat(getattr(ours, name)), torch.cat(getattr(plain, name)), atol=1e-4)
@@ -185,7 +185,7 @@ def test_drafting_stops_where_the_text_stops(pair):
     stop = {"eos_token_id": end}
     plain = model.generate(ids, **GREEDY, **stop)
     for drafts in (3, 8):
-        assert torch.equal(model.generate(ids, custom_generate=Speculation(low, draft_tokens=drafts, confidence=0), **GREEDY, **stop), plain)
+        assert torch.equal(model.generate(ids, custom_generate=Speculation(low, draft_tokens=drafts), **GREEDY, **stop), plain)
     one = GREEDY | {"max_new_tokens": 1}
     assert torch.equal(model.generate(ids, custom_generate=Speculation(low), **one), text[:, : ids.shape[1] + 1])
 
@@ -194,7 +194,7 @@ def test_padding_on_the_left_of_one_sequence_does_not_change_what_is_drafted():
     model, ids = llama()
     padded, mask = torch.cat([ids[:, :2], ids], dim=1), torch.ones(1, ids.shape[1] + 2, dtype=torch.long)
     mask[0, :2] = 0
-    speculation = Speculation(self_draft(model, LOW), confidence=0)
+    speculation = Speculation(self_draft(model, LOW))
     found = model.generate(padded, attention_mask=mask, custom_generate=speculation, **GREEDY)
     assert torch.equal(found[:, 2:], model.generate(ids, **GREEDY))
 
@@ -219,7 +219,7 @@ def test_streams_tell_every_token_once_and_end():
 def test_threads_with_other_budgets_do_not_disturb_each_other():
     model, ids = llama()
     low = self_draft(model, LOW)
-    speculation, options = Speculation(low, confidence=0), GREEDY | {"max_new_tokens": 30}
+    speculation, options = Speculation(low), GREEDY | {"max_new_tokens": 30}
     expected = {"model": model.generate(ids, **options), "draft": low.generate(ids, **options)}
     found: dict[str, list[torch.Tensor]] = {"model": [], "draft": [], "both": []}
     calls = {
@@ -242,7 +242,7 @@ def test_sampling_with_a_draft_has_the_distribution_of_the_model():
     model, ids = llama()
     low, vocabulary, draws = self_draft(model, LOW), 257, 1500
     options = {"do_sample": True, "temperature": 3.0, "top_k": 6, "pad_token_id": 0}
-    speculation = Speculation(low, draft_tokens=1, confidence=0)
+    speculation = Speculation(low, draft_tokens=1)
     scores = model.generate(ids, max_new_tokens=1, return_dict_in_generate=True, output_scores=True, **options).scores[0]
     first = scores[0].softmax(-1)
     # one token is the prompt's own; the second one is drafted and verified. Its distribution, given the likeliest first token:

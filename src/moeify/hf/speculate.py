@@ -28,6 +28,9 @@ _KNOWN = frozenset({"attention_mask", "past_key_values", "position_ids", "use_ca
 """What `generate` hands over beside the text, and the loop knows how to continue."""
 _NO_MATTER = frozenset({"tokenizer", "assistant_tokenizer", "synced_gpus"})
 
+FIRST = 4
+"""Tokens of the first draft where their number adapts."""
+
 Processor = Callable[[Tensor, Tensor], Tensor]
 """(ids (1, S), logits (1, V)) -> logits (1, V)."""
 
@@ -90,19 +93,20 @@ class Speculation:
     Args:
         draft: from `self_draft`.
         draft_tokens: most tokens that are drafted before they are verified, at least 1.
-        confidence: a round's draft ends with the first token whose probability, by the draft, is below it; in [0, 1], 0 always drafts
-            ``draft_tokens``.
+        adapt: whether fewer are drafted where fewer are accepted: a call begins with `FIRST`; after a round of which all were accepted
+            the next drafts 2 more, after another one 1 more than were accepted. Else every round drafts ``draft_tokens``.
+        confidence: a round's draft ends with the first token whose probability, by the draft, is below it; in [0, 1], 0 asks nothing.
 
     Raises:
         ConfigError: an argument out of range.
     """
 
-    def __init__(self, draft: Any, *, draft_tokens: int = 4, confidence: float = 0.4) -> None:
+    def __init__(self, draft: Any, *, draft_tokens: int = 8, adapt: bool = True, confidence: float = 0.0) -> None:
         if draft_tokens < 1:
             raise ConfigError(f"draft_tokens must be at least 1, got {draft_tokens}.")
         if not 0 <= confidence <= 1:
             raise ConfigError(f"confidence must be in [0, 1], got {confidence}.")
-        self.draft, self.draft_tokens, self.confidence = draft, draft_tokens, confidence
+        self.draft, self.draft_tokens, self.adapt, self.confidence = draft, draft_tokens, adapt, confidence
         self._counts, self._lock = SpeculationCounts(), threading.Lock()
 
     @property
@@ -140,7 +144,7 @@ class Speculation:
         if streamer is not None:
             streamer.put(input_ids.cpu())
         prompt_tokens = input_ids.shape[1]
-        counts, done = SpeculationCounts(), False
+        counts, done, length = SpeculationCounts(), False, min(FIRST, self.draft_tokens) if self.adapt else self.draft_tokens
         kept = text.read_prompt()
         while True:
             for token in kept:
@@ -152,9 +156,11 @@ class Speculation:
             if done:
                 break
             # the last of so many tokens is the model's own
-            most = min(self.draft_tokens, generation_config.max_length - text.ids.shape[1] - 1)
+            most = min(length, generation_config.max_length - text.ids.shape[1] - 1)
             proposal = text.propose(most, self.confidence)
             kept = text.verify(proposal)
+            if self.adapt:
+                length = min(length + 2 if len(kept) > len(proposal.tokens) else len(kept), self.draft_tokens)
             counts = replace(
                 counts, rounds=counts.rounds + 1, drafted=counts.drafted + len(proposal.tokens), accepted=counts.accepted + len(kept) - 1
             )
