@@ -14,7 +14,7 @@ Source: Leviathan et al. 2023, arXiv:2211.17192; drafts by the model itself: Zha
 
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -67,13 +67,25 @@ class SpeculationCounts:
     """Tokens that the draft proposed."""
     accepted: int = 0
     """Of these, tokens that the model agreed with."""
+    refused: int = 0
+    """Rounds in which the model disagreed with a drafted token."""
     new_tokens: int = 0
     """Tokens given out, the model's own among them."""
+
+    def __add__(self, more: "SpeculationCounts") -> "SpeculationCounts":
+        """Of both."""
+        return SpeculationCounts(**{f.name: getattr(self, f.name) + getattr(more, f.name) for f in fields(self)})
 
     @property
     def acceptance(self) -> float:
         """Share of drafted tokens that were accepted, in [0, 1]; nan without any."""
         return self.accepted / self.drafted if self.drafted else float("nan")
+
+    @property
+    def alpha(self) -> float:
+        """Chance that a drafted token is accepted if all before it in its round were, in [0, 1]; nan without any."""
+        asked = self.accepted + self.refused
+        return self.accepted / asked if asked else float("nan")
 
     @property
     def tokens_per_round(self) -> float:
@@ -161,17 +173,13 @@ class Speculation:
             kept = text.verify(proposal)
             if self.adapt:
                 length = min(length + 2 if len(kept) > len(proposal.tokens) else len(kept), self.draft_tokens)
-            counts = replace(
-                counts, rounds=counts.rounds + 1, drafted=counts.drafted + len(proposal.tokens), accepted=counts.accepted + len(kept) - 1
-            )
+            agreed = len(kept) - 1
+            counts += SpeculationCounts(rounds=1, drafted=len(proposal.tokens), accepted=agreed, refused=int(agreed < len(proposal.tokens)))
         if streamer is not None:
             streamer.end()
         text.end()
         with self._lock:
-            sums = (getattr(self._counts, name) + getattr(counts, name) for name in ("rounds", "drafted", "accepted"))
-            rounds, drafted, accepted = sums
-            new_tokens = self._counts.new_tokens + text.ids.shape[1] - prompt_tokens
-            self._counts = SpeculationCounts(rounds=rounds, drafted=drafted, accepted=accepted, new_tokens=new_tokens)
+            self._counts += replace(counts, new_tokens=text.ids.shape[1] - prompt_tokens)
         return text.output(generation_config)
 
 
