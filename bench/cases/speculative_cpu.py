@@ -73,13 +73,23 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """What `run` takes besides ``quick``."""
     parser.add_argument("--model", type=Path, metavar="DIR", help="a converted or thinned language model; without it one is trained")
     parser.add_argument("--work", type=Path, metavar="DIR", help="keeps the trained model; a later run with the same options takes it")
-    parser.add_argument("--dtypes", type=words, default=("float32",), metavar="A,B", help=f"some of {', '.join(DTYPES)}; float32 by default")
     parser.add_argument(
-        "--highs", type=words, default=("1", OWN), metavar="F,F", help=f"budgets that verify: active fractions, or '{OWN}'; 1,{OWN} by default"
+        "--dtypes", type=words, default=("float32",), metavar="A,B", help=f"some of {', '.join(DTYPES)}; float32 by default"
+    )
+    parser.add_argument(
+        "--highs",
+        type=words,
+        default=("1", OWN),
+        metavar="F,F",
+        help=f"budgets that verify: active fractions, or '{OWN}'; 1,{OWN} by default",
     )
     parser.add_argument("--drafts", type=numbers, default=(0.1, 0.2, 0.3), metavar="F,F", help="active fractions that draft; 0.1,0.2,0.3")
     parser.add_argument(
-        "--lengths", type=whole_numbers, default=(4, 8, ADAPTED), metavar="K,K", help=f"tokens of a draft; {ADAPTED}: adapted; 4,8,{ADAPTED}"
+        "--lengths",
+        type=whole_numbers,
+        default=(4, 8, ADAPTED),
+        metavar="K,K",
+        help=f"tokens of a draft; {ADAPTED}: adapted; 4,8,{ADAPTED}",
     )
     parser.add_argument("--temperatures", type=numbers, default=(0.0,), metavar="T,T", help="0 (the default): greedy")
     parser.add_argument("--prompts", type=int, help="texts of a round; 3, with --quick 1")
@@ -196,7 +206,9 @@ def trained(work: Path, shape: Sequence[int], *, steps: int, tokens: int) -> Pat
         with seeded(0):
             model = GPT2LMHeadModel(config)
         ids = text_windows(replace(data, max_tokens=None), tokenizer).reshape(-1)
-        options = TrainConfig(steps=steps, batch_sequences=8, lr=1e-3, warmup_steps=20, min_lr_frac=0.1, weight_decay=0.1, betas=(0.9, 0.95))
+        options = TrainConfig(
+            steps=steps, batch_sequences=8, lr=1e-3, warmup_steps=20, min_lr_frac=0.1, weight_decay=0.1, betas=(0.9, 0.95)
+        )
         train(model, RandomWindows(ids, seed=0, count=8 * steps), options)
         if dense.exists():
             shutil.rmtree(dense)
@@ -218,7 +230,9 @@ def _texts(model: Any, processor: Any, prompts: int, prompt_tokens: int, new_tok
         raise ConfigError(f"{type(model).__name__} does not generate text.")
     positions = getattr(model.config, "max_position_embeddings", None) or math.inf
     if prompt_tokens + new_tokens > positions:
-        raise ConfigError(f"--prompt-tokens and --new-tokens: {prompt_tokens + new_tokens} is more than the {positions} positions of the model.")
+        raise ConfigError(
+            f"--prompt-tokens and --new-tokens: {prompt_tokens + new_tokens} is more than the {positions} positions of the model."
+        )
     for config in (model.generation_config, model.config):
         config.eos_token_id = None  # every text has the same length
     data = DataConfig(data="builtin:pydoc", split="validation", window=prompt_tokens, max_tokens=prompts * prompt_tokens)

@@ -622,7 +622,9 @@ def generate(
             help="Let the model draft for itself at this lower budget and verify at its own: the same text in fewer of its steps.",
         ),
     ] = None,
-    draft_tokens: Annotated[int, typer.Option(help="With --draft: most tokens drafted before they are verified; fewer where fewer are accepted.")] = 8,
+    draft_tokens: Annotated[
+        int, typer.Option(help="With --draft: most tokens drafted before they are verified; fewer where fewer are accepted.")
+    ] = 8,
     draft_confidence: Annotated[float, typer.Option(help="With --draft: it ends at a token less probable than this; 0: never.")] = 0.0,
     dtype: DType = "float32",
     device: Device = "cpu",
@@ -634,6 +636,8 @@ def generate(
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed or 0}
     options |= {"dtype": dtype, "device": device}
     if draft is None:
+        if (draft_tokens, draft_confidence) != (8, 0.0):
+            raise ConfigError("--draft-tokens and --draft-confidence are of a draft; name it with --draft, or leave them out.")
         return generate_text(directory, prompt, **options)
     found = speculate_text(directory, prompt, draft=draft, draft_tokens=draft_tokens, confidence=draft_confidence, **options)
     return {**_config.to_dict(found), "tokens_per_s": found.tokens_per_s, "draft": found.line()}

@@ -290,7 +290,7 @@ def test_what_cannot_draft_is_one_line():
     dense = tiny.tiny_llama()
     with pytest.raises(UnsupportedModelError, match="is dense and has no rules to draft with"):
         self_draft(dense, LOW)
-    with pytest.raises(ConfigError, match="no MoE layer 'layer.9'"):
+    with pytest.raises(ConfigError, match=r"no MoE layer 'layer\.9'"):
         self_draft(model, {"layer.9": LOW})
     with pytest.raises(UnsupportedModelError, match="not in memory"):
         self_draft(copy.deepcopy(model).to("meta"), LOW)

@@ -1,6 +1,7 @@
 """The command line: options from docstrings, one-line errors, exit codes, progress; through `run`, and real processes where it matters."""
 
 import json
+import re
 import os
 import shutil
 import signal
@@ -196,6 +197,7 @@ def test_convert_with_options_of_router_and_experts_writes_them_to_the_manifest(
         (["sweep", "m", "--data", "d"], "sweep_checkpoint"),
         (["profile", "m", "--data", "d"], "profile_checkpoint"),
         (["generate", "m", "text"], "generate_text"),
+        (["generate", "m", "text", "--draft", "fast"], "speculate_text"),
     ],
 )
 def test_dtype_and_device_reach_the_pipeline(monkeypatch, arguments, name):
@@ -689,6 +691,21 @@ def test_generate_continues_the_prompt_the_same_way_every_time(converted, capsys
     assert first[0] == 0
     assert first[1].startswith("The ")
     assert run(capsys, "generate", converted, "The ", "--max-new-tokens", "4") == first
+
+
+@pytest.mark.parametrize("draft", ["0.25", "threshold=0.5"])
+def test_generate_with_a_draft_says_the_same_and_how_much_was_accepted(converted, capsys, draft):
+    arguments = ("generate", converted, "The ", "--max-new-tokens", "12")
+    plain = run(capsys, *arguments)
+    code, out, err = run(capsys, *arguments, "--draft", draft, "--draft-tokens", "3")
+    assert (code, out) == plain[:2]
+    assert re.search(r"\d+ of \d+ drafted tokens accepted .*tokens a verification, .* tokens/s\n$", err)
+    code, out, _ = run(capsys, *arguments, "--draft", draft, "--json")
+    found = json.loads(out)
+    assert found["text"] == plain[1].removesuffix("\n")
+    assert found["new_tokens"] == 12
+    assert found["accepted"] <= found["drafted"]
+    assert found["tokens_per_s"] * found["seconds"] == pytest.approx(12)
 
 
 def test_doctor_names_every_kernel_and_its_reason(capsys):

@@ -43,7 +43,9 @@ def self_draft(model: M, draft: Rule | Mapping[str, Rule] | str) -> M:
             f"this {type(model).__name__} is dense and has no rules to draft with; convert it (moeify convert) or thin it (moeify thin)."
         )
     if name := next((name for name, tensor in model.named_parameters() if tensor.is_meta), None):
-        raise UnsupportedModelError(f"'{name}' is not in memory (offloaded or never loaded), so a draft cannot share it; load the model whole.")
+        raise UnsupportedModelError(
+            f"'{name}' is not in memory (offloaded or never loaded), so a draft cannot share it; load the model whole."
+        )
     view = copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
     for module in view.modules():
         for name in _OF_ONE_MODEL:

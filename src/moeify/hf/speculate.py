@@ -239,7 +239,9 @@ class _Text:
         """The model's first token."""
         known = self._in_cache = self._cache.get_seq_length()
         if known >= self.ids.shape[1]:
-            raise ConfigError(f"the cache holds {known} tokens, the text {self.ids.shape[1]}; give all of the text with what was cached of it.")
+            raise ConfigError(
+                f"the cache holds {known} tokens, the text {self.ids.shape[1]}; give all of the text with what was cached of it."
+            )
         if self._positions is not None and self._positions.shape[-1] < self.ids.shape[1]:
             raise ConfigError("position_ids are shorter than the text; give them for all of it.")
         logits_V = self._forward(self._model, self.ids[:, known:], **self._keep_last)[0, -1]

@@ -234,9 +234,7 @@ def generate_text(
     return str(tokenizer.decode(ids[0], skip_special_tokens=True))
 
 
-def load_for_text(
-    directory: str | Path, prompt: str, *, temperature: float, dtype: str, device: str
-) -> tuple[Any, Any, dict[str, Tensor]]:
+def load_for_text(directory: str | Path, prompt: str, *, temperature: float, dtype: str, device: str) -> tuple[Any, Any, dict[str, Tensor]]:
     """The model on its device, its tokenizer and the prompt as the model reads it; errors as `generate_text`."""
     if not 0 <= temperature < float("inf"):
         raise ConfigError(f"temperature must be at least 0 and finite, got {temperature}.")
