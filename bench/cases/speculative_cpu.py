@@ -96,7 +96,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt-tokens", type=int, help="of each; 64, with --quick 8")
     parser.add_argument("--new-tokens", type=int, help="of each; 128, with --quick 12")
     parser.add_argument("--rounds", type=int, help="timed rounds; 5, with --quick 1")
-    parser.add_argument("--shape", type=whole_numbers, metavar="L,D,F", help="of the trained model; 2,512,6144, with --quick 1,32,64")
+    parser.add_argument("--shape", type=whole_numbers, metavar="L,D,F", help="of the trained model; 2,512,8192, with --quick 1,32,64")
     parser.add_argument("--steps", type=int, help="of its training, 8 x 256 bytes each; 200, with --quick 2")
 
 
@@ -142,7 +142,7 @@ def run(
         raise ConfigError("--shape, --steps and --work are of the model that is trained; leave them out with --model.")
     with tempfile.TemporaryDirectory() as temporary:
         if model is None:
-            sizes = tuple(shape) if shape is not None else (1, 32, 64) if quick else (2, 512, 6144)
+            sizes = tuple(shape) if shape is not None else (1, 32, 64) if quick else (2, 512, 8192)
             directory = trained(work or Path(temporary), sizes, steps=steps or (2 if quick else 200), tokens=2_000 if quick else 30_000)
         else:
             directory = model

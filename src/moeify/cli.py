@@ -602,7 +602,7 @@ def pretrain(
 
 def _generated_text(result: Any) -> Any:
     """The text; what is to be said of its draft goes beside it."""
-    if isinstance(result, str):
+    if not isinstance(result, Mapping) or "draft" not in result:
         return result
     print(result["draft"], file=sys.stderr)
     return result["text"]

@@ -145,7 +145,7 @@ def test_draft_shares_every_tensor_and_leaves_the_model_as_it_is(pair):
 
 @pytest.mark.parametrize("form", ["custom loop", "assistant_model", "dense verifies"])
 def test_drafting_by_a_low_budget_gives_the_text_of_the_high_one(pair, form):
-    model, _, ids, text = pair
+    model, _, ids, _ = pair
     low, options = self_draft(model, draft_rule(model)), GREEDY | {"max_new_tokens": 40}
     if form == "dense verifies":
         model = copy.deepcopy(model)

@@ -1,8 +1,8 @@
 """The command line: options from docstrings, one-line errors, exit codes, progress; through `run`, and real processes where it matters."""
 
 import json
-import re
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -197,7 +197,6 @@ def test_convert_with_options_of_router_and_experts_writes_them_to_the_manifest(
         (["sweep", "m", "--data", "d"], "sweep_checkpoint"),
         (["profile", "m", "--data", "d"], "profile_checkpoint"),
         (["generate", "m", "text"], "generate_text"),
-        (["generate", "m", "text", "--draft", "fast"], "speculate_text"),
     ],
 )
 def test_dtype_and_device_reach_the_pipeline(monkeypatch, arguments, name):

@@ -200,7 +200,7 @@ class _Text:
     def __init__(self, model: Any, draft: Any, ids: Tensor, processor: Any, config: Any, kwargs: dict[str, Any]) -> None:
         self.ids = ids
         self._model, self._draft, self._config = model, draft, config
-        self._process: Processor | None = processor if processor else None
+        self._process: Processor | None = processor or None
         self._samples = bool(config.do_sample)
         self._mask, self._positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
         self._cache = kwargs["past_key_values"]
