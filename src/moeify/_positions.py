@@ -67,7 +67,7 @@ class Positions:
         positions, cache = kwargs.get("position_ids"), kwargs.get("past_key_values")
         if isinstance(positions, Tensor) and positions.dim() == 2:
             self._now[threading.get_ident()] = _Forward(positions)
-        elif hasattr(cache, "get_seq_length"):
+        elif cache is not None and hasattr(cache, "get_seq_length"):
             self._now[threading.get_ident()] = _Forward(int(cache.get_seq_length()))
 
     def _leave(self, *_: object) -> None:
