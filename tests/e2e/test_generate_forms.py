@@ -7,6 +7,7 @@ import threading
 import pytest
 import tiny
 import torch
+import transformers
 from families.models import build
 from numpy.testing import assert_allclose
 from transformers import CompileConfig, DynamicCache, GenerationConfig, StaticCache, TextIteratorStreamer
@@ -85,18 +86,20 @@ FORMS = {
 
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_gives_the_text_of_the_reference_kernel(pair, form):
-    model, reference, ids, _ = pair
-    options, texts = GREEDY | FORMS[form], []
-    for side in (model, reference):
+    model, reference, ids, text = pair
+    options = GREEDY | FORMS[form]
+    torch.manual_seed(3)
+    found = model.generate(ids, **options)
+    if form not in ("dynamic", "no cache", "static"):
         torch.manual_seed(3)
-        texts.append(side.generate(ids, **options))
-    assert torch.equal(*texts)
+        text = reference.generate(ids, **options)
+    assert torch.equal(found, text)
 
 
-def test_compiled_steps_on_a_static_cache_give_the_same_text(pair):
-    model, _, ids, text = pair
+def test_compiled_steps_on_a_static_cache_give_the_same_text():
+    model, ids = llama()
+    text = model.generate(ids, **GREEDY)
     torch.compiler.reset()
-    model = copy.deepcopy(model)
     assert torch.equal(model.generate(ids, **GREEDY, **compiled()), text)
     assert model._compiled_call is not None
     # a view of a model that is compiled must not run the compiled model
@@ -121,7 +124,10 @@ def test_continuous_batching_gives_each_request_its_own_text(kind):
     text = model.generate(ids, **GREEDY)
     prompts = [ids[0].tolist(), ids[0, 2:].tolist(), ids[0].tolist()]
     config = GenerationConfig(**GREEDY, eos_token_id=None)
-    found = model.generate_batch(inputs=prompts, generation_config=config, progress_bar=False)
+    if not hasattr(transformers, "ContinuousBatchingConfig"):
+        pytest.skip(f"transformers {transformers.__version__} has no sizes for continuous batching, and would take all memory")
+    size = transformers.ContinuousBatchingConfig(num_blocks=4, max_batch_tokens=32, use_cuda_graph=False)
+    found = model.generate_batch(prompts, config, size, progress_bar=False, warmup=False)
     said = [request.generated_tokens for request in found.values()]
     assert len(said) == 3
     expected = text[0, ids.shape[1] :].tolist()
@@ -146,7 +152,7 @@ def test_draft_shares_every_tensor_and_leaves_the_model_as_it_is(pair):
 @pytest.mark.parametrize("form", ["custom loop", "assistant_model", "dense verifies"])
 def test_drafting_by_a_low_budget_gives_the_text_of_the_high_one(pair, form):
     model, _, ids, _ = pair
-    low, options = self_draft(model, draft_rule(model)), GREEDY | {"max_new_tokens": 40}
+    low, options = self_draft(model, draft_rule(model)), GREEDY | {"max_new_tokens": 24}
     if form == "dense verifies":
         model = copy.deepcopy(model)
         set_mode(model, "dense")
@@ -158,7 +164,7 @@ def test_drafting_by_a_low_budget_gives_the_text_of_the_high_one(pair, form):
     for speculation in (Speculation(low), Speculation(low, draft_tokens=2, adapt=False), Speculation(low, confidence=0.5)):
         assert torch.equal(model.generate(ids, custom_generate=speculation, **options), long)
         counts = speculation.counts
-        assert counts.new_tokens == 40
+        assert counts.new_tokens == 24
         assert 0 < counts.accepted < counts.drafted <= counts.rounds * speculation.draft_tokens
         assert_allclose(counts.tokens_per_round, (counts.accepted + counts.rounds) / counts.rounds)
         assert counts.alpha >= counts.acceptance
