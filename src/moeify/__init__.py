@@ -37,7 +37,10 @@ from .evaluate import sweep as sweep
 from .hf import register as _register
 from .hf.checkpoint import load_model as load_model
 from .hf.checkpoint import save_checkpoint as save_checkpoint
+from .hf.draft import self_draft as self_draft
 from .hf.inputs import example_inputs as example_inputs
+from .hf.speculate import Speculation as Speculation
+from .hf.speculate import SpeculationCounts as SpeculationCounts
 from .kernels import moe_ffn as moe_ffn
 from .layers import MoEFFN as MoEFFN
 from .layers import MoEProjection as MoEProjection
@@ -55,6 +58,7 @@ from .pipeline import generate_text as generate_text
 from .pipeline import profile_checkpoint as profile_checkpoint
 from .pipeline import quantize_checkpoint as quantize_checkpoint
 from .pipeline import report_checkpoint as report_checkpoint
+from .pipeline import speculate_text as speculate_text
 from .pipeline import sweep_checkpoint as sweep_checkpoint
 from .pipeline import thin_checkpoint as thin_checkpoint
 from .presets import Preset as Preset

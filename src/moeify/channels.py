@@ -29,6 +29,7 @@ from typing import Any, Literal, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from ._positions import Positions
 from .errors import ConfigError, KernelError, UnsupportedModelError
 from .kernels import cpu_linear
 from .kernels.cpu import ACTIVATIONS, is_recorded
@@ -80,8 +81,9 @@ class SparseInput(nn.Module):
         rule: selection rule on ``|x| / level``. A `Threshold` keeps exactly the channels that reach theta times their level, which may be
             none; theta is 1 by default. Any other rule keeps at least one.
         first_dense: positions at the start of each sequence that keep all channels, where the layer reads (B, S, K) with S > 1: the first
-            tokens of a text have activations and consequences of their own. Padding on the left counts as positions; a forward of one
-            token (decoding) is never the start.
+            tokens of a text have activations and consequences of their own. Positions are those that the model is told (``position_ids``)
+            or that follow its cache; where neither is known, every forward begins its sequences, and padding on the left counts. A forward
+            of one token (decoding) is never the start.
 
     Raises:
         ConfigError: ``first_dense`` below 0.
@@ -103,6 +105,8 @@ class SparseInput(nn.Module):
         self.recorder: ChannelRecorder | None = None
         self.gated: GatedFFN | None = None
         """The FFN whose layers may run as one, this one among them; `attach_channels` sets it."""
+        self.positions: Positions | None = None
+        """What knows where a forward's tokens stand; `attach_channels` sets it."""
         self._native: _Native | None = None
         self._scaled: tuple[float, Tensor, int, Tensor] | None = None
         self.register_buffer("level_K", torch.zeros(site.d_in, dtype=torch.float32))
@@ -118,8 +122,11 @@ class SparseInput(nn.Module):
             size = x.detach().abs().float()
             ratio = torch.where(self.level_K > 0, size / self.level_K, math.inf)
             keep = self.rule(ratio.reshape(-1, x.shape[-1])).view(x.shape)
-        if self._has_start(x):
-            keep[:, : self.first_dense] = True
+        start = self._start(x)
+        if isinstance(start, Tensor):
+            keep = keep | start[..., None]
+        elif start:
+            keep[:, :start] = True
         if self.recorder is not None:
             self.recorder.add(self.site, keep)
         return keep
@@ -141,12 +148,22 @@ class SparseInput(nn.Module):
         if self.recorder is not None or not isinstance(self.rule, Threshold):
             return torch.where(self.select(x), x, 0)
         kept = skip(x, self.levels())
-        if self._has_start(x):
-            kept[:, : self.first_dense] = x[:, : self.first_dense]
+        start = self._start(x)
+        if isinstance(start, Tensor):
+            return torch.where(start[..., None], x, kept)
+        if start:
+            kept[:, :start] = x[:, :start]
         return kept
 
+    def _start(self, x: Tensor) -> int | Tensor:
+        """Tokens of ``x`` that keep all channels: so many at the beginning of each row, or a mask (B, S) or (1, S)."""
+        if not self.first_dense or x.dim() != 3 or x.shape[1] == 1:
+            return 0
+        return self.first_dense if self.positions is None else self.positions.start(x.shape[1], self.first_dense)
+
     def _has_start(self, x: Tensor) -> bool:
-        return self.first_dense > 0 and x.dim() == 3 and x.shape[1] > 1
+        start = self._start(x)
+        return isinstance(start, Tensor) or start > 0
 
     def _forward(self, linear: nn.Module, x: Tensor) -> Tensor:
         if self.mode == "dense":
@@ -491,6 +508,7 @@ def attach_channels(model: nn.Module, executor: SparseInput) -> None:
     check_attachable(model, executor.site.name)
     linear = model.get_submodule(executor.site.name)
     executor.to(next(linear.parameters()).device)
+    executor.positions = Positions.of(model)
     linear.add_module(CHILD, executor)
     linear.forward = partial(executor._forward, linear)
     executor.lay_out(linear)
@@ -524,6 +542,8 @@ def detach_channels(model: nn.Module, names: Iterable[str] | None = None) -> Non
             linear.__dict__.pop("forward", None)
         if (weight := linear._parameters.get("weight")) is not None:
             weight.data = weight.data.contiguous()  # the order of its shape, which it was made in
+    if not sparse_inputs(model):
+        Positions.remove(model)
 
 
 def sparse_inputs(model: nn.Module) -> dict[str, SparseInput]:

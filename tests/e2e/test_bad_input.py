@@ -151,6 +151,19 @@ def sweep(*options, data=DATA):
         pytest.param(["generate", "moe", ""], "the prompt is empty", id="generate: empty prompt"),
         pytest.param(["generate", "moe", "a", "--temperature", "-1"], "temperature must be at least 0", id="generate: temperature below 0"),
         pytest.param(["generate", "moe", "a", "--temperature", "nan"], "temperature must be at least 0", id="generate: temperature nan"),
+        pytest.param(["generate", "moe", "a", "--draft", "fsat"], "'fsat'", id="generate: unknown preset"),
+        pytest.param(
+            ["generate", "moe", "a", "--draft", "treshold=1"], ("--draft", "did you mean 'threshold'"), id="generate: unknown rule"
+        ),
+        pytest.param(["generate", "moe", "a", "--draft", "threshold=x"], "'x' is no number", id="generate: knob no number"),
+        pytest.param(
+            ["generate", "moe", "a", "--draft", "0.33"], ("--draft: no rules are stored", "0.3, 0.35"), id="generate: draft not stored"
+        ),
+        pytest.param(
+            ["generate", "moe", "a", "--draft", "0.3", "--draft-tokens", "0"], "draft_tokens must be at least 1", id="generate: no draft"
+        ),
+        pytest.param(["generate", "moe", "a", "--draft-tokens", "3"], "name it with --draft", id="generate: tokens of no draft"),
+        pytest.param(["generate", "dense", "a", "--draft", "threshold=1"], "is dense", id="generate: draft of a dense model"),
         pytest.param(["profile", "dense", *DATA, "--eps", "-1"], "eps must be finite and >= 0, got -1", id="profile: eps below 0"),
     ],
 )

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -692,6 +693,21 @@ def test_generate_continues_the_prompt_the_same_way_every_time(converted, capsys
     assert first[0] == 0
     assert first[1].startswith("The ")
     assert run(capsys, "generate", converted, "The ", "--max-new-tokens", "4") == first
+
+
+@pytest.mark.parametrize("draft", ["0.25", "threshold=0.5"])
+def test_generate_with_a_draft_says_the_same_and_how_much_was_accepted(converted, capsys, draft):
+    arguments = ("generate", converted, "The ", "--max-new-tokens", "12")
+    plain = run(capsys, *arguments)
+    code, out, err = run(capsys, *arguments, "--draft", draft, "--draft-tokens", "3")
+    assert (code, out) == plain[:2]
+    assert re.search(r"\d+ of \d+ drafted tokens accepted .*tokens a verification, .* tokens/s\n$", err)
+    code, out, _ = run(capsys, *arguments, "--draft", draft, "--json")
+    found = json.loads(out)
+    assert found["text"] == plain[1].removesuffix("\n")
+    assert found["new_tokens"] == 12
+    assert found["accepted"] <= found["drafted"]
+    assert found["tokens_per_s"] * found["seconds"] == pytest.approx(12)
 
 
 def test_doctor_names_every_kernel_and_its_reason(capsys):

@@ -211,6 +211,14 @@ def generate_text(
     Raises:
         ConfigError: the model does not generate text, or the temperature is negative or not finite.
     """
+    model, tokenizer, inputs = load_for_text(directory, prompt, temperature=temperature, dtype=dtype, device=device)
+    with seeded(seed, torch_device(device)):
+        ids = model.generate(**inputs, **text_options(tokenizer, max_new_tokens=max_new_tokens, temperature=temperature))
+    return str(tokenizer.decode(ids[0], skip_special_tokens=True))
+
+
+def load_for_text(directory: str | Path, prompt: str, *, temperature: float, dtype: str, device: str) -> tuple[Any, Any, dict[str, Tensor]]:
+    """The model on its device, its tokenizer and the prompt as the model reads it; errors as `generate_text`."""
     if not 0 <= temperature < float("inf"):
         raise ConfigError(f"temperature must be at least 0 and finite, got {temperature}.")
     place = torch_device(device)
@@ -222,15 +230,35 @@ def generate_text(
     inputs = {key: tokens[key].to(place) for key in ("input_ids", "attention_mask") if key in tokens}
     if inputs["input_ids"].shape[1] == 0:
         raise ConfigError("the prompt is empty; give at least one token to continue.")
-    options: dict[str, Any] = (
+    return model, tokenizer, inputs
+
+
+def text_options(tokenizer: Any, *, max_new_tokens: int, temperature: float) -> dict[str, Any]:
+    """What `generate` is called with: greedy at temperature 0."""
+    pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id  # 0 is an id, too
+    sampling: dict[str, Any] = (
         {"do_sample": True, "temperature": temperature}
         if temperature
         else {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     )
-    with seeded(seed, place):
-        pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id  # 0 is an id, too
-        ids = model.generate(**inputs, max_new_tokens=max_new_tokens, pad_token_id=pad_id, **options)
-    return str(tokenizer.decode(ids[0], skip_special_tokens=True))
+    return {"max_new_tokens": max_new_tokens, "pad_token_id": pad_id, **sampling}
+
+
+def rules_at(directory: str | Path, active_frac: float, *, option: str) -> Mapping[str, Rule]:
+    """The rules that a checkpoint's calibration stored for an active fraction (of a thinned one: share of channels kept), by layer.
+
+    Raises:
+        ConfigError: no rules are stored for it; names ``option``.
+        CheckpointError: no calibration record, or layers with rules of different kinds.
+    """
+    directory = Path(directory)
+    rule_type, names = _own_rule(directory)
+    calibration = _calibration_of(directory, KnobRecord)
+    if active_frac != 1 and round(active_frac, 4) not in {round(target, 4) for target in calibration.targets}:
+        stored = ", ".join(f"{target:g}" for target in calibration.targets)
+        raise ConfigError(f"{option}: no rules are stored for the active fraction {active_frac:g}; stored: {stored} and 1.")
+    (step,) = _calibrated_steps(rule_type, calibration, [active_frac], names=names)
+    return _rules_of(step, rule_type, names)
 
 
 def calibration_of(directory: Path, record_type: type[_Record]) -> _Record:

@@ -1,0 +1,121 @@
+"""A converted or thinned checkpoint that drafts for itself, from the command line."""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from .. import _config
+from .._random import seeded
+from ..errors import ConfigError
+from ..hf.draft import self_draft
+from ..hf.speculate import Speculation
+from ..select import RULES, Rule
+from .measure import load_for_text, rules_at, text_options
+from .names import torch_device
+
+
+@dataclass(frozen=True, kw_only=True)
+class DraftedText:
+    """What a model wrote with its own draft."""
+
+    text: str
+    """Prompt and continuation."""
+    new_tokens: int
+    """Tokens of the continuation."""
+    seconds: float
+    """Of the whole call, reading the prompt included."""
+    drafted: int
+    """Tokens that the draft proposed."""
+    accepted: int
+    """Of these, tokens that the model agreed with."""
+    rounds: int
+    """Verifying forwards."""
+
+    @property
+    def tokens_per_s(self) -> float:
+        """New tokens by the seconds of the whole call."""
+        return self.new_tokens / self.seconds
+
+    def line(self) -> str:
+        """For people."""
+        share = f"{self.accepted} of {self.drafted} drafted tokens accepted"
+        share += f" ({self.accepted / self.drafted:.0%})" if self.drafted else ""
+        rounds = f"{1 + self.accepted / self.rounds:.2g} tokens a verification" if self.rounds else "nothing verified"
+        return f"{share}, {rounds}, {self.tokens_per_s:.3g} tokens/s"
+
+
+def read_draft(directory: str | Path, text: str) -> Rule | Mapping[str, Rule] | str:
+    """What a draft runs, from one word.
+
+    Args:
+        directory: the checkpoint.
+        text: an active fraction whose rules the checkpoint's calibration stored ("0.1"); a rule and its knob ("threshold=0.5"); else the
+            name of a preset.
+
+    Raises:
+        ConfigError: unknown rule, knob out of range, or no rules stored for the fraction.
+        CheckpointError: as `rules_at`.
+    """
+    name, has_knob, knob = text.partition("=")
+    if has_knob:
+        rule_type = _config.lookup(RULES, name, where="--draft")
+        try:
+            return rule_type.at(float(knob))
+        except ValueError as error:
+            if isinstance(error, ConfigError):
+                raise
+            raise ConfigError(f"--draft {text!r}: {knob!r} is no number.") from error
+    try:
+        fraction = float(text)
+    except ValueError:
+        return text
+    return rules_at(directory, fraction, option="--draft")
+
+
+def speculate_text(
+    directory: str | Path,
+    prompt: str,
+    *,
+    draft: str,
+    draft_tokens: int = 8,
+    confidence: float = 0.0,
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    seed: int = 0,
+    dtype: str = "float32",
+    device: str = "cpu",
+) -> DraftedText:
+    """Continue ``prompt`` as `generate_text` does, with the checkpoint as its own draft.
+
+    Args:
+        directory: converted or thinned checkpoint.
+        prompt: text to continue.
+        draft: as `read_draft`.
+        draft_tokens, confidence: as `Speculation`.
+        max_new_tokens: most tokens to add.
+        temperature: 0 always takes the likeliest token.
+        seed: of sampling.
+        dtype: of the weights, "float32", "bfloat16" or "float16".
+        device: "cpu", "cuda" or "cuda:1".
+
+    Raises:
+        ConfigError, CheckpointError, UnsupportedModelError: as `generate_text`, `read_draft`, `self_draft` and `Speculation`.
+    """
+    rules = read_draft(directory, draft)
+    model, tokenizer, inputs = load_for_text(directory, prompt, temperature=temperature, dtype=dtype, device=device)
+    speculation = Speculation(self_draft(model, rules), draft_tokens=draft_tokens, confidence=confidence)
+    options = text_options(tokenizer, max_new_tokens=max_new_tokens, temperature=temperature)
+    with seeded(seed, torch_device(device)):
+        start = time.perf_counter()
+        ids = model.generate(**inputs, custom_generate=speculation, **options)
+        seconds = time.perf_counter() - start
+    counts = speculation.counts
+    return DraftedText(
+        text=str(tokenizer.decode(ids[0], skip_special_tokens=True)),
+        new_tokens=counts.new_tokens,
+        seconds=seconds,
+        drafted=counts.drafted,
+        accepted=counts.accepted,
+        rounds=counts.rounds,
+    )
