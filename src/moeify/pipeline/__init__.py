@@ -2,11 +2,11 @@
 
 `sparsify` trains a dense checkpoint, `convert` makes a converted one, `quantize` one with int8 weights of it, `thin` one that skips
 channels or neurons; `project` replaces projections before either of the first two; `work` keeps what an interrupted run has done,
-`heldout` measures the result, `measure` holds the other verbs, `panels` what a report runs a checkpoint for, `inputs` reads batches of each
-kind of model, `tasks` knows what a model is trained for, `names` knows types and devices by name. `recipe`, `stages`, `run_recipe` and
-`results` carry out whole experiments, from the model that `start` loads or builds. `pretrain` trains a model from random
-weights: `pretrain_recipe` is what its file may say, `pretrain_data` what it reads, `pretrain_log` what it tells, `pretrain_result` what it
-leaves, `training_cost` what it costs, `stopping` how a signal ends it.
+`heldout` measures the result, `preset` makes named operating points, `measure` holds the other verbs, `panels` what a report runs a
+checkpoint for, `inputs` reads batches of each kind of model, `tasks` knows what a model is trained for, `names` knows types and devices by
+name. `recipe`, `stages`, `run_recipe` and `results` carry out whole experiments, from the model that `start` loads or builds. `pretrain`
+trains a model from random weights: `pretrain_recipe` is what its file may say, `pretrain_data` what it reads, `pretrain_log` what it tells,
+`pretrain_result` what it leaves, `training_cost` what it costs, `stopping` how a signal ends it.
 """
 
 from ..train.calibration import TARGETS as TARGETS
@@ -21,6 +21,9 @@ from .measure import profile_checkpoint as profile_checkpoint
 from .measure import report_checkpoint as report_checkpoint
 from .measure import sweep_checkpoint as sweep_checkpoint
 from .panels import PanelRequest as PanelRequest
+from .preset import FRACTIONS as FRACTIONS
+from .preset import budget_checkpoint as budget_checkpoint
+from .preset import preset_checkpoint as preset_checkpoint
 from .pretrain import pretrain as pretrain
 from .pretrain_recipe import PretrainConfig as PretrainConfig
 from .pretrain_recipe import read_pretrain as read_pretrain

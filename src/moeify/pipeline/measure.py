@@ -29,7 +29,9 @@ from ..evaluate import (
 )
 from ..hf.checkpoint import MANIFEST_FILE, check_writable, library_versions, load_model, read_calibration, read_manifest
 from ..hf.inputs import example_inputs
-from ..layers import moe_layers, set_mode
+from ..hf.presets import read_presets
+from ..layers import moe_layers, set_mode, set_rule
+from ..presets import pick
 from ..report import ablation_markdown, check_plots, cost_markdown, curve_markdown, layers_markdown, plot_curve
 from ..select import RULES, Rule
 from ..sites import find_ffn_sites
@@ -220,19 +222,25 @@ def generate_text(
     max_new_tokens: int = 64,
     temperature: float = 0.0,
     seed: int = 0,
+    preset: str | None = None,
     dtype: str = "float32",
     device: str = "cpu",
 ) -> str:
-    """Continue ``prompt``; greedy at temperature 0. ``dtype`` and ``device`` as in `sweep_checkpoint`.
+    """Continue ``prompt``; greedy at temperature 0, with the checkpoint's own rules or those of a preset. ``dtype`` and ``device`` as in
+    `sweep_checkpoint`.
 
     Raises:
-        ConfigError: the model does not generate text, or the temperature is negative or not finite.
+        ConfigError: no such preset, the model does not generate text, or the temperature is negative or not finite.
     """
     if not 0 <= temperature < float("inf"):
         raise ConfigError(f"temperature must be at least 0 and finite, got {temperature}.")
     place = torch_device(device)
+    if preset is not None:
+        pick(read_presets(Path(directory)), preset)
     model, tokenizer = load_model(directory, dtype=torch_dtype(dtype))
     model.to(place)
+    if preset is not None:
+        set_rule(model, preset)
     if tokenizer is None or not model.can_generate():
         raise ConfigError(f"{type(model).__name__} at '{directory}' does not generate text.")
     tokens = tokenizer(prompt, return_tensors="pt")
