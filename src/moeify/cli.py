@@ -53,6 +53,10 @@ Model = Annotated[str, typer.Argument(help="Hub id, folder or .gguf file of a de
 Converted = Annotated[Path, typer.Argument(help="Folder that `moeify convert` or `moeify thin` wrote.")]
 DType = Annotated[str, typer.Option(metavar="float32|bfloat16|float16", help="Type of the weights.")]
 Device = Annotated[str, typer.Option(metavar="cpu|cuda|cuda:N", help="Where the model runs.")]
+LatencyTokens = Annotated[
+    int | None,
+    typer.Option(min=1, help="Tokens of each timed forward; by default 1, a decoding step, of a model that generates, else a sequence."),
+]
 Seed = Annotated[
     int | None,
     typer.Option(min=0, max=2**32 - 1, help="Seed of everything random, document order included; without it, 0 and the source's order."),
@@ -534,6 +538,81 @@ def sweep(
     )
 
 
+@command()
+@takes("data", DataConfig, skip=("seed",), split="data_split")
+def preset(
+    directory: Converted,
+    *,
+    data: DataConfig,
+    at: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=FRACTION", help="A preset and its active fraction; by default quality=0.75, balanced=0.5, fast=0.25."),
+    ] = None,
+    latency: Annotated[bool, typer.Option("--latency", help="Time each, too, in turns with the dense model.")] = False,
+    latency_tokens: LatencyTokens = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Windows per forward.")] = 1,
+    dtype: DType = "float32",
+    device: Device = "cpu",
+    seed: Seed = None,
+) -> Any:
+    """Calibrate named operating points on half of the data, measure them on the other half, and store them in the checkpoint."""
+    from .pipeline import preset_checkpoint
+
+    return preset_checkpoint(
+        directory,
+        data=dataclasses.replace(data, seed=seed),
+        fractions=None if at is None else _named_numbers(at, option="--at"),
+        latency=latency,
+        latency_tokens=latency_tokens,
+        batch_size=batch_size,
+        dtype=dtype,
+        device=device,
+        progress=make_progress(),
+    )
+
+
+@command()
+@takes("data", DataConfig, skip=("seed",), split="data_split")
+def budget(
+    directory: Converted,
+    *,
+    data: DataConfig,
+    flops: Annotated[float | None, typer.Option(help="Share of the dense model's FLOPs, in (0, 1].")] = None,
+    ffn_flops: Annotated[float | None, typer.Option(help="Share of the dense FFNs' FLOPs, in (0, 1].")] = None,
+    bytes_: Annotated[
+        float | None, typer.Option("--bytes", help="Share of the bytes of weights that decoding a token reads, in (0, 1].")
+    ] = None,
+    latency: Annotated[float | None, typer.Option(help="Share of the dense model's time, measured here, in (0, 1].")] = None,
+    name: Annotated[str | None, typer.Option("--preset", help="Name of the preset to write; by default such as flops-0.6.")] = None,
+    passes: Annotated[int, typer.Option(min=0, help="How often layers are measured again, all at the working point.")] = 4,
+    latency_tokens: LatencyTokens = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Windows per forward.")] = 1,
+    dtype: DType = "float32",
+    device: Device = "cpu",
+    seed: Seed = None,
+) -> Any:
+    """Spread a budget over layers by what each costs the model, and store the rules as a preset; give one of the four budgets."""
+    from .budget import AllocateConfig
+    from .pipeline import budget_checkpoint
+
+    asked = {"flops": flops, "ffn_flops": ffn_flops, "bytes": bytes_, "latency": latency}
+    given = {unit: fraction for unit, fraction in asked.items() if fraction is not None}
+    if len(given) != 1:
+        raise ConfigError(f"give one of --flops, --ffn-flops, --bytes and --latency, got {len(given)}.")
+    ((unit, fraction),) = given.items()
+    return budget_checkpoint(
+        directory,
+        data=dataclasses.replace(data, seed=seed),
+        config=AllocateConfig(unit=unit, fraction=fraction, passes=passes),
+        preset=name or f"{unit.replace('_', '-')}-{fraction:g}",
+        latency_tokens=latency_tokens,
+        batch_size=batch_size,
+        dtype=dtype,
+        device=device,
+        progress=make_progress(),
+    )
+
+
 @command(resumes=lambda _values: True, text=_recipe_text)
 def pipeline(
     recipe: Annotated[Path, typer.Argument(help="TOML file; see docs/recipes.md.")],
@@ -627,6 +706,7 @@ def generate(
         int, typer.Option(help="With --draft: most tokens drafted before they are verified; fewer where fewer are accepted.")
     ] = 8,
     draft_confidence: Annotated[float, typer.Option(help="With --draft: it ends at a token less probable than this; 0: never.")] = 0.0,
+    preset: Annotated[str | None, typer.Option(help="Run with the rules of this preset of the checkpoint.")] = None,
     dtype: DType = "float32",
     device: Device = "cpu",
     seed: Seed = None,
@@ -634,7 +714,7 @@ def generate(
     """Continue a prompt with a converted model."""
     from .pipeline import generate_text, speculate_text
 
-    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed or 0}
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed or 0, "preset": preset}
     options |= {"dtype": dtype, "device": device}
     if draft is None:
         if (draft_tokens, draft_confidence) != (8, 0.0):
@@ -753,6 +833,19 @@ def _named_paths(texts: Sequence[str], *, option: str, taken: str) -> dict[str, 
         if name in (taken, *found):
             raise ConfigError(f"{option}: the name {name!r} is there twice; give each curve its own.")
         found[name] = Path(path)
+    return found
+
+
+def _named_numbers(texts: Sequence[str], *, option: str) -> dict[str, float]:
+    """NAME=NUMBER each, or several of them separated by commas."""
+    found: dict[str, float] = {}
+    for text in (part for given in texts for part in given.split(",")):
+        name, equals, number = text.partition("=")
+        if not (name and equals):
+            raise ConfigError(f"{option} takes NAME=NUMBER, got {text!r}.")
+        if name in found:
+            raise ConfigError(f"{option}: the name {name!r} is there twice.")
+        (found[name],) = _numbers(number, option=option)
     return found
 
 

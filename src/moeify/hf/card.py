@@ -1,7 +1,7 @@
 """The model card of a checkpoint that moeify made, from measured numbers only."""
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ from torch import nn
 from ..channels import sparse_inputs
 from ..convert import manifest_of
 from ..layers import MoEProjection, moe_layers
+from ..presets import Preset
 from ..sites import replaced_projections
 
 _TAGS = ("moeify", "mixture-of-experts", "dynamic-k", "activation-sparsity")
@@ -279,3 +280,42 @@ def _cell(value: Any) -> str:
 
 def _is_hub_id(name: str) -> bool:
     return name.count("/") <= 1 and not name.startswith((".", "/", "~")) and not name.endswith(".gguf") and not Path(name).exists()
+
+
+_PRESETS = ("<!-- presets -->", "<!-- end of presets -->")
+
+
+def with_presets(text: str, presets: Iterable[Preset]) -> str:
+    """A model card with a table of presets: in the place of the one that it has, else at its end.
+
+    Args:
+        text: the card.
+        presets: what the checkpoint has now; without any the table goes.
+    """
+    start, end = _PRESETS
+    before, found, after = text.partition(start)
+    if found:
+        after = after.partition(end)[2]
+    rows = []
+    for p in presets:
+        quality = f"{_or_dash(p.quality)} ({p.metric or 'not measured'}, dense {_or_dash(p.dense_quality)})"
+        shares = " | ".join(map(_or_dash, (p.flops_fraction, p.bytes_fraction, p.latency_fraction)))
+        rows.append(f"| `{p.name}` | {p.active_fraction:.3g} | {quality} | {shares} |")
+    if not rows:
+        return f"{before.rstrip()}\n{after.lstrip()}" if found else text
+    table = [
+        start,
+        "## Presets",
+        "",
+        '`moeify.set_rule(model, "NAME")`; shares are of the dense model.',
+        "",
+        "| preset | active fraction | held-out quality | FLOPs | bytes per decoded token | time |",
+        "|---|---|---|---|---|---|",
+        *rows,
+        end,
+    ]
+    return "\n".join([before.rstrip(), "", *table, after.lstrip()])
+
+
+def _or_dash(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"

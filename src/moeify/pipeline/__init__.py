@@ -2,9 +2,10 @@
 
 `sparsify` trains a dense checkpoint, `convert` makes a converted one, `quantize` one with int8 weights of it, `thin` one that skips
 channels or neurons; `project` replaces projections before either of the first two; `work` keeps what an interrupted run has done,
-`heldout` measures the result, `measure` holds the other verbs, `panels` what a report runs a checkpoint for, `inputs` reads batches of each
-kind of model, `tasks` knows what a model is trained for, `names` knows types and devices by name, `decode` has a checkpoint draft for
-itself. `recipe`, `stages`, `run_recipe` and `results` carry out whole experiments, from the model that `start` loads or builds. `pretrain`
+`heldout` measures the result, `preset` makes named operating points, `measure` holds the other verbs, `panels` what a report runs a
+checkpoint for, `reports` writes it, `inputs` reads batches of each kind of model, `tasks` knows what a model is trained for, `names` knows
+types and devices by name, `decode` has a checkpoint draft for itself. `recipe`, `stages`, `run_recipe` and `results` carry out whole
+experiments, from the model that `start` loads or builds. `pretrain`
 trains a model from random weights: `pretrain_recipe` is what its file may say, `pretrain_data` what it reads, `pretrain_log` what it tells,
 `pretrain_result` what it leaves, `training_cost` what it costs, `stopping` how a signal ends it.
 """
@@ -22,6 +23,9 @@ from .measure import generate_text as generate_text
 from .measure import profile_checkpoint as profile_checkpoint
 from .measure import sweep_checkpoint as sweep_checkpoint
 from .panels import PanelRequest as PanelRequest
+from .preset import FRACTIONS as FRACTIONS
+from .preset import budget_checkpoint as budget_checkpoint
+from .preset import preset_checkpoint as preset_checkpoint
 from .pretrain import pretrain as pretrain
 from .pretrain_recipe import PretrainConfig as PretrainConfig
 from .pretrain_recipe import read_pretrain as read_pretrain

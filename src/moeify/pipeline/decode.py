@@ -83,6 +83,7 @@ def speculate_text(
     max_new_tokens: int = 64,
     temperature: float = 0.0,
     seed: int = 0,
+    preset: str | None = None,
     dtype: str = "float32",
     device: str = "cpu",
 ) -> DraftedText:
@@ -96,6 +97,7 @@ def speculate_text(
         max_new_tokens: most tokens to add.
         temperature: 0 always takes the likeliest token.
         seed: of sampling.
+        preset: whose rules verify; None: the checkpoint's own.
         dtype: of the weights, "float32", "bfloat16" or "float16".
         device: "cpu", "cuda" or "cuda:1".
 
@@ -103,7 +105,7 @@ def speculate_text(
         ConfigError, CheckpointError, UnsupportedModelError: as `generate_text`, `read_draft`, `self_draft` and `Speculation`.
     """
     rules = read_draft(directory, draft)
-    model, tokenizer, inputs = load_for_text(directory, prompt, temperature=temperature, dtype=dtype, device=device)
+    model, tokenizer, inputs = load_for_text(directory, prompt, temperature=temperature, preset=preset, dtype=dtype, device=device)
     speculation = Speculation(self_draft(model, rules), draft_tokens=draft_tokens, confidence=confidence)
     options = text_options(tokenizer, max_new_tokens=max_new_tokens, temperature=temperature)
     with seeded(seed, torch_device(device)):

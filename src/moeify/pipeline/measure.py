@@ -27,7 +27,9 @@ from ..evaluate import (
 )
 from ..hf.checkpoint import MANIFEST_FILE, check_writable, library_versions, load_model, read_calibration, read_manifest
 from ..hf.inputs import example_inputs
-from ..layers import moe_layers, set_mode
+from ..hf.presets import read_presets
+from ..layers import moe_layers, set_mode, set_rule
+from ..presets import pick
 from ..select import RULES, Rule
 from ..sites import find_ffn_sites
 from ..sparsity import ActivationProfile, profile_activations
@@ -203,27 +205,35 @@ def generate_text(
     max_new_tokens: int = 64,
     temperature: float = 0.0,
     seed: int = 0,
+    preset: str | None = None,
     dtype: str = "float32",
     device: str = "cpu",
 ) -> str:
-    """Continue ``prompt``; greedy at temperature 0. ``dtype`` and ``device`` as in `sweep_checkpoint`.
+    """Continue ``prompt``; greedy at temperature 0, with the checkpoint's own rules or those of a preset. ``dtype`` and ``device`` as in
+    `sweep_checkpoint`.
 
     Raises:
-        ConfigError: the model does not generate text, or the temperature is negative or not finite.
+        ConfigError: no such preset, the model does not generate text, or the temperature is negative or not finite.
     """
-    model, tokenizer, inputs = load_for_text(directory, prompt, temperature=temperature, dtype=dtype, device=device)
+    model, tokenizer, inputs = load_for_text(directory, prompt, temperature=temperature, preset=preset, dtype=dtype, device=device)
     with seeded(seed, torch_device(device)):
         ids = model.generate(**inputs, **text_options(tokenizer, max_new_tokens=max_new_tokens, temperature=temperature))
     return str(tokenizer.decode(ids[0], skip_special_tokens=True))
 
 
-def load_for_text(directory: str | Path, prompt: str, *, temperature: float, dtype: str, device: str) -> tuple[Any, Any, dict[str, Tensor]]:
-    """The model on its device, its tokenizer and the prompt as the model reads it; errors as `generate_text`."""
+def load_for_text(
+    directory: str | Path, prompt: str, *, temperature: float, preset: str | None, dtype: str, device: str
+) -> tuple[Any, Any, dict[str, Tensor]]:
+    """The model on its device, its rules set, its tokenizer and the prompt as the model reads it; errors as `generate_text`."""
     if not 0 <= temperature < float("inf"):
         raise ConfigError(f"temperature must be at least 0 and finite, got {temperature}.")
     place = torch_device(device)
+    if preset is not None:
+        pick(read_presets(Path(directory)), preset)
     model, tokenizer = load_model(directory, dtype=torch_dtype(dtype))
     model.to(place)
+    if preset is not None:
+        set_rule(model, preset)
     if tokenizer is None or not model.can_generate():
         raise ConfigError(f"{type(model).__name__} at '{directory}' does not generate text.")
     tokens = tokenizer(prompt, return_tensors="pt")
@@ -252,13 +262,13 @@ def rules_at(directory: str | Path, active_frac: float, *, option: str) -> Mappi
         CheckpointError: no calibration record, or layers with rules of different kinds.
     """
     directory = Path(directory)
-    rule_type, names = _own_rule(directory)
-    calibration = _calibration_of(directory, KnobRecord)
+    rule_type, names = own_rule(directory)
+    calibration = calibration_of(directory, KnobRecord)
     if active_frac != 1 and round(active_frac, 4) not in {round(target, 4) for target in calibration.targets}:
         stored = ", ".join(f"{target:g}" for target in calibration.targets)
         raise ConfigError(f"{option}: no rules are stored for the active fraction {active_frac:g}; stored: {stored} and 1.")
-    (step,) = _calibrated_steps(rule_type, calibration, [active_frac], names=names)
-    return _rules_of(step, rule_type, names)
+    (step,) = calibrated_steps(rule_type, calibration, [active_frac], names=names)
+    return rules_of(step, rule_type, names)
 
 
 def calibration_of(directory: Path, record_type: type[_Record]) -> _Record:
