@@ -14,6 +14,7 @@ from .convert import convert as convert
 from .convert import manifest_of as manifest_of
 from .convert import rebuild as rebuild
 from .convert import replace_projections as replace_projections
+from .convert import set_presets as set_presets
 from .convert import stamp as stamp
 from .convert import to_dense as to_dense
 from .cost import roofline_s as roofline_s
@@ -56,6 +57,8 @@ from .pipeline import quantize_checkpoint as quantize_checkpoint
 from .pipeline import report_checkpoint as report_checkpoint
 from .pipeline import sweep_checkpoint as sweep_checkpoint
 from .pipeline import thin_checkpoint as thin_checkpoint
+from .presets import Preset as Preset
+from .presets import presets as presets
 from .quantize import quantize as quantize
 from .select import DynKMass as DynKMass
 from .select import DynKMax as DynKMax

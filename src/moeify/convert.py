@@ -7,7 +7,7 @@ FFN. Names and shapes of the model's own parameters do not change: a converted c
 router tensors (decision D2).
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, cast
@@ -20,6 +20,7 @@ from ._random import seeded
 from .channels import CHILD, SparseInput, attach_channels, detach_channels, sparse_inputs
 from .errors import CheckpointError, ConfigError, UnsupportedModelError
 from .layers import MoEFFN, MoEProjection, attach, detach, moe_layers
+from .presets import Preset, check_presets, presets, store, with_rules_of
 from .routers import NormRouterConfig, RouterConfig, build_router, check_router
 from .select import RuleConfig, Threshold
 from .sites import (
@@ -164,6 +165,16 @@ class Manifest:
     """Linear layers that skip input channels, in module order."""
     projections: tuple[ProjectionRecord, ...] = field(default=(), metadata=_config.LATER)
     """Linear layers that were replaced by MLPs, in module order; then no equal dense checkpoint exists (decision D2)."""
+    presets: tuple[Preset, ...] = field(default=(), metadata=_config.LATER)
+    """Named operating points: rules of these layers, and what was measured with them."""
+
+    def __post_init__(self) -> None:
+        check_presets(self.presets, self.layer_names)
+
+    @property
+    def layer_names(self) -> list[str]:
+        """All layers that have a rule."""
+        return [record.site.name for record in self.sites] + [layer.site.name for layer in self.channels]
 
     @property
     def has_int8(self) -> bool:
@@ -444,6 +455,8 @@ def rebuild(model: nn.Module, manifest: Manifest) -> None:
         if layer.weights == "int8":
             quantize_linear(model.get_submodule(layer.site.name))
         attach_channels(model, SparseInput(layer.site, rule=layer.rule, first_dense=layer.first_dense))
+    if manifest.presets and hasattr(model, "config") and not store(model, manifest.presets):
+        cast(Any, model).config.quantization_config = {"quant_method": "moeify", **manifest.to_dict()}
 
 
 def check_levels(model: nn.Module, manifest: Manifest) -> None:
@@ -547,7 +560,35 @@ def manifest_of(model: nn.Module) -> Manifest:
         ),
         channels=tuple(_channel_record(model, m) for m in inputs.values()),
         projections=tuple(record_of(name, module) for name, module in replaced.items()),
+        presets=_presets_of(model, (*inputs, *layers)),
     )
+
+
+def _presets_of(model: nn.Module, layers: Iterable[str]) -> tuple[Preset, ...]:
+    """The presets in the model's config, without layers that the model has no more."""
+    names = {name: name for name in layers}
+    found = (with_rules_of(preset, names) for preset in presets(model).values())
+    return tuple(preset for preset in found if preset is not None)
+
+
+def set_presets(model: nn.Module, kept: Iterable[Preset]) -> None:
+    """Give a model these presets in the place of those it has; ``save_pretrained`` writes them.
+
+    Args:
+        model: converted or thinned model with a ``config``, which keeps them.
+        kept: the presets, in the order in which they are to be listed.
+
+    Raises:
+        ConfigError: two of one name, a rule for a layer that the model has not, too many, or nowhere to keep them.
+        UnsupportedModelError: the model is dense.
+    """
+    kept = tuple(kept)
+    if not hasattr(model, "config"):
+        raise ConfigError(f"{type(model).__name__} has no config to keep presets in; set rules by set_rule(model, preset.rules).")
+    check_presets(kept, (*sparse_inputs(model), *moe_layers(model)))
+    if not store(model, kept):
+        stamp(model)
+        store(model, kept)
 
 
 def _channel_record(model: nn.Module, executor: SparseInput) -> ChannelRecord:

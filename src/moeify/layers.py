@@ -42,6 +42,7 @@ from .kernels.cpu_neurons import LowRankWeights, NeuronRouterWeights, RoutedNeur
 from .kernels.linear import IMPLS as LINEAR_IMPLS
 from .kernels.plan import neuron_mask, straight_through
 from .kernels.routed_op import routed_ffn
+from .presets import find_preset
 from .routers import GateRouter, LowRankRouter, NormRouter, OracleRouter, Router
 from .select import RULES, Rule
 from .sites import FFNSite, FFNWeights, expert_bounds, has_int8, in_decoder, not_plain_reason, site_weights, store_by_neuron, token_mask_of
@@ -671,21 +672,78 @@ def set_mode(model: nn.Module, mode: Mode) -> None:
         layer.mode = mode
 
 
-def set_rule(model: nn.Module, rule: Rule | Mapping[str, Rule]) -> None:
-    """Set the selection rule of every MoE layer, or of the named ones; ``save_pretrained`` writes it.
+class SetRules:
+    """What `set_rule` returns. The rules are set already; used with ``with``, the earlier ones come back when the block ends."""
+
+    def __init__(self, model: nn.Module, rules: Mapping[str, Rule], before: Mapping[str, Rule]) -> None:
+        self.model = model
+        self.rules = dict(rules)
+        """What was set, by layer."""
+        self.before = dict(before)
+        """What the same layers had until then."""
+
+    def restore(self) -> None:
+        """Put back what the layers had before, in the model and in the manifest in its config; layers that are gone are left out."""
+        _put_rules(self.model, self.before)
+
+    def __enter__(self) -> "SetRules":
+        _put_rules(self.model, self.rules)  # nothing new the first time; a handle that is used again sets its rules again
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.restore()
+
+
+def set_rule(model: nn.Module, rule: Rule | Mapping[str, Rule] | str) -> SetRules:
+    """Set the selection rule of every MoE layer, or of the named ones, or what a preset says; ``save_pretrained`` writes it.
+
+    At once, and until another call; or for a ``with`` block, after which the layers have the rules from before again, nested as deep as
+    wanted. Rules are the model's: threads that share it share them.
+
+        moeify.set_rule(model, "fast")
+        with moeify.set_rule(model, "quality"):
+            model.generate(**inputs)
 
     Linear layers that skip channels have rules, too, on ``|x| / level``: ``Threshold(theta)`` multiplies their levels by theta. A mapping
-    may name them; a rule for all goes to them where the model has no MoE layer.
+    or a preset may name them; a rule for all goes to them where the model has no MoE layer.
+
+    Args:
+        model: converted or thinned model; a part of one has its own layers set.
+        rule: one for all, one for each named layer, or the name of a preset (`moeify.presets`).
+
+    Returns:
+        A handle that, used with ``with`` or by ``restore()``, puts back the rules that the layers had before this call.
 
     Raises:
-        ConfigError: a name is neither a MoE layer of the model nor a layer that skips channels.
+        ConfigError: a name is neither a MoE layer of the model nor a layer that skips channels; or there is no such preset. Nothing has
+            been changed then.
     """
-    layers: dict[str, MoEFFN | SparseInput] = {**sparse_inputs(model), **moe_layers(model)}
-    rules = rule if isinstance(rule, Mapping) else dict.fromkeys(moe_layers(model) or layers, rule)
+    layers = _ruled_layers(model)
+    rules: Mapping[str, Rule]
+    if isinstance(rule, str):
+        preset = find_preset(model, rule)
+        rules = {name: one for name, one in preset.rules.items() if name in layers}
+        if not rules:
+            raise ConfigError(f"preset {rule!r} is for other layers than this {type(model).__name__} has: {', '.join(preset.rules)}.")
+    else:
+        rules = rule if isinstance(rule, Mapping) else dict.fromkeys(moe_layers(model) or layers, rule)
     if unknown := set(rules) - set(layers):
         raise ConfigError(f"no MoE layer {min(unknown)!r} in this model; layers: {', '.join(layers)}.")
+    before = {name: layers[name].rule for name in rules}
+    _put_rules(model, rules)
+    return SetRules(model, rules, before)
+
+
+def _ruled_layers(model: nn.Module) -> dict[str, MoEFFN | SparseInput]:
+    return {**sparse_inputs(model), **moe_layers(model)}
+
+
+def _put_rules(model: nn.Module, rules: Mapping[str, Rule]) -> None:
+    """The rules at those of the named layers that the model has, and what its config says of them."""
+    layers = _ruled_layers(model)
     for name, one in rules.items():
-        layers[name].rule = one
+        if name in layers:
+            layers[name].rule = one
     # What `convert` wrote into the config; of a model from from_pretrained it is an object, which asks the model when it is saved.
     stored = getattr(getattr(model, "config", None), "quantization_config", None)
     for record in (*stored["sites"], *stored.get("channels", ())) if isinstance(stored, dict) else ():

@@ -20,8 +20,9 @@ from moeify.data import AugmentConfig, DataConfig
 from moeify.errors import CheckpointError, ConfigError, DataError
 from moeify.evaluate.sweep import Curve, CurvePoint, DenseQuality
 from moeify.pipeline import CalibrationConfig
+from moeify.presets import Preset
 from moeify.routers import ROUTERS
-from moeify.select import RULES
+from moeify.select import RULES, Threshold, TopK
 from moeify.sites import FFNSite, ProjectionPart, ProjectionRecord
 from moeify.sparsity.profile import ActivationProfile
 from moeify.split import SPLITS
@@ -44,6 +45,7 @@ UNTAGGED = [
     AugmentConfig,
     TrainConfig,
     DistillConfig,
+    Preset,
 ]
 
 finite = st.floats(allow_nan=False, allow_infinity=False)
@@ -83,7 +85,12 @@ projections = st.sampled_from(
     ]
 )
 SPECIAL = {
-    Manifest: {"schema": st.integers(1, SCHEMA), "projections": st.lists(projections, max_size=2).map(tuple)},
+    Manifest: {"schema": st.integers(1, SCHEMA), "projections": st.lists(projections, max_size=2).map(tuple), "presets": st.just(())},
+    Preset: {  # within a manifest its layers must be there, too: tests/unit/test_presets.py
+        "name": st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,8}", fullmatch=True),
+        "rules": st.dictionaries(st.text(max_size=5), st.sampled_from([TopK(k=2), Threshold(theta=0.5)]), min_size=1, max_size=3),
+        "asked": st.dictionaries(st.text(max_size=5), finite, max_size=2),
+    },
     ConvertConfig: {"policy": policies},
     CurvePoint: dict.fromkeys(("value", "flops_fraction", "quality", "quality_ratio"), finite),
     DenseQuality: {"quality": finite},

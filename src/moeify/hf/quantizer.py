@@ -21,6 +21,7 @@ from ..channels import CHILD, lay_out_channels, sparse_inputs
 from ..convert import ChannelRecord, Manifest, SiteRecord, check_levels, manifest_of, rebuild, rebuild_projections, to_dense
 from ..errors import CheckpointError
 from ..layers import moe_layers
+from ..presets import with_rules_of
 from ..sites import FFNSite, ProjectionRecord, projection_mlps, replaced_projections
 from ..sites.int8 import Int8Linear
 from ..sparsity.activation import restore_activations
@@ -69,6 +70,9 @@ class MoeifyQuantizer(HfQuantizer):
     ) -> nn.Module:
         stored = self.quantization_config.manifest
         manifest = _resolve(model, stored)
+        self.quantization_config = MoeifyConfig(manifest)
+        if hasattr(model, "config"):  # its presets then name the layers of this class
+            model.config.quantization_config = self.quantization_config  # type: ignore[union-attr]
         rebuild_projections(model, manifest)
         restore_activations(model)
         rebuild(model, manifest)
@@ -85,7 +89,6 @@ class MoeifyQuantizer(HfQuantizer):
             )
             _check_own_tensors(model, checkpoint_files, is_whole=is_whole)
         self._int8_shapes = {name: module.weight.shape for name, module in model.named_modules() if isinstance(module, Int8Linear)}
-        self.quantization_config = MoeifyConfig(manifest)
         return model
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_: object) -> nn.Module:
@@ -165,10 +168,13 @@ def _resolve(model: nn.Module, manifest: Manifest) -> Manifest:
     channels: list[ChannelRecord] = []
     projections: list[ProjectionRecord] = []
     lost = []
+    names_now: dict[str, str] = {}
     records: list[_Record] = [*manifest.projections, *manifest.sites, *manifest.channels]
     for record in records:
         moved = (_moved(record, drop=drop, add=add) for drop, add in (("", ""), (prefix, ""), ("", prefix)))
         match = next((r for r in moved if r is not None and _place(r) in names), None)
+        if match is not None:
+            names_now[_name(record)] = _name(match)
         if match is None:
             lost.append(("FFN" if isinstance(record, SiteRecord) else "linear layer", _name(record)))
         elif isinstance(match, SiteRecord):
@@ -189,7 +195,8 @@ def _resolve(model: nn.Module, manifest: Manifest) -> Manifest:
             f"{type(model).__name__} has no place for {len(lost)} layers of the checkpoint: {', '.join(name for _, name in lost)}.",
             stacklevel=2,
         )
-    return replace(manifest, sites=tuple(found), channels=tuple(channels), projections=tuple(projections))
+    presets = [renamed for preset in manifest.presets if (renamed := with_rules_of(preset, names_now)) is not None]
+    return replace(manifest, sites=tuple(found), channels=tuple(channels), projections=tuple(projections), presets=tuple(presets))
 
 
 def _name(record: _Record) -> str:

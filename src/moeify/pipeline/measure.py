@@ -403,7 +403,7 @@ def _identity(model: nn.Module, calibration: KnobRecord) -> dict[str, Any]:
     """All of a model that decides what a point measures."""
     levels = {name: executor.level_K for name, executor in sparse_inputs(model).items()}
     weights = {"weights": weights_checksum(model), **({"levels": fingerprint([levels])} if levels else {})}
-    return {**weights, **manifest_of(model).to_dict(), **_config.to_dict(calibration)}
+    return {**weights, **replace(manifest_of(model), presets=()).to_dict(), **_config.to_dict(calibration)}
 
 
 def _own_rule(directory: Path) -> tuple[type[Rule], set[str]]:
