@@ -27,6 +27,7 @@ from .errors import ConfigError, MoeifyError, StoppedError, is_out_of_memory
 from .pipeline import METHODS, STAGES, TASKS, CalibrationConfig, ChannelMethod, NeuronConfig, ProjectionsConfig
 from .routers import ROUTERS, GateRouterConfig, LowRankRouterConfig, NormRouterConfig
 from .select import RULES, RuleConfig
+from .serving import ServeConfig
 from .sparsity import EnforcementConfig
 from .split import SPLITS
 from .thin import ThinConfig
@@ -651,6 +652,25 @@ def report(
     options: dict[str, Any] = {"batch_size": batch_size, "dtype": dtype, "device": device, "progress": make_progress()}
     curves = _named_paths(compare or [], option="--compare", taken=directory.name)
     return report_checkpoint(directory, curve=curve, out=out, request=request, compare=curves, within=within, targets=fractions, **options)
+
+
+@command()
+@takes("config", ServeConfig, skip=("presets",))
+def serve(
+    directory: Annotated[Path, typer.Argument(help="Folder of a converted, thinned or dense language model with its tokenizer.")],
+    *,
+    config: ServeConfig,
+    preset: Annotated[list[str] | None, typer.Option(help=" ".join(_config.field_docs(ServeConfig)["presets"].split()))] = None,
+    dtype: Annotated[
+        str, typer.Option(metavar="auto|float32|bfloat16|float16", help="Type of the weights; auto keeps the checkpoint's.")
+    ] = "auto",
+    device: Device = "cpu",
+) -> Any:
+    """Serve a model with an OpenAI-compatible API; requests name a preset as NAME@PRESET or in the field moeify_preset."""
+    from .serving.app import serve as run_server
+
+    config = dataclasses.replace(config, presets=tuple(preset or ()))
+    run_server(directory, config, device=device, dtype=dtype, say=lambda line: print(line, file=sys.stderr, flush=True))
 
 
 @command()

@@ -27,46 +27,23 @@ from typing import Any
 
 from torch import nn
 
+from .. import _config
 from .._config import did_you_mean
 from ..errors import CheckpointError, ConfigError, MoeifyError
 from ..hf.checkpoint import model_class
-from .presets import DEFAULT, Presets
+from ..pipeline.names import torch_device, torch_dtype
+from ..presets import presets as presets_of
+from .config import ServeConfig
+from .rules import PresetRules
+
+DEFAULT = "default"
+"""The preset of the rules that the checkpoint was saved with."""
 
 _HEADER = "x-moeify-preset"
 _HANDLERS = ("_chat_handler", "_completion_handler", "_response_handler", "_systemone_handler")
 _GRACE_S = 10
 """Seconds that requests in flight have to finish after a signal."""
 _PRESET: contextvars.ContextVar[str | None] = contextvars.ContextVar("moeify_preset", default=None)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ServeConfig:
-    """How a model is served."""
-
-    host: str = "127.0.0.1"
-    """Address to listen on. Anything but this machine's own makes the server, which knows no passwords, everybody's."""
-    port: int = 8000
-    """Port to listen on; 0 takes a free one and says which."""
-    presets: tuple[str, ...] = ()
-    """Presets of the checkpoint that requests may name, the first for requests that name none; none given: all of them, and the
-    checkpoint's own rules for requests that name none."""
-    continuous_batching: bool = False
-    """Run requests in one packed batch, each with its own preset, instead of one after the other."""
-    cb_block_size: int | None = None
-    """Tokens of a block of the packed batches' cache; none: as transformers chooses."""
-    cb_num_blocks: int | None = None
-    """Blocks of that cache; none: as transformers chooses."""
-    cb_max_batch_tokens: int | None = None
-    """Most tokens of a packed batch; none: as transformers chooses."""
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.port <= 65535:
-            raise ConfigError(f"port must be in [0, 65535], got {self.port}.")
-        if len(set(self.presets)) < len(self.presets):
-            raise ConfigError(f"presets name {next(p for p in self.presets if self.presets.count(p) > 1)!r} twice.")
-        for name in ("cb_block_size", "cb_num_blocks", "cb_max_batch_tokens"):
-            if (value := getattr(self, name)) is not None and (value < 1 or not self.continuous_batching):
-                raise ConfigError(f"{name} must be at least 1 and is for continuous_batching, got {value}.")
 
 
 @dataclass(kw_only=True)
@@ -89,12 +66,12 @@ def build(directory: str | os.PathLike[str], config: ServeConfig, *, device: str
     Args:
         directory: checkpoint of a language model with its tokenizer: converted, thinned or dense.
         config: see its fields; host and port are not used.
-        device: "cpu", "cuda", "cuda:1", or "auto".
+        device: "cpu", "cuda" or "cuda:1".
         dtype: of the weights; "auto" as the checkpoint has them.
 
     Raises:
         CheckpointError: nothing that can be served is there; as `moeify.load_model`.
-        ConfigError: a preset that the checkpoint has not.
+        ConfigError: a preset that the checkpoint has not, an unknown device or type.
         MoeifyError: packages are missing, or this transformers serves in a way that is not known here.
     """
     path = Path(directory).expanduser()
@@ -105,6 +82,9 @@ def build(directory: str | os.PathLike[str], config: ServeConfig, *, device: str
     cls = model_class(path)
     if not (hasattr(cls, "can_generate") and cls.can_generate()):
         raise CheckpointError(f"'{directory}' holds a {cls.__name__}, which generates no text; serve a language model.")
+    torch_device(device)
+    if dtype != "auto":
+        torch_dtype(dtype)
     serve_class = _serve_class()
     options = {key: value for key, value in vars(config).items() if key.startswith("cb_")}
     try:
@@ -230,8 +210,11 @@ def _with_presets(serve: Any, path: Path, config: ServeConfig) -> Served:
             raise MoeifyError(_unknown_version(transformers.__version__, f"{type(owner).__name__}.{name}"))
 
     model = next(iter(manager.loaded_models.values())).model
-    presets, default = _presets_of(model, config.presets)
-    runner = _Runner(model, presets, state, default)
+    stored = {DEFAULT: {}} | {name: preset.rules for name, preset in presets_of(model).items()}
+    chosen = {name: _config.lookup(stored, name, where="presets") for name in config.presets} or stored
+    default = next(iter(chosen))
+    rules = PresetRules(model, chosen)
+    runner = _Runner(model, rules, state, default)
 
     class PresetManager(GenerateManager):  # type: ignore[misc]
         """Runs one request at a time, each under its preset's rules: the one thread that runs the model sets them."""
@@ -242,8 +225,13 @@ def _with_presets(serve: Any, path: Path, config: ServeConfig) -> Served:
         def async_submit(self, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             return super().async_submit(runner.under_preset(fn), *args, **kwargs)
 
-    if config.continuous_batching and presets.depend_on_batch:
+    options: dict[str, Any] = {}
+    if config.continuous_batching and rules.depend_on_batch:
         options = {"allow_block_sharing": False, "use_async_batching": False, "use_cuda_graph": False}
+    if config.continuous_batching and model.device.type == "cpu" and config.cb_num_blocks is None:
+        options |= {"block_size": config.cb_block_size or 32, "max_batch_tokens": config.cb_max_batch_tokens or 256}
+        options["num_blocks"] = max(1, _cpu_cache_tokens(model) // options["block_size"])
+    if options:
         state._cb_config = _cb_config(state._cb_config, options)
     original, sequential = state.get_manager, {}  # type: ignore[var-annotated]
 
@@ -257,11 +245,10 @@ def _with_presets(serve: Any, path: Path, config: ServeConfig) -> Served:
     state.get_manager = get_manager
     # Two folders of one name are told apart by the path, which the server knows it by, too.
     names = tuple(dict.fromkeys((path.resolve().name, str(path))))
-    chosen = config.presets or presets.names
 
     def choose(body: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
         try:
-            preset = requested_preset(body, names=names, presets=chosen, default=default)
+            preset = requested_preset(body, names=names, presets=tuple(chosen), default=default)
         except ConfigError as error:
             raise HTTPException(status_code=400, detail=str(error)) from error
         return {**{k: v for k, v in body.items() if k != "moeify_preset"}, "model": str(path)}, preset
@@ -288,7 +275,7 @@ def _with_presets(serve: Any, path: Path, config: ServeConfig) -> Served:
     app.get("/v1/models")(list_models)
     app.post("/load_model")(closed)
     app.post("/reset")(closed)
-    return Served(app=app, names=names, presets=tuple(dict.fromkeys((default, *chosen))), stop=runner.stop)
+    return Served(app=app, names=names, presets=tuple(chosen), stop=runner.stop)
 
 
 def requested_preset(body: Mapping[str, Any], *, names: Sequence[str], presets: Sequence[str], default: str) -> str:
@@ -330,8 +317,8 @@ class _Stopping(Exception):  # noqa: N818 - not an error: the server ends
 class _Runner:
     """Puts rules in place, on the thread that is about to run the model."""
 
-    def __init__(self, model: nn.Module, presets: Presets, state: Any, default: str) -> None:
-        self._presets, self._state, self._default = presets, state, default
+    def __init__(self, model: nn.Module, rules: PresetRules, state: Any, default: str) -> None:
+        self._rules, self._state, self._default = rules, state, default
         self._is_stopping = False
         model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
 
@@ -340,7 +327,7 @@ class _Runner:
         preset = _PRESET.get() or self._default
 
         def run(*args: Any, **kwargs: Any) -> Any:
-            self._presets.apply(preset)
+            self._rules.apply(preset)
             return fn(*args, **kwargs)
 
         return run
@@ -351,7 +338,7 @@ class _Runner:
         packed = self._packed()
         if packed is not None and packed.is_running():
             packed.stop(block=True, timeout=_GRACE_S, hard_stop=True)
-        self._state.shutdown()
+        self._rules.restore()
 
     def _packed(self) -> Any:
         """transformers' manager of packed batches, where one runs."""
@@ -361,11 +348,11 @@ class _Runner:
         if self._is_stopping:
             raise _Stopping("the server is stopping")
         packed = self._packed()
-        if packed is None or not self._presets.depend_on_batch:
+        if packed is None or not self._rules.depend_on_batch:
             return
         batch = packed.batch_processor.inputs_and_outputs.requests_in_batch
         requests = [(_preset_of(entry.state.request_id) or self._default, entry.query_length) for entry in batch]
-        self._presets.apply_batch(requests, kwargs["position_ids"].reshape(-1))
+        self._rules.apply_batch(requests, kwargs["position_ids"].reshape(-1))
 
 
 def _preset_of(request_id: str) -> str:
@@ -394,10 +381,13 @@ def _handle(
     return handle_request
 
 
-def _presets_of(model: nn.Module, wanted: Sequence[str]) -> tuple[Presets, str]:
-    """The model's presets, those that may be named only; and which is the default."""
-    stored: dict[str, Any] = {}
-    return Presets(model, stored), DEFAULT
+def _cpu_cache_tokens(model: Any) -> int:
+    """Tokens of the packed batches' cache on a CPU, where transformers would take nearly all memory that is free: a GiB, 65536 at most."""
+    text = model.config.get_text_config()
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    token_bytes = 2 * text.num_hidden_layers * heads * head_dim * model.dtype.itemsize
+    return int(min(2**16, 2**30 // token_bytes))
 
 
 def _cb_config(given: Any, options: Mapping[str, Any]) -> Any:

@@ -2,69 +2,42 @@
 
 Letters: T tokens of one forward.
 
-One request at a time (`Presets.apply`): its rules are put in place before it runs, on the thread that runs the model. Many in one packed
-batch (`Presets.apply_batch`): where all have the same preset likewise, else every token gets its request's rules (`moeify.select.PerToken`).
+One request at a time (`PresetRules.apply`): its rules are put in place before it runs, on the thread that runs the model. Many in one packed
+batch (`PresetRules.apply_batch`): where all have the same preset likewise, else every token gets its request's rules (`moeify.select.PerToken`).
 Nothing is copied, and rules read one token at a time, so what a request gets does not depend on who is served beside it.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from .._config import did_you_mean
 from ..channels import SparseInput, sparse_inputs
-from ..errors import ConfigError
 from ..layers import MoEFFN, moe_layers
 from ..select import PerToken, Rule
 
-DEFAULT = "default"
-"""The preset of requests that name none: the rules that the checkpoint was saved with."""
-
-
-class Presets:
+class PresetRules:
     """The rules of every layer of one model, by preset.
 
     Not for several threads at once: whoever runs the model sets its rules.
 
     Args:
         model: converted, thinned or dense model; of a dense one there is nothing to choose.
-        rules: preset's name -> layer's name -> rule; layers that a preset does not name keep the rule that they have.
-
-    Raises:
-        ConfigError: a preset names a layer that the model has not.
+        presets: preset's name -> layer's name -> rule; layers that a preset does not name keep the rule that they have.
     """
 
-    def __init__(self, model: nn.Module, rules: Mapping[str, Mapping[str, Rule]]) -> None:
+    def __init__(self, model: nn.Module, presets: Mapping[str, Mapping[str, Rule]]) -> None:
         self._layers: dict[str, MoEFFN | SparseInput] = {**sparse_inputs(model), **moe_layers(model)}
-        own = {name: layer.rule for name, layer in self._layers.items()}
-        for preset, named in rules.items():
-            if unknown := set(named) - set(own):
-                raise ConfigError(f"the preset {preset!r} names the layer {min(unknown)!r}, which this model has not.")
-        self._rules = {DEFAULT: own} | {preset: {**own, **named} for preset, named in rules.items()}
-        self._current: str | None = DEFAULT
+        self._own = {name: layer.rule for name, layer in self._layers.items()}
+        self._rules = {preset: {**self._own, **named} for preset, named in presets.items()}
+        self._current: str | None = None
         self._has_starts = any(layer.first_dense for layer in self._layers.values() if isinstance(layer, SparseInput))
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """What a request may name, the default first."""
-        return tuple(self._rules)
 
     @property
     def depend_on_batch(self) -> bool:
         """Whether a packed batch must be looked at before it runs: for presets, or for tokens at the start of a sequence."""
         return bool(self._layers) and (len(self._rules) > 1 or self._has_starts)
-
-    def check(self, name: str) -> str:
-        """The name.
-
-        Raises:
-            ConfigError: there is no such preset; names the nearest.
-        """
-        if name not in self._rules:
-            raise ConfigError(f"unknown preset {name!r}{did_you_mean(name, self._rules)}")
-        return name
 
     def apply(self, name: str) -> None:
         """Put the rules of one preset in place."""
@@ -107,8 +80,8 @@ class Presets:
 
     def restore(self) -> None:
         """Leave the model as it was."""
-        self._put(self._rules[DEFAULT].__getitem__)
-        self._current = DEFAULT
+        self._put(self._own.__getitem__)
+        self._current = None
         for layer in self._layers.values():
             if isinstance(layer, SparseInput):
                 layer.start_T = None
