@@ -673,6 +673,53 @@ def serve(
     run_server(directory, config, device=device, dtype=dtype, say=lambda line: print(line, file=sys.stderr, flush=True))
 
 
+def _evaluation_text(record: Mapping[str, Any]) -> Any:
+    """Tasks down, modes across, the cost below: without the checksums and versions."""
+    modes = list(record["results"])
+    metrics: dict[str, dict[str, Any]] = {}
+    for mode in modes:
+        for name, found in record["results"][mode].items():
+            for metric, value in found.items():
+                metrics.setdefault(name, {})[metric if metric == "examples" or len(modes) == 1 else f"{metric} ({mode})"] = value
+    return {**metrics, "cost": {key: value for key, value in record["cost"].items() if value is not None}}
+
+
+@command(text=_evaluation_text)
+def eval(
+    directory: Annotated[Path, typer.Argument(help="Folder of a converted, thinned or dense language model with its tokenizer.")],
+    *,
+    tasks: Annotated[
+        str, typer.Option(metavar="NAMES|FILES|FOLDER", help="Tasks, a,b,c: names of lm-eval's own, .yaml files, .jsonl or .parquet questions.")
+    ],
+    preset: Annotated[str | None, typer.Option(help="Preset of the checkpoint; by default its own rules.")] = None,
+    dense: Annotated[bool, typer.Option("--dense", help="Evaluate the dense mode beside it.")] = False,
+    limit: Annotated[int | None, typer.Option(min=1, help="Most examples of each task.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Sequences per forward; above 1 padding counts in the active fraction.")] = 1,
+    trust_tasks: Annotated[
+        bool, typer.Option("--trust-tasks", help="Let task files run Python code (!function) and any template; read them first.")
+    ] = False,
+    dtype: DType = "float32",
+    device: Device = "cpu",
+    out: Annotated[Path | None, typer.Option(help="Where to write the result as JSON.")] = None,
+) -> Any:
+    """Evaluate a model with lm-evaluation-harness, offline, with what it cost beside the results."""
+    from .pipeline.harness import evaluate_checkpoint
+
+    return evaluate_checkpoint(
+        directory,
+        tasks=tasks.split(","),
+        preset=preset,
+        dense=dense,
+        limit=limit,
+        batch_size=batch_size,
+        trust_tasks=trust_tasks,
+        dtype=dtype,
+        device=device,
+        out=out,
+        progress=make_progress(),
+    )
+
+
 @command()
 def doctor() -> Any:
     """Show versions, processor, kernels (chosen or refused, and why), extras and caches."""
