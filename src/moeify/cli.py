@@ -673,15 +673,23 @@ def serve(
     run_server(directory, config, device=device, dtype=dtype, say=lambda line: print(line, file=sys.stderr, flush=True))
 
 
-def _evaluation_text(record: Mapping[str, Any]) -> Any:
-    """Tasks down, modes across, the cost below: without the checksums and versions."""
+def _evaluation_text(record: Mapping[str, Any]) -> str:
+    """A table, tasks down and modes across, and the cost below: without the checksums and versions."""
+    import io
+
+    from rich.console import Console
+    from rich.table import Table
+
     modes = list(record["results"])
-    metrics: dict[str, dict[str, Any]] = {}
-    for mode in modes:
-        for name, found in record["results"][mode].items():
-            for metric, value in found.items():
-                metrics.setdefault(name, {})[metric if metric == "examples" or len(modes) == 1 else f"{metric} ({mode})"] = value
-    return {**metrics, "cost": {key: value for key, value in record["cost"].items() if value is not None}}
+    table = Table("task", "metric", *modes, "examples")
+    for name, found in record["results"][modes[0]].items():
+        for metric in (key for key in found if key != "examples"):
+            cells = [f"{record['results'][mode][name][metric]:.4g}" for mode in modes]
+            table.add_row(name, metric, *cells, str(found["examples"]))
+    text = io.StringIO()
+    Console(file=text, width=100).print(table)
+    cost = ", ".join(f"{key} {value:.4g}" for key, value in record["cost"].items() if value is not None)
+    return text.getvalue() + (f"of dense, while evaluating: {cost}" if cost else "a dense model: nothing is skipped")
 
 
 @command(text=_evaluation_text)
@@ -689,7 +697,8 @@ def eval(
     directory: Annotated[Path, typer.Argument(help="Folder of a converted, thinned or dense language model with its tokenizer.")],
     *,
     tasks: Annotated[
-        str, typer.Option(metavar="NAMES|FILES|FOLDER", help="Tasks, a,b,c: names of lm-eval's own, .yaml files, .jsonl or .parquet questions.")
+        str,
+        typer.Option(metavar="NAMES|FILES|FOLDER", help="Tasks, a,b,c: names of lm-eval's own, .yaml files, .jsonl or .parquet questions."),
     ],
     preset: Annotated[str | None, typer.Option(help="Preset of the checkpoint; by default its own rules.")] = None,
     dense: Annotated[bool, typer.Option("--dense", help="Evaluate the dense mode beside it.")] = False,

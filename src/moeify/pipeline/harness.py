@@ -9,6 +9,7 @@ import hashlib
 import importlib
 import importlib.metadata
 import json
+import logging
 import os
 import sys
 import tempfile
@@ -159,7 +160,7 @@ def find_tasks(tasks: Sequence[str]) -> tuple[list[Path], list[str]]:
     """
     files: list[Path] = []
     names = []
-    for entry in (task.strip() for task in tasks):
+    for entry in filter(None, (task.strip() for task in tasks)):
         path = Path(entry).expanduser()
         if path.is_dir():
             inside = sorted(p for p in path.iterdir() if p.suffix in (*_DATA, *_YAML) and not p.name.startswith(("_", ".")))
@@ -170,7 +171,7 @@ def find_tasks(tasks: Sequence[str]) -> tuple[list[Path], list[str]]:
             if path.suffix not in (*_DATA, *_YAML) or not path.is_file():
                 raise DataError(f"'{entry}' is no file of tasks ({', '.join((*_YAML, *_DATA))}) and no folder.")
             files.append(path)
-        elif entry:
+        else:
             names.append(entry)
     if not files and not names:
         raise ConfigError("--tasks names no task; give a folder, files, or names of lm-eval's tasks.")
@@ -256,7 +257,7 @@ def _read_yaml(path: Path, *, trust: bool, seen: tuple[Path, ...]) -> dict[str, 
 
     Loader.add_constructor("!function", function)
     try:
-        config = yaml.load(path.read_text(encoding="utf-8"), Loader=Loader)  # noqa: S506 - a SafeLoader
+        config = yaml.load(path.read_text(encoding="utf-8"), Loader=Loader)
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
         raise DataError(f"'{path}' cannot be read as YAML: {' '.join(str(error).split())[:300]}") from error
     if not isinstance(config, dict):
@@ -282,12 +283,22 @@ def _check_installed() -> None:
 
 
 def _run(
-    model: Any, tokenizer: Any, configs: Mapping[Path, Mapping[str, Any]], names: Sequence[str], *, limit: int | None, batch_size: int, cache: Path
+    model: Any,
+    tokenizer: Any,
+    configs: Mapping[Path, Mapping[str, Any]],
+    names: Sequence[str],
+    *,
+    limit: int | None,
+    batch_size: int,
+    cache: Path,
 ) -> dict[str, Any]:
+    import datasets
     import lm_eval
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # tells of a model that is no name, and of folders without git
+    datasets.disable_progress_bars()
     tasks: list[Any] = [dict(config) for config in configs.values()]
     for config in tasks:
         config["dataset_kwargs"] = {"cache_dir": str(cache), **(config.get("dataset_kwargs") or {})}
@@ -364,4 +375,3 @@ def _sandboxed_templates() -> Iterator[None]:
         yield
     finally:
         utils.env = open_env
-

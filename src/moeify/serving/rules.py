@@ -2,9 +2,10 @@
 
 Letters: T tokens of one forward.
 
-One request at a time (`PresetRules.apply`): its rules are put in place before it runs, on the thread that runs the model. Many in one packed
-batch (`PresetRules.apply_batch`): where all have the same preset likewise, else every token gets its request's rules (`moeify.select.PerToken`).
-Nothing is copied, and rules read one token at a time, so what a request gets does not depend on who is served beside it.
+One request at a time (`PresetRules.apply`): its rules are put in place before it runs, on the thread that runs the model. Many in one
+packed batch (`PresetRules.apply_batch`): where all have the same preset likewise, else every token gets its request's rules
+(`moeify.select.PerToken`). Nothing is copied, and rules read one token at a time, so what a request gets does not depend on who is served
+beside it.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from ..channels import SparseInput, sparse_inputs
 from ..layers import MoEFFN, moe_layers
 from ..select import PerToken, Rule
+
 
 class PresetRules:
     """The rules of every layer of one model, by preset.

@@ -31,14 +31,22 @@ def other_layer(config):
         pytest.param(lambda c: first_site(c).update(num_experts=10**9), "'num_experts' is 1000000000; sizes are in", id="experts"),
         pytest.param(lambda c: first_site(c)["site"].update(d_ff=10**12), "'d_ff' is 1000000000000; sizes are in", id="neurons"),
         pytest.param(lambda c: first_site(c)["router"].update(width=10**9), "'width' is 1000000000; sizes are in", id="router"),
-        pytest.param(lambda c: first_site(c)["router"].update(width=2**24), "lacks .* router tensors|asks for, first", id="router within bounds"),
+        pytest.param(
+            lambda c: first_site(c)["router"].update(width=2**24), "lacks .* router tensors|asks for, first", id="router within bounds"
+        ),
         pytest.param(lambda c: first_site(c)["site"].update(d_ff=-1), "'d_ff' is -1; sizes are in", id="negative"),
         pytest.param(lambda c: first_site(c).update(always_on=[0] * (2**20 + 1)), "'always_on' has 1048577 entries", id="always on"),
         pytest.param(lambda c: first_site(c)["site"].update(name="x" * 5000), "'name' is a text of 5000 characters", id="name"),
         pytest.param(lambda c: first_site(c)["site"].update(d_out=31), "has 31 outputs, the model has 32", id="outputs"),
-        pytest.param(lambda c: first_site(c)["site"].update(activation="__import__"), "activation '__import__', which is not known", id="activation"),
+        pytest.param(
+            lambda c: first_site(c)["site"].update(activation="__import__"), "activation '__import__', which is not known", id="activation"
+        ),
         pytest.param(lambda c: first_site(c)["site"].update(down="__class__.mro"), "which this LlamaForCausalLM has not", id="attribute"),
-        pytest.param(lambda c: first_site(c)["site"].update(up="model.layers.0.mlp.forward"), "names 'model.layers.0.mlp.forward', which", id="method"),
+        pytest.param(
+            lambda c: first_site(c)["site"].update(up="model.layers.0.mlp.forward"),
+            "names 'model.layers.0.mlp.forward', which",
+            id="method",
+        ),
         pytest.param(other_layer, "has the projection 'model.layers.1.mlp.up_proj', which lies outside it", id="another layer's"),
     ],
 )

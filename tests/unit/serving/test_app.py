@@ -8,15 +8,16 @@ import sys
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
-import moeify
 import pytest
+from tiny import byte_tokenizer, convert_tiny, save_dense_tiny, tiny_llama
+from transformers import BertConfig, BertModel, LlamaForCausalLM
+
+import moeify
 from moeify.errors import CheckpointError, ConfigError, MoeifyError
 from moeify.presets import Preset
 from moeify.select import TopK
 from moeify.serving import ServeConfig
 from moeify.serving.app import build, is_loopback, requested_preset
-from tiny import byte_tokenizer, convert_tiny, save_dense_tiny, tiny_llama
-from transformers import BertConfig, BertModel, LlamaForCausalLM
 
 pytest.importorskip("fastapi")
 from starlette.testclient import TestClient
@@ -82,12 +83,16 @@ def test_each_request_gets_its_presets_text_whoever_is_served_beside_it(client, 
 def test_a_preset_by_a_field_without_a_model_and_streamed(client, texts):
     answer = complete(client, moeify_preset="fast", stream=True)
     chunks = [json.loads(line.removeprefix("data: ")) for line in answer.text.splitlines() if line.startswith("data: {")]
-    assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == texts["fast"].rstrip("\N{REPLACEMENT CHARACTER}"), "half a letter is held back"
+    assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == texts["fast"].rstrip("\N{REPLACEMENT CHARACTER}"), (
+        "half a letter is held back"
+    )
     assert chunks[-1]["choices"][0]["finish_reason"] == "length"
     # one id for two requests at once is the client's right
     same = {"headers": {"x-request-id": "mine"}, "json": {"prompt": PROMPT, "max_tokens": 12, "temperature": 0}}
     with ThreadPoolExecutor(max_workers=2) as pool:
-        asked = [pool.submit(client.post, "/v1/completions", **{**same, "json": {**same["json"], "model": m}}) for m in ("tiny", "tiny@fast")]
+        asked = [
+            pool.submit(client.post, "/v1/completions", **{**same, "json": {**same["json"], "model": m}}) for m in ("tiny", "tiny@fast")
+        ]
     assert [a.result().json()["choices"][0]["text"] for a in asked] == [texts["default"], texts["fast"]]
 
 
@@ -97,7 +102,10 @@ def test_a_preset_by_a_field_without_a_model_and_streamed(client, texts):
         ({"model": "tiny@fats"}, "unknown preset 'fats'; did you mean 'fast'?"),
         ({"moeify_preset": 3}, "moeify_preset must be the name of a preset, got 3."),
         ({"model": "gpt-5"}, "this server has the model 'tiny', not 'gpt-5'."),
-        ({"model": "tiny@fast", "moeify_preset": "balanced"}, "the model's name asks for the preset 'fast', moeify_preset for 'balanced'; name one."),
+        (
+            {"model": "tiny@fast", "moeify_preset": "balanced"},
+            "the model's name asks for the preset 'fast', moeify_preset for 'balanced'; name one.",
+        ),
     ],
 )
 def test_bad_requests_are_one_line(client, fields, message):
@@ -143,7 +151,11 @@ def test_what_cannot_be_served_is_refused(checkpoint, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"port": 70000}, "port"), ({"presets": ("a", "a")}, "'a' twice"), ({"cb_num_blocks": 4}, "cb_num_blocks must be at least 1 and is for")],
+    [
+        ({"port": 70000}, "port"),
+        ({"presets": ("a", "a")}, "'a' twice"),
+        ({"cb_num_blocks": 4}, "cb_num_blocks must be at least 1 and is for"),
+    ],
 )
 def test_options_out_of_range(options, message):
     with pytest.raises(ConfigError, match=message):
@@ -175,4 +187,3 @@ def test_a_real_server_says_where_it_listens_and_ends_at_sigterm(checkpoint, tex
         rest = server.stderr.read()
         assert server.wait(timeout=60) == 0, rest
     assert "Traceback" not in rest
-

@@ -1,14 +1,15 @@
 """Rules by preset: one at a time, and token by token in a packed batch."""
 
-import moeify
 import pytest
 import torch
+from tiny import convert_tiny, tiny_inputs, tiny_llama
+from torch import Tensor
+
+import moeify
 from moeify.channels import sparse_inputs
 from moeify.layers import moe_layers
 from moeify.select import PerToken, Threshold, TopK
 from moeify.serving.rules import PresetRules
-from tiny import convert_tiny, tiny_inputs, tiny_llama
-from torch import Tensor
 
 FIRST, SECOND = "model.layers.0.mlp", "model.layers.1.mlp"
 
