@@ -428,11 +428,11 @@ def rebuild(model: nn.Module, manifest: Manifest) -> None:
     modules = {name for name, _ in model.named_modules()}
     for record in manifest.sites:
         site = record.site
-        _check_paths(model, modules, site.name, (*site.first, site.down), inside=site.name)
         try:
             weights = site_weights(model, site)
         except (AttributeError, UnsupportedModelError) as error:
             raise CheckpointError(f"manifest names '{site.name}', which this {type(model).__name__} has not: {error}") from error
+        _check_paths(model, modules, site.name, (*site.first, site.down), inside=site.name)
         found = (weights.num_neurons, weights.up_FD.shape[1])
         if found != (site.d_ff, site.d_model):
             raise CheckpointError(f"manifest says '{site.name}' has (F, D) = {(site.d_ff, site.d_model)}, the model has {found}.")
@@ -446,14 +446,14 @@ def rebuild(model: nn.Module, manifest: Manifest) -> None:
                 f"that is no split of {site.d_ff} neurons."
             )
     for layer in manifest.channels:
-        ffn = layer.site.ffn
-        _check_paths(model, modules, layer.site.name, () if ffn is None else (ffn.name, *ffn.first, ffn.down))
         try:
             shape = tuple(linear_weight(model.get_submodule(layer.site.name)).shape)
             for path in () if layer.site.ffn is None else (layer.site.ffn.name, *layer.site.ffn.first):
                 model.get_submodule(path)
         except AttributeError as error:
             raise CheckpointError(f"manifest names '{layer.site.name}', which this {type(model).__name__} has not: {error}") from error
+        ffn = layer.site.ffn
+        _check_paths(model, modules, layer.site.name, () if ffn is None else (ffn.name, *ffn.first, ffn.down))
         if shape != (layer.site.d_out, layer.site.d_in):
             raise CheckpointError(
                 f"manifest says '{layer.site.name}' has (N, K) = {(layer.site.d_out, layer.site.d_in)}, the model has {shape}."

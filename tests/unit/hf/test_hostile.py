@@ -44,7 +44,7 @@ def other_layer(config):
         pytest.param(lambda c: first_site(c)["site"].update(down="__class__.mro"), "which this LlamaForCausalLM has not", id="attribute"),
         pytest.param(
             lambda c: first_site(c)["site"].update(up="model.layers.0.mlp.forward"),
-            "names 'model.layers.0.mlp.forward', which",
+            "names 'model.layers.0.mlp', which this LlamaForCausalLM has not",
             id="method",
         ),
         pytest.param(other_layer, "has the projection 'model.layers.1.mlp.up_proj', which lies outside it", id="another layer's"),
