@@ -244,7 +244,7 @@ def _read_yaml(path: Path, *, trust: bool, seen: tuple[Path, ...]) -> dict[str, 
     if path.stat().st_size > _MOST_YAML:
         raise DataError(f"'{path}' is larger than a task's file ({_MOST_YAML} bytes).")
 
-    class Loader(yaml.SafeLoader):
+    class Loader(yaml.SafeLoader):  # type: ignore[misc]
         """YAML without Python objects; functions as lm-eval reads them where they are trusted."""
 
     def function(loader: Any, node: Any) -> Any:

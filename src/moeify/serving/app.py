@@ -33,6 +33,7 @@ from ..errors import CheckpointError, ConfigError, MoeifyError
 from ..hf.checkpoint import model_class
 from ..pipeline.names import torch_device, torch_dtype
 from ..presets import presets as presets_of
+from ..select import Rule
 from .config import ServeConfig
 from .rules import PresetRules
 
@@ -184,7 +185,7 @@ def _serve_class() -> type[Any]:
     if lacks:
         raise MoeifyError(_unknown_version(transformers.__version__, lacks[0]))
 
-    class Built(Serve):  # type: ignore[misc]
+    class Built(Serve):
         def start_server(self) -> None:
             """Not yet."""
 
@@ -210,13 +211,14 @@ def _with_presets(serve: Any, path: Path, config: ServeConfig) -> Served:
             raise MoeifyError(_unknown_version(transformers.__version__, f"{type(owner).__name__}.{name}"))
 
     model = next(iter(manager.loaded_models.values())).model
-    stored = {DEFAULT: {}} | {name: preset.rules for name, preset in presets_of(model).items()}
+    stored: dict[str, Mapping[str, Rule]] = {DEFAULT: {}}
+    stored |= {name: preset.rules for name, preset in presets_of(model).items()}
     chosen = {name: _config.lookup(stored, name, where="presets") for name in config.presets} or stored
     default = next(iter(chosen))
     rules = PresetRules(model, chosen)
     runner = _Runner(model, rules, state, default)
 
-    class PresetManager(GenerateManager):  # type: ignore[misc]
+    class PresetManager(GenerateManager):
         """Runs one request at a time, each under its preset's rules: the one thread that runs the model sets them."""
 
         def submit(self, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -233,7 +235,8 @@ def _with_presets(serve: Any, path: Path, config: ServeConfig) -> Served:
         options["num_blocks"] = max(1, _cpu_cache_tokens(model) // options["block_size"])
     if options:
         state._cb_config = _cb_config(state._cb_config, options)
-    original, sequential = state.get_manager, {}  # type: ignore[var-annotated]
+    original = state.get_manager
+    sequential: dict[str, Any] = {}
 
     def get_manager(model_id: str, use_cb: bool = False) -> Any:
         if use_cb:
