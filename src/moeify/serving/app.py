@@ -323,6 +323,7 @@ class _Runner:
     def __init__(self, model: nn.Module, rules: PresetRules, state: Any, default: str) -> None:
         self._rules, self._state, self._default = rules, state, default
         self._is_stopping = False
+        rules.apply(default)  # where it is the only one, nobody else does for packed batches
         model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
 
     def under_preset(self, fn: Callable[..., Any]) -> Callable[..., Any]:

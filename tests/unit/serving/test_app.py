@@ -119,6 +119,14 @@ def test_models_health_and_what_is_closed(client, monkeypatch):
     assert [client.post(path, json={"model": "gpt2"}).status_code for path in ("/load_model", "/reset")] == [403, 403]
 
 
+def test_a_server_of_one_preset_runs_it_for_everybody(checkpoint, texts):
+    served = build(checkpoint, ServeConfig(presets=("fast",), **PACKED))
+    with TestClient(served.app) as client:
+        assert complete(client).json()["choices"][0]["text"] == texts["fast"]
+        assert complete(client, model="tiny@default").status_code == 400
+    served.stop()
+
+
 def test_presets_that_may_be_named_and_their_default():
     ask = {"names": ("tiny", "/a/tiny"), "presets": ("fast",), "default": "fast"}
     assert requested_preset({}, **ask) == requested_preset({"model": "/a/tiny@main"}, **ask) == "fast"
@@ -171,19 +179,22 @@ def test_a_real_server_says_where_it_listens_and_ends_at_sigterm(checkpoint, tex
     command = [sys.executable, "-m", "moeify", "serve", str(checkpoint), "--port", "0", "--host", "0.0.0.0", "--preset", "fast"]
     environment = {**os.environ, "HF_HUB_CACHE": "/nonexistent/hub"}
     with subprocess.Popen([*command, "--continuous-batching"], stderr=subprocess.PIPE, text=True, env=environment) as server:
-        lines = []
-        for line in server.stderr:
-            lines.append(line)
-            if line.startswith("serving "):
-                break
-        assert lines[-1].startswith("serving tiny at http://0.0.0.0:"), lines
-        assert "no authentication, no TLS, no rate limits" in "".join(lines)
-        url = lines[-1].split()[3].rstrip(";").replace("0.0.0.0", "127.0.0.1")
-        assert json.load(urllib.request.urlopen(f"{url}/models", timeout=60))["data"][0]["id"] == "tiny"
-        body = json.dumps({"prompt": PROMPT, "max_tokens": 12, "temperature": 0}).encode()
-        request = urllib.request.Request(f"{url}/completions", data=body, headers={"content-type": "application/json"})
-        assert json.load(urllib.request.urlopen(request, timeout=60))["choices"][0]["text"] == texts["fast"]
-        server.send_signal(signal.SIGTERM)
-        rest = server.stderr.read()
-        assert server.wait(timeout=60) == 0, rest
+        try:
+            lines = []
+            for line in server.stderr:
+                lines.append(line)
+                if line.startswith("serving "):
+                    break
+            assert lines[-1].startswith("serving tiny at http://0.0.0.0:"), lines
+            assert "no authentication, no TLS, no rate limits" in "".join(lines)
+            url = lines[-1].split()[3].rstrip(";").replace("0.0.0.0", "127.0.0.1")
+            assert json.load(urllib.request.urlopen(f"{url}/models", timeout=60))["data"][0]["id"] == "tiny"
+            body = json.dumps({"prompt": PROMPT, "max_tokens": 12, "temperature": 0}).encode()
+            request = urllib.request.Request(f"{url}/completions", data=body, headers={"content-type": "application/json"})
+            assert json.load(urllib.request.urlopen(request, timeout=60))["choices"][0]["text"] == texts["fast"]
+            server.send_signal(signal.SIGTERM)
+            rest = server.stderr.read()
+            assert server.wait(timeout=60) == 0, rest
+        finally:
+            server.kill()  # where an assertion failed, nobody else ends it
     assert "Traceback" not in rest
