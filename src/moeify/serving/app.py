@@ -141,6 +141,7 @@ def serve(
         settings = uvicorn.Config(
             served.app, host=host, port=port, log_level="warning", access_log=False, timeout_graceful_shutdown=_GRACE_S
         )
+        listener.listen(128)  # so that whoever reads the line can connect
         say(f"serving {served.names[0]} at http://{bracketed}:{port}/v1; presets: {', '.join(served.presets)}.")
         with _caught_signals() as caught:
             try:
