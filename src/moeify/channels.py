@@ -35,7 +35,7 @@ from .kernels import cpu_linear
 from .kernels.cpu import ACTIVATIONS, is_recorded
 from .kernels.cpu_linear import LinearWeights, SparseGated, gated_refusal
 from .kernels.linear import call_objection, compiled_for, keeps, reads_rows, skip
-from .select import Rule, Threshold
+from .select import PerToken, Rule, Threshold
 from .sites import FFNSite, Int8DownLinear, LinearSite, linear_weight, not_plain_reason, store_by_input, token_mask_of
 
 _log = logging.getLogger(__name__)
@@ -107,6 +107,9 @@ class SparseInput(nn.Module):
         """The FFN whose layers may run as one, this one among them; `attach_channels` sets it."""
         self.positions: Positions | None = None
         """What knows where a forward's tokens stand; `attach_channels` sets it."""
+        self.start_T: Tensor | None = None
+        """In a batch of sequences packed into one: which of its tokens are within ``first_dense`` of their own sequence's start, empty if
+        none is. The packing's owner sets it, for one forward; None: the layer reads ``first_dense`` off the input's shape."""
         self._native: _Native | None = None
         self._scaled: tuple[float, Tensor, int, Tensor] | None = None
         self.register_buffer("level_K", torch.zeros(site.d_in, dtype=torch.float32))
@@ -118,10 +121,15 @@ class SparseInput(nn.Module):
         """Which channels of ``x`` (..., K) are kept; recorded if a recorder listens."""
         if isinstance(self.rule, Threshold):
             keep = keeps(x, self.levels())
+        elif isinstance(rule := cast(object, self.rule), PerToken):
+            x_TK = x.reshape(-1, x.shape[-1])
+            rule.check(len(x_TK))
+            keep = torch.empty(x_TK.shape, dtype=torch.bool, device=x.device)
+            for one, rows_N in rule.parts:
+                keep[rows_N] = self._keeps(one, x_TK[rows_N])
+            keep = keep.view(x.shape)
         else:
-            size = x.detach().abs().float()
-            ratio = torch.where(self.level_K > 0, size / self.level_K, math.inf)
-            keep = self.rule(ratio.reshape(-1, x.shape[-1])).view(x.shape)
+            keep = self._keeps(self.rule, x.reshape(-1, x.shape[-1])).view(x.shape)
         start = self._start(x)
         if isinstance(start, Tensor):
             keep = keep | start[..., None]
@@ -157,6 +165,8 @@ class SparseInput(nn.Module):
 
     def _start(self, x: Tensor) -> int | Tensor:
         """Tokens of ``x`` that keep all channels: so many at the beginning of each row, or a mask (B, S) or (1, S)."""
+        if self.start_T is not None:
+            return self.start_T[None] if self.start_T.numel() else 0
         if not self.first_dense or x.dim() != 3 or x.shape[1] == 1:
             return 0
         return self.first_dense if self.positions is None else self.positions.start(x.shape[1], self.first_dense)
@@ -164,6 +174,13 @@ class SparseInput(nn.Module):
     def _has_start(self, x: Tensor) -> bool:
         start = self._start(x)
         return isinstance(start, Tensor) or start > 0
+
+    def _keeps(self, rule: Rule, x_TK: Tensor) -> Tensor:
+        """Which channels one rule keeps of each token."""
+        if isinstance(rule, Threshold):
+            return keeps(x_TK, self.level_K if rule.theta == 1 else self.level_K * rule.theta)
+        ratio_TK = torch.where(self.level_K > 0, x_TK.detach().abs().float() / self.level_K, math.inf)
+        return rule(ratio_TK)
 
     def _forward(self, linear: nn.Module, x: Tensor) -> Tensor:
         if self.mode == "dense":

@@ -28,6 +28,7 @@ from .errors import ConfigError, MoeifyError, StoppedError, is_out_of_memory
 from .pipeline import METHODS, STAGES, TASKS, CalibrationConfig, ChannelMethod, NeuronConfig, ProjectionsConfig
 from .routers import ROUTERS, GateRouterConfig, LowRankRouterConfig, NormRouterConfig
 from .select import RULES, RuleConfig
+from .serving import ServeConfig
 from .sparsity import EnforcementConfig
 from .split import SPLITS
 from .thin import ThinConfig
@@ -757,6 +758,81 @@ def report(
     curves = _named_paths(compare or [], option="--compare", taken=directory.name)
     options["commands"] = [shlex.join(["moeify", *sys.argv[1:]])]
     return report_checkpoint(directory, curve=curve, out=out, request=request, compare=curves, within=within, targets=fractions, **options)
+
+
+@command()
+@takes("config", ServeConfig, skip=("presets",))
+def serve(
+    directory: Annotated[Path, typer.Argument(help="Folder of a converted, thinned or dense language model with its tokenizer.")],
+    *,
+    config: ServeConfig,
+    preset: Annotated[list[str] | None, typer.Option(help=" ".join(_config.field_docs(ServeConfig)["presets"].split()))] = None,
+    dtype: Annotated[
+        str, typer.Option(metavar="auto|float32|bfloat16|float16", help="Type of the weights; auto keeps the checkpoint's.")
+    ] = "auto",
+    device: Device = "cpu",
+) -> Any:
+    """Serve a model with an OpenAI-compatible API; requests name a preset as NAME@PRESET or in the field moeify_preset."""
+    from .serving.app import serve as run_server
+
+    config = dataclasses.replace(config, presets=tuple(preset or ()))
+    run_server(directory, config, device=device, dtype=dtype, say=lambda line: print(line, file=sys.stderr, flush=True))
+
+
+def _evaluation_text(record: Mapping[str, Any]) -> str:
+    """A table, tasks down and modes across, and the cost below: without the checksums and versions."""
+    import io
+
+    from rich.console import Console
+    from rich.table import Table
+
+    modes = list(record["results"])
+    table = Table("task", "metric", *modes, "examples")
+    for name, found in record["results"][modes[0]].items():
+        for metric in (key for key in found if key != "examples"):
+            cells = [f"{record['results'][mode][name][metric]:.4g}" for mode in modes]
+            table.add_row(name, metric, *cells, str(found["examples"]))
+    text = io.StringIO()
+    Console(file=text, width=100).print(table)
+    cost = ", ".join(f"{key} {value:.4g}" for key, value in record["cost"].items() if value is not None)
+    return text.getvalue() + (f"of dense, while evaluating: {cost}" if cost else "a dense model: nothing is skipped")
+
+
+@command(text=_evaluation_text)
+def eval(
+    directory: Annotated[Path, typer.Argument(help="Folder of a converted, thinned or dense language model with its tokenizer.")],
+    *,
+    tasks: Annotated[
+        str,
+        typer.Option(metavar="NAMES|FILES|FOLDER", help="Tasks, a,b,c: names of lm-eval's own, .yaml files, .jsonl or .parquet questions."),
+    ],
+    preset: Annotated[str | None, typer.Option(help="Preset of the checkpoint; by default its own rules.")] = None,
+    dense: Annotated[bool, typer.Option("--dense", help="Evaluate the dense mode beside it.")] = False,
+    limit: Annotated[int | None, typer.Option(min=1, help="Most examples of each task.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Sequences per forward; above 1 padding counts in the active fraction.")] = 1,
+    trust_tasks: Annotated[
+        bool, typer.Option("--trust-tasks", help="Let task files run Python code (!function) and any template; read them first.")
+    ] = False,
+    dtype: DType = "float32",
+    device: Device = "cpu",
+    out: Annotated[Path | None, typer.Option(help="Where to write the result as JSON.")] = None,
+) -> Any:
+    """Evaluate a model with lm-evaluation-harness, offline, with what it cost beside the results."""
+    from .pipeline.harness import evaluate_checkpoint
+
+    return evaluate_checkpoint(
+        directory,
+        tasks=tasks.split(","),
+        preset=preset,
+        dense=dense,
+        limit=limit,
+        batch_size=batch_size,
+        trust_tasks=trust_tasks,
+        dtype=dtype,
+        device=device,
+        out=out,
+        progress=make_progress(),
+    )
 
 
 @command()

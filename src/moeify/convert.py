@@ -7,7 +7,7 @@ FFN. Names and shapes of the model's own parameters do not change: a converted c
 router tensors (decision D2).
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, cast
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from . import _config
+from ._bounds import check_bounds
 from ._random import seeded
 from .channels import CHILD, SparseInput, attach_channels, detach_channels, sparse_inputs
 from .errors import CheckpointError, ConfigError, UnsupportedModelError
@@ -24,6 +25,7 @@ from .presets import Preset, check_presets, presets, store, with_rules_of
 from .routers import NormRouterConfig, RouterConfig, build_router, check_router
 from .select import RuleConfig, Threshold
 from .sites import (
+    ACTIVATIONS,
     FFNSite,
     FusedProjection,
     Int8Linear,
@@ -191,11 +193,12 @@ class Manifest:
         """Read a JSON value.
 
         Raises:
-            CheckpointError: newer schema, or anything that `_config.from_dict` refuses.
+            CheckpointError: newer schema, sizes out of bounds (`moeify._bounds`), or anything that `_config.from_dict` refuses.
         """
         schema = data.get("schema") if isinstance(data, Mapping) else None
         if isinstance(schema, int) and schema > SCHEMA:
             raise CheckpointError(f"{where}: schema {schema} is newer than this moeify reads (up to {SCHEMA}); upgrade moeify.")
+        check_bounds(data, where=where)
         try:
             return _config.from_dict(cls, data, where=where)
         except ConfigError as error:
@@ -422,15 +425,21 @@ def rebuild(model: nn.Module, manifest: Manifest) -> None:
         CheckpointError: a site or layer of the manifest is not in the model, or has other shapes.
     """
     rebuild_projections(model, manifest)
+    modules = {name for name, _ in model.named_modules()}
     for record in manifest.sites:
         site = record.site
         try:
             weights = site_weights(model, site)
         except (AttributeError, UnsupportedModelError) as error:
             raise CheckpointError(f"manifest names '{site.name}', which this {type(model).__name__} has not: {error}") from error
+        _check_paths(model, modules, site.name, (*site.first, site.down), inside=site.name)
         found = (weights.num_neurons, weights.up_FD.shape[1])
         if found != (site.d_ff, site.d_model):
             raise CheckpointError(f"manifest says '{site.name}' has (F, D) = {(site.d_ff, site.d_model)}, the model has {found}.")
+        if weights.down_FD.shape[1] != site.d_out:
+            raise CheckpointError(f"manifest says '{site.name}' has {site.d_out} outputs, the model has {weights.down_FD.shape[1]}.")
+        if site.activation not in ACTIVATIONS:
+            raise CheckpointError(f"manifest says '{site.name}' has the activation {site.activation!r}, which is not known.")
         if not 1 <= record.num_experts <= site.d_ff or any(not 0 <= e < record.num_experts for e in record.always_on):
             raise CheckpointError(
                 f"manifest says '{site.name}' has {record.num_experts} experts, of which {record.always_on} always run; "
@@ -443,6 +452,8 @@ def rebuild(model: nn.Module, manifest: Manifest) -> None:
                 model.get_submodule(path)
         except AttributeError as error:
             raise CheckpointError(f"manifest names '{layer.site.name}', which this {type(model).__name__} has not: {error}") from error
+        ffn = layer.site.ffn
+        _check_paths(model, modules, layer.site.name, () if ffn is None else (ffn.name, *ffn.first, ffn.down))
         if shape != (layer.site.d_out, layer.site.d_in):
             raise CheckpointError(
                 f"manifest says '{layer.site.name}' has (N, K) = {(layer.site.d_out, layer.site.d_in)}, the model has {shape}."
@@ -457,6 +468,15 @@ def rebuild(model: nn.Module, manifest: Manifest) -> None:
         attach_channels(model, SparseInput(layer.site, rule=layer.rule, first_dense=layer.first_dense))
     if manifest.presets and hasattr(model, "config") and not store(model, manifest.presets):
         cast(Any, model).config.quantization_config = {"quant_method": "moeify", **manifest.to_dict()}
+
+
+def _check_paths(model: nn.Module, modules: Container[str], name: str, paths: Sequence[str], *, inside: str | None = None) -> None:
+    """Refuse a record whose paths are not modules of this model, or not within its own host: attributes are followed by name."""
+    for path in (name, *paths):
+        if path not in modules:
+            raise CheckpointError(f"manifest names '{path[:200]}', which this {type(model).__name__} has not.")
+        if inside and path != inside and not path.startswith(f"{inside}."):
+            raise CheckpointError(f"manifest says '{name[:200]}' has the projection '{path[:200]}', which lies outside it.")
 
 
 def check_levels(model: nn.Module, manifest: Manifest) -> None:

@@ -36,6 +36,8 @@ TRAINING_FILE = "sparsify.json"
 PRETRAINING_FILE = "pretrain.json"
 """How a model was pre-trained, beside the checkpoint that pretrain writes."""
 
+_MOST_JSON = 2**28
+"""Bytes of a JSON file of a checkpoint; tens of megabytes are the knobs and presets of a model of thousands of layers."""
 _MARKERS = (MANIFEST_FILE, TRAINING_FILE, PRETRAINING_FILE)
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model")
@@ -316,7 +318,9 @@ def read_calibration(directory: Path) -> dict[str, Any]:
     """
     path = directory / MANIFEST_FILE
     try:
-        record = json.loads(path.read_text())
+        record = _read_bounded(path)
+    except CheckpointError:
+        raise
     except (FileNotFoundError, NotADirectoryError) as error:
         raise CheckpointError(f"'{directory}' has no {MANIFEST_FILE}; is it a folder that `moeify convert` wrote?") from error
     except (OSError, ValueError) as error:
@@ -336,7 +340,9 @@ def read_manifest(directory: Path) -> Manifest:
     """
     path = directory / "config.json"
     try:
-        config = json.loads(path.read_text())
+        config = _read_bounded(path)
+    except CheckpointError:
+        raise
     except (OSError, ValueError) as error:
         raise CheckpointError(f"'{path}' cannot be read: {_first_line(error)}") from error
     stored = config.get("quantization_config") if isinstance(config, dict) else None
@@ -405,7 +411,9 @@ def _check_folder(path: Path) -> None:
         near = ", ".join(sorted(p.name for p in path.iterdir())[:5]) or "it is empty"
         raise CheckpointError(f"'{path}' has no config.json, so it is not a Hugging Face checkpoint ({near}).")
     try:
-        config = json.loads(config_file.read_text())
+        config = _read_bounded(config_file)
+    except CheckpointError:
+        raise
     except ValueError as error:
         raise CheckpointError(f"'{config_file}' is not JSON: {_first_line(error)}") from error
     if not isinstance(config, dict):
@@ -438,9 +446,30 @@ def _weight_files(path: Path) -> list[Path]:
     if not index.is_file():
         return []
     try:
-        return [path / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+        names = sorted(set(_read_bounded(index)["weight_map"].values()))
     except (ValueError, KeyError, AttributeError, TypeError) as error:
+        if isinstance(error, CheckpointError):
+            raise
         raise CheckpointError(f"'{index}' is not an index of safetensors shards.") from error
+    for name in names:
+        if not (isinstance(name, str) and name.endswith(".safetensors") and name == Path(name).name and "\\" not in name):
+            raise CheckpointError(f"'{index}' names the shard {str(name)[:200]!r}, which is no safetensors file of this folder.")
+    return [path / name for name in names]
+
+
+def _read_bounded(path: Path) -> Any:
+    """The JSON value of a file of a checkpoint, of bearable size: sizes are of whoever wrote it.
+
+    Raises:
+        CheckpointError: too large to be read.
+        OSError, ValueError: as reading JSON.
+    """
+    if path.stat().st_size > _MOST_JSON:
+        raise CheckpointError(f"'{path}' has {path.stat().st_size} bytes; no checkpoint needs more than {_MOST_JSON}.")
+    try:
+        return json.loads(path.read_text())
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
 
 
 def _load_config(where: str, options: Mapping[str, Any], source: str) -> Any:

@@ -5,6 +5,7 @@ from typing import TypeAlias
 from .dynk_mass import DynKMass as DynKMass
 from .dynk_max import DynKMax as DynKMax
 from .norm_budget import NormBudget as NormBudget
+from .per_token import PerToken as PerToken
 from .rule import Rule as Rule
 from .threshold import Threshold as Threshold
 from .topk import TopK as TopK

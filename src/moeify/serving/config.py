@@ -1,0 +1,35 @@
+"""Options of the server."""
+
+from dataclasses import dataclass
+
+from ..errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeConfig:
+    """How a model is served."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on. Anything but this machine's own makes the server, which knows no passwords, everybody's."""
+    port: int = 8000
+    """Port to listen on; 0 takes a free one and says which."""
+    presets: tuple[str, ...] = ()
+    """Presets of the checkpoint that requests may name, the first for requests that name none; none given: all of them, and the
+    checkpoint's own rules for requests that name none."""
+    continuous_batching: bool = False
+    """Run requests in one packed batch, each with its own preset, instead of one after the other."""
+    cb_block_size: int | None = None
+    """Tokens of a block of the packed batches' cache; none: 32 on a CPU, else as transformers chooses."""
+    cb_num_blocks: int | None = None
+    """Blocks of that cache; none: a GiB of keys and values on a CPU, else as transformers chooses."""
+    cb_max_batch_tokens: int | None = None
+    """Most tokens of a packed batch; none: 256 on a CPU, else as transformers chooses."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port <= 65535:
+            raise ConfigError(f"port must be in [0, 65535], got {self.port}.")
+        if len(set(self.presets)) < len(self.presets):
+            raise ConfigError(f"presets name {next(p for p in self.presets if self.presets.count(p) > 1)!r} twice.")
+        for name in ("cb_block_size", "cb_num_blocks", "cb_max_batch_tokens"):
+            if (value := getattr(self, name)) is not None and (value < 1 or not self.continuous_batching):
+                raise ConfigError(f"{name} must be at least 1 and is for continuous_batching, got {value}.")

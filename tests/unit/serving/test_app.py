@@ -1,0 +1,200 @@
+"""The server in process: presets by request, one at a time and in packed batches; what it refuses; a real one that ends."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from tiny import byte_tokenizer, convert_tiny, save_dense_tiny, tiny_llama
+from transformers import BertConfig, BertModel, LlamaForCausalLM
+
+import moeify
+from moeify.errors import CheckpointError, ConfigError, MoeifyError
+from moeify.presets import Preset
+from moeify.select import TopK
+from moeify.serving import ServeConfig
+from moeify.serving.app import build, is_loopback, requested_preset
+
+pytest.importorskip("fastapi")
+from starlette.testclient import TestClient
+
+LAYERS = ("model.layers.0.mlp", "model.layers.1.mlp")
+PROMPT = "The quick brown fox jumps over the lazy dog."  # longer than a block of the packed cache, so that a prefix could be shared
+PACKED = {"continuous_batching": True, "cb_num_blocks": 64, "cb_block_size": 16, "cb_max_batch_tokens": 128}
+MODES = [pytest.param({}, id="one at a time"), pytest.param(PACKED, id="packed")]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """Six experts a layer: all of them by default, one in "fast", three in "balanced"."""
+    folder = tmp_path_factory.mktemp("serving") / "tiny"
+    model = convert_tiny(tiny_llama(), rule=TopK(k=6))
+    kept = [Preset(name=n, rules=dict.fromkeys(LAYERS, TopK(k=k)), active_fraction=k / 6) for n, k in (("balanced", 3), ("fast", 1))]
+    moeify.set_presets(model, kept)
+    model.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def texts(checkpoint):
+    """Greedy continuations of `PROMPT` by preset, as generate makes them."""
+    model, tokenizer = LlamaForCausalLM.from_pretrained(checkpoint), byte_tokenizer()
+    found = {}
+    for preset in (None, "balanced", "fast"):
+        if preset:
+            moeify.set_rule(model, preset)
+        ids = model.generate(**tokenizer(PROMPT, return_tensors="pt"), max_new_tokens=12, do_sample=False)
+        found[preset or "default"] = tokenizer.decode(ids[0, len(PROMPT) :], skip_special_tokens=True)
+    assert len(set(found.values())) == 3, "the presets tell apart"
+    return found
+
+
+@pytest.fixture(scope="module", params=MODES)
+def client(request, checkpoint):
+    served = build(checkpoint, ServeConfig(**request.param))
+    with TestClient(served.app) as found:
+        yield found
+    served.stop()
+
+
+def complete(client, **fields):
+    return client.post("/v1/completions", json={"prompt": PROMPT, "max_tokens": 12, "temperature": 0, **fields})
+
+
+def test_each_request_gets_its_presets_text_whoever_is_served_beside_it(client, texts):
+    wanted = ["fast", "default", "fast", "balanced", "default", "fast", "balanced", "default"]
+
+    def ask(preset):
+        fields = {"model": "tiny"} if preset == "default" else {"model": f"tiny@{preset}"}
+        answer = complete(client, **fields)
+        assert answer.status_code == 200, answer.text
+        return answer.json()["choices"][0]["text"], answer.headers["x-moeify-preset"]
+
+    with ThreadPoolExecutor(max_workers=4) as pool:
+        answers = list(pool.map(ask, wanted))
+    assert answers == [(texts[preset], preset) for preset in wanted]
+
+
+def test_a_preset_by_a_field_without_a_model_and_streamed(client, texts):
+    answer = complete(client, moeify_preset="fast", stream=True)
+    chunks = [json.loads(line.removeprefix("data: ")) for line in answer.text.splitlines() if line.startswith("data: {")]
+    assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == texts["fast"].rstrip("\N{REPLACEMENT CHARACTER}"), (
+        "half a letter is held back"
+    )
+    assert chunks[-1]["choices"][0]["finish_reason"] == "length"
+    # one id for two requests at once is the client's right
+    same = {"headers": {"x-request-id": "mine"}, "json": {"prompt": PROMPT, "max_tokens": 12, "temperature": 0}}
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        asked = [
+            pool.submit(client.post, "/v1/completions", **{**same, "json": {**same["json"], "model": m}}) for m in ("tiny", "tiny@fast")
+        ]
+    assert [a.result().json()["choices"][0]["text"] for a in asked] == [texts["default"], texts["fast"]]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"model": "tiny@fats"}, "unknown preset 'fats'; did you mean 'fast'?"),
+        ({"moeify_preset": 3}, "moeify_preset must be the name of a preset, got 3."),
+        ({"model": "gpt-5"}, "this server has the model 'tiny', not 'gpt-5'."),
+        (
+            {"model": "tiny@fast", "moeify_preset": "balanced"},
+            "the model's name asks for the preset 'fast', moeify_preset for 'balanced'; name one.",
+        ),
+    ],
+)
+def test_bad_requests_are_one_line(client, fields, message):
+    answer = complete(client, **fields)
+    assert (answer.status_code, answer.json()) == (400, {"detail": message})
+
+
+def test_models_health_and_what_is_closed(client, monkeypatch):
+    assert [m["id"] for m in client.get("/v1/models").json()["data"]] == ["tiny", "tiny@default", "tiny@balanced", "tiny@fast"]
+    assert client.get("/health").json() == {"status": "ok"}
+    assert [client.post(path, json={"model": "gpt2"}).status_code for path in ("/load_model", "/reset")] == [403, 403]
+
+
+def test_a_server_of_one_preset_runs_it_for_everybody(checkpoint, texts):
+    served = build(checkpoint, ServeConfig(presets=("fast",), **PACKED))
+    with TestClient(served.app) as client:
+        assert complete(client).json()["choices"][0]["text"] == texts["fast"]
+        assert complete(client, model="tiny@default").status_code == 400
+    served.stop()
+
+
+def test_presets_that_may_be_named_and_their_default():
+    ask = {"names": ("tiny", "/a/tiny"), "presets": ("fast",), "default": "fast"}
+    assert requested_preset({}, **ask) == requested_preset({"model": "/a/tiny@main"}, **ask) == "fast"
+    with pytest.raises(ConfigError, match="unknown preset 'default'"):
+        requested_preset({"model": "tiny@default"}, **ask)
+
+
+def test_what_cannot_be_served_is_refused(checkpoint, tmp_path, monkeypatch):
+    with pytest.raises(ConfigError, match="presets: unknown name 'slow'; known: default, balanced, fast"):
+        build(checkpoint, ServeConfig(presets=("slow",)))
+    with pytest.raises(CheckpointError, match="is not a folder"):
+        build(tmp_path / "none", ServeConfig())
+    encoder = BertModel(BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, vocab_size=9))
+    encoder.save_pretrained(tmp_path / "bert")
+    with pytest.raises(CheckpointError, match="holds a BertModel, which generates no text"):
+        build(tmp_path / "bert", ServeConfig())
+    tiny_llama().save_pretrained(tmp_path / "no-tokenizer")
+    with pytest.raises(CheckpointError, match="no-tokenizer' cannot be served"):
+        build(tmp_path / "no-tokenizer", ServeConfig())
+    save_dense_tiny(tmp_path / "a@b")
+    with pytest.raises(CheckpointError, match="rename the folder"):
+        build(tmp_path / "a@b", ServeConfig())
+
+    from transformers.cli import serve as theirs
+
+    monkeypatch.setattr(theirs, "Serve", type("Serve", (), {"__init__": lambda self, model: None}))
+    with pytest.raises(MoeifyError, match=r"serves in a way that moeify does not know \(no Serve\(force_model=\)\); install one from 5.17"):
+        build(checkpoint, ServeConfig())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"port": 70000}, "port"),
+        ({"presets": ("a", "a")}, "'a' twice"),
+        ({"cb_num_blocks": 4}, "cb_num_blocks must be at least 1 and is for"),
+    ],
+)
+def test_options_out_of_range(options, message):
+    with pytest.raises(ConfigError, match=message):
+        ServeConfig(**options)
+
+
+def test_addresses_that_only_this_machine_reaches():
+    assert all(map(is_loopback, ("127.0.0.1", "127.8.8.8", "localhost", "::1", "[::1]")))
+    assert not any(map(is_loopback, ("0.0.0.0", "::", "192.168.0.2", "example.com")))
+
+
+def test_a_real_server_says_where_it_listens_and_ends_at_sigterm(checkpoint, texts):
+    command = [sys.executable, "-m", "moeify", "serve", str(checkpoint), "--port", "0", "--host", "0.0.0.0", "--preset", "fast"]
+    environment = {**os.environ, "HF_HUB_CACHE": "/nonexistent/hub"}
+    with subprocess.Popen([*command, "--continuous-batching"], stderr=subprocess.PIPE, text=True, env=environment) as server:
+        try:
+            lines = []
+            for line in server.stderr:
+                lines.append(line)
+                if line.startswith("serving "):
+                    break
+            assert lines[-1].startswith("serving tiny at http://0.0.0.0:"), lines
+            assert "no authentication, no TLS, no rate limits" in "".join(lines)
+            url = lines[-1].split()[3].rstrip(";").replace("0.0.0.0", "127.0.0.1")
+            assert json.load(urllib.request.urlopen(f"{url}/models", timeout=60))["data"][0]["id"] == "tiny"
+            body = json.dumps({"prompt": PROMPT, "max_tokens": 12, "temperature": 0}).encode()
+            request = urllib.request.Request(f"{url}/completions", data=body, headers={"content-type": "application/json"})
+            assert json.load(urllib.request.urlopen(request, timeout=60))["choices"][0]["text"] == texts["fast"]
+            server.send_signal(signal.SIGTERM)
+            rest = server.stderr.read()
+            assert server.wait(timeout=60) == 0, rest
+        finally:
+            server.kill()  # where an assertion failed, nobody else ends it
+    assert "Traceback" not in rest
