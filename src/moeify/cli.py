@@ -375,6 +375,13 @@ def convert(
     ] = "float",
     dtype: DType = "float32",
     device: Device = "cpu",
+    stream: Annotated[
+        bool | None,
+        typer.Option(
+            "--stream/--no-stream",
+            help="Hold one layer of the model in memory at a time; by default where the weights do not fit, and under torchrun.",
+        ),
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier conversion in the output folder.")] = False,
     seed: Seed = None,
 ) -> Any:
@@ -407,6 +414,7 @@ def convert(
         weights=weights,
         projections=_projections(attention, patterns, distilling, seed=seed or 0),
         overwrite=overwrite,
+        stream=stream,
         progress=make_progress(),
     )
 
