@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError, UnsupportedModelError
 from ..layers import MoEFFN
+from ..sites.site import is_transposed
 from ..sparsity.activation import restore_activations
 from .checkpoint import check_complete, check_finite_tensor, load_config, load_processor, locate, model_class_of, weight_files
 from .registration import register
@@ -294,7 +295,7 @@ def block_names(model: nn.Module) -> list[str]:
     """The elements of the list of layers that holds most of a model's parameters; of lists within lists the outer one.
 
     Raises:
-        UnsupportedModelError: there is none.
+        UnsupportedModelError: there is none, or another list of layers, so that FFNs there would be missed (encoder-decoders, two towers).
     """
     lists: dict[str, int] = {}
     for path, module in model.named_modules():
@@ -303,11 +304,25 @@ def block_names(model: nn.Module) -> list[str]:
     if not lists or not max(lists.values()):
         raise UnsupportedModelError(f"{type(model).__name__} has no list of layers that could be read one at a time; convert without --stream.")
     largest = max(lists, key=lambda path: lists[path])
+    if other := next((path for path in lists if path != largest and _has_layers(model.get_submodule(path))), None):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has several stacks of layers ('{largest}', '{other}'), and one can be read a layer at a time; convert "
+            "without --stream."
+        )
     return [f"{largest}.{name}" for name, _ in model.get_submodule(largest).named_children()]
 
 
+def _has_layers(stack: nn.Module) -> bool:
+    """Whether an element of a list could hold an FFN."""
+    return any(sum(isinstance(m, nn.Linear) or is_transposed(m) for m in element.modules()) > 1 for element in stack.children())
+
+
 def _file_keys(model: nn.Module, keys: Sequence[str]) -> tuple[dict[str, str], bool]:
-    """The name in the files of every tensor of the model that is there under a name that can be told; and whether transformers had to."""
+    """The name in the files of every tensor of the model that is there under a name that can be told; and whether transformers had to.
+
+    Raises:
+        UnsupportedModelError: some are computed from tensors of other names while a checkpoint is loaded.
+    """
     names = set(model.state_dict())
     prefix = f"{getattr(model, 'base_model_prefix', '')}.".lstrip(".")
     found = {}
@@ -316,28 +331,35 @@ def _file_keys(model: nn.Module, keys: Sequence[str]) -> tuple[dict[str, str], b
             if name in names:
                 found.setdefault(name, key)
                 break
-    more = _renamed_by_transformers(model, keys, names) if names - set(found) else {}
+    more, computed = _renamed_by_transformers(model, keys, names) if names - set(found) else ({}, None)
+    if computed is not None:
+        raise UnsupportedModelError(
+            f"'{computed}' is not a tensor of {type(model).__name__}: transformers computes its own from such while it loads; convert without "
+            "--stream."
+        )
     more = {name: key for key, name in more.items() if name not in found}
     return found | more, bool(more)
 
 
-def _renamed_by_transformers(model: nn.Module, keys: Sequence[str], names: set[str]) -> dict[str, str]:
-    """File names that transformers translates by patterns alone; what it computes from several tensors is left out, and then missing."""
+def _renamed_by_transformers(model: nn.Module, keys: Sequence[str], names: set[str]) -> tuple[dict[str, str], str | None]:
+    """File names that transformers translates by patterns alone, and one of a tensor that it does more with."""
     try:  # not public, and younger than the oldest transformers that we take
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
     except ImportError:
-        return {}
+        return {}, None
     rules = get_model_conversion_mapping(cast(Any, model))
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
     state = model.state_dict()
-    found = {}
+    found, computed = {}, None
     for key in keys:
         name, pattern = rename_source_key(key, renamings, converters, cast(Any, model).base_model_prefix or None, state)
         if pattern is None and name in names:
             found[key] = name
-    return found
+        elif pattern is not None and key not in names:
+            computed = key
+    return found, computed
 
 
 def _tied_names(model: nn.Module) -> dict[int, list[str]]:

@@ -138,7 +138,7 @@ class _Conversion:
         found = self.ranks.same(self.ranks.first(partial(self._look, batches, held_out, finished), is_long=True))
         if "finished" in found:
             return cast(dict[str, Any], found["finished"])
-        chain = BlockChain(*(tuple(found["chain"][key]) for key in ("names", "places", "forms")))
+        chain = BlockChain(*(tuple(found["chain"][key]) for key in ("names", "places", "lengths")))
         records = Manifest.from_dict({"sites": found["sites"]}).sites
         plan = [(record, _options(model, self.config, record)) for record in records]
         compute = {"float32": None, "bfloat16": torch.bfloat16}[found["compute"]]
@@ -193,7 +193,7 @@ class _Conversion:
         (self.work / _FAILED).unlink(missing_ok=True)
         return {
             "run": run_id(identity),
-            "chain": {"names": chain.names, "places": chain.places, "forms": chain.forms},
+            "chain": {"names": chain.names, "places": chain.places, "lengths": chain.lengths},
             "sites": Manifest(sites=tuple(record for record, _ in plan)).to_dict()["sites"],
             "compute": "float32" if compute in (None, torch.float32) else "bfloat16",
         }

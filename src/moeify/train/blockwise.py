@@ -52,8 +52,8 @@ class BlockChain:
     """Module paths, in execution order."""
     places: tuple[int | str, ...]
     """Where each block takes hidden states: a position or a keyword."""
-    forms: tuple[str, ...]
-    """What each gives: "tensor", or "tuple" or "list" that begins with one."""
+    lengths: tuple[int, ...]
+    """What each gives: 0 for hidden states alone, else a tuple of so many entries that begins with them."""
 
     def run(self, model: nn.Module, index: int, hidden: Tensor, call: Call) -> Tensor:
         """One block of ``model`` on hidden states; its other arguments are those of ``call``."""
@@ -84,7 +84,7 @@ def watch_blocks(
     Raises:
         UnsupportedModelError: a block does not run, or not exactly once, or it reads something else than the one before it gave.
     """
-    seen: list[tuple[str, Call, int | str, str, Tensor, Tensor]] = []
+    seen: list[tuple[str, Call, int | str, int, Tensor, Tensor]] = []
     entered: dict[str, Call] = {}
     looking = False
 
@@ -99,11 +99,10 @@ def watch_blocks(
         call, after = entered.pop(name), hidden_of(output)
         values = [*enumerate(call.args), *call.kwargs.items()]
         place = next((key for key, value in values if isinstance(value, Tensor) and value.shape == after.shape), None)
-        if place is None or sum(1 for _ in _tensors(output)) > 1:
-            raise _no_chain(model, f"'{name}' does not map hidden states to hidden states alone")
+        if place is None:
+            raise _no_chain(model, f"'{name}' does not map hidden states to hidden states")
         before = call.args[place] if isinstance(place, int) else call.kwargs[place]
-        form = "tensor" if isinstance(output, Tensor) else "list" if isinstance(output, list) else "tuple"
-        seen.append((name, call, place, form, before, after.clone()))
+        seen.append((name, call, place, 0 if isinstance(output, Tensor) else len(output), before, after.clone()))
         looking = True
         try:
             look(name, call)
@@ -132,11 +131,15 @@ def check_chain(model: nn.Module, chain: BlockChain, calls: Sequence[Call], inpu
     """Compare what `watch_blocks` saw blocks get besides hidden states with what `entering` finds.
 
     Raises:
-        UnsupportedModelError: they differ, so that it depends on hidden states.
+        UnsupportedModelError: they differ, so that it depends on hidden states, or on what else blocks give.
     """
-    for name, call, handed in zip(chain.names, calls, entering(model, chain, inputs)[1], strict=True):
+    try:
+        _, found = entering(model, chain, inputs)
+    except (RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:  # a block's further outputs are None here
+        raise _no_chain(model, "it reads more of what its layers give than hidden states") from error
+    for name, call, handed in zip(chain.names, calls, found, strict=True):
         if not _same(call, handed):
-            raise _no_chain(model, f"what '{name}' gets besides hidden states depends on them")
+            raise _no_chain(model, f"what '{name}' gets besides hidden states comes from other layers")
 
 
 @torch.no_grad()
@@ -153,7 +156,8 @@ def entering(model: nn.Module, chain: BlockChain, inputs: Mapping[str, Tensor]) 
         calls.append(_without(call, place))
         if index == len(chain.names) - 1:
             raise _Stop
-        return {"tensor": hidden, "tuple": (hidden,), "list": [hidden]}[chain.forms[index]]
+        length = chain.lengths[index]
+        return (hidden, *[None] * (length - 1)) if length else hidden
 
     with ExitStack() as stack:
         stack.enter_context(eval_mode(model))
@@ -278,7 +282,8 @@ class _Hidden:
 
     def __init__(self, directory: Path, num_batches: int) -> None:
         self._directory, self._num_batches = directory, num_batches
-        self._shapes: list[tuple[tuple[int, ...], torch.dtype]] = []
+        self._shapes: list[tuple[int, ...]] = []
+        self._dtypes: dict[int, torch.dtype] = {}
         self.block = 0
         """The first block that is not done."""
         with suppress(FileNotFoundError, ValueError):
@@ -286,6 +291,7 @@ class _Hidden:
             # The file can be shorter than it was written if the machine, not only the process, went down.
             if state["batches"] == num_batches and self._path(state["block"]).stat().st_size == state["bytes"]:
                 self.block = state["block"]
+                self._dtypes[self.block] = getattr(torch, state["dtype"])
 
     def writing(self, index: int) -> AbstractContextManager[Callable[[Tensor], None]]:
         """A ``with`` that writes what enters block ``index``; of what is done already only the shapes are kept."""
@@ -299,7 +305,8 @@ class _Hidden:
         """Note that all blocks before this one are done."""
         size = self._path(block).stat().st_size
         temporary = self._directory / (_STATE + ".new")
-        temporary.write_text(json.dumps({"block": block, "batches": self._num_batches, "bytes": size}))
+        dtype = str(self._dtypes[block]).removeprefix("torch.")
+        temporary.write_text(json.dumps({"block": block, "batches": self._num_batches, "bytes": size, "dtype": dtype}))
         temporary.replace(self._directory / _STATE)
         self._path(block - 1).unlink(missing_ok=True)
         self.block = block
@@ -327,16 +334,16 @@ class _Writing:
 
     def _write(self, hidden: Tensor) -> None:
         if not self._index:
-            self._hidden._shapes.append((tuple(hidden.shape), hidden.dtype))
-        elif len(self._hidden._shapes) and hidden.dtype is not self._hidden._shapes[0][1]:
-            raise UnsupportedModelError(f"a layer reads {self._hidden._shapes[0][1]} and gives {hidden.dtype}; convert without --stream.")
+            self._hidden._shapes.append(tuple(hidden.shape))
         if self._file is not None:
+            self._hidden._dtypes[self._index] = hidden.dtype
             self._file.write(memoryview(hidden.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()))
 
 
 class _Reading:
     def __init__(self, hidden: _Hidden, index: int) -> None:
-        self._shapes, self._file = iter(hidden._shapes), hidden._path(index).open("rb")
+        self._shapes, self._dtype = iter(hidden._shapes), hidden._dtypes[index]
+        self._file = hidden._path(index).open("rb")
 
     def __enter__(self) -> Callable[[], Tensor]:
         return self._read
@@ -345,7 +352,7 @@ class _Reading:
         self._file.close()
 
     def _read(self) -> Tensor:
-        shape, dtype = next(self._shapes)
+        shape, dtype = next(self._shapes), self._dtype
         raw = torch.empty(torch.Size(shape).numel() * dtype.itemsize, dtype=torch.uint8)
         if self._file.readinto(memoryview(raw.numpy())) != len(raw):
             raise DataError("the hidden states of a killed run are damaged; delete its .work folder and run again.")
