@@ -31,7 +31,7 @@ _FIELDS = ("VmHWM", "RssAnon", "RssFile")
 def add_options(parser: argparse.ArgumentParser) -> None:
     """What `run` takes besides ``quick``."""
     parser.add_argument("--layers", type=int, help="blocks of 61 MB in fp32; 28 by default (2 GB with the embeddings)")
-    parser.add_argument("--tokens", type=int, help="calibration tokens; 8192 by default")
+    parser.add_argument("--tokens", type=int, help="calibration tokens; 4096 by default")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the checkpoint and the result")
     parser.add_argument("--in-memory", action="store_true", help="a second row: the same conversion in memory")
 
@@ -42,13 +42,13 @@ def run(
     """One row, two with ``in_memory``; ``--quick`` converts a model of 0.3 MB a block."""
     if not sys.platform.startswith("linux"):
         raise ConfigError("resident memory is read from /proc, which only Linux has.")
-    layers, tokens = layers or (4 if quick else 28), tokens or (1024 if quick else 8192)
+    layers, tokens = layers or (4 if quick else 28), tokens or (1024 if quick else 4096)
     width = 64 if quick else 1024
     with tempfile.TemporaryDirectory() as folder:
         dense = Path(folder) / "dense"
         size = write_llama(dense, width=width, layers=layers, vocab=500 if quick else 32000, dtype=getattr(torch, dtype))
         for mode in ("--stream", "--no-stream") if in_memory else ("--stream",):
-            options = {"--data": "builtin:pydoc", "--max-tokens": tokens, "--window": 64 if quick else 512, "--dtype": dtype}
+            options = {"--data": "builtin:pydoc", "--max-tokens": tokens, "--window": 64 if quick else 512, "--dtype": dtype, "--router-epochs": 1}
             out = Path(folder) / mode.strip("-")
             start = time.perf_counter()
             peaks = _peaks([*COMMAND, str(dense), mode, "--out", str(out), *(str(x) for pair in options.items() for x in pair)], folder)
