@@ -1,8 +1,8 @@
 """A model larger than the memory that converts it: peak resident memory of ``moeify convert --stream`` in a process of its own.
 
-The checkpoint is a random Llama in several files, written tensor by tensor. Resident memory is what the system counts (``/proc/PID/status``,
-Linux): `VmHWM`, the most of it at any moment, has files that are mapped in it (shared libraries) beside the process' own pages, and the 0.4
-GB that torch and transformers take for themselves.
+The checkpoint is a random Llama in several files, written tensor by tensor. Resident memory is what Linux counts in ``/proc/PID/status``:
+`VmHWM`, the most of it at any moment, has files that are mapped (shared libraries) in it beside the process' own pages, and the 0.5 GB that
+torch and transformers take for themselves.
 """
 
 import argparse
@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from moeify.hf.tokenizer import byte_tokenizer
 from moeify.errors import ConfigError
 from moeify.hf.shards import TensorWriter
 from moeify.hf.streamed import skeleton
+from moeify.hf.tokenizer import byte_tokenizer
 
 COMMAND = (sys.executable, "-c", "from moeify.cli import main; main()", "convert")
 LIMIT_MB = 1024
@@ -32,12 +32,19 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """What `run` takes besides ``quick``."""
     parser.add_argument("--layers", type=int, help="blocks of 61 MB in fp32; 28 by default (2 GB with the embeddings)")
     parser.add_argument("--tokens", type=int, help="calibration tokens; 4096 by default")
+    parser.add_argument("--expert-size", type=int, default=8, help="neurons per expert")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the checkpoint and the result")
     parser.add_argument("--in-memory", action="store_true", help="a second row: the same conversion in memory")
 
 
 def run(
-    *, quick: bool, layers: int | None = None, tokens: int | None = None, dtype: str = "float32", in_memory: bool = False
+    *,
+    quick: bool,
+    layers: int | None = None,
+    tokens: int | None = None,
+    expert_size: int = 8,
+    dtype: str = "float32",
+    in_memory: bool = False,
 ) -> Iterator[dict[str, Any]]:
     """One row, two with ``in_memory``; ``--quick`` converts a model of 0.3 MB a block."""
     if not sys.platform.startswith("linux"):
@@ -48,7 +55,13 @@ def run(
         dense = Path(folder) / "dense"
         size = write_llama(dense, width=width, layers=layers, vocab=500 if quick else 32000, dtype=getattr(torch, dtype))
         for mode in ("--stream", "--no-stream") if in_memory else ("--stream",):
-            options = {"--data": "builtin:pydoc", "--max-tokens": tokens, "--window": 64 if quick else 512, "--dtype": dtype, "--router-epochs": 1}
+            options = {
+                "--data": "builtin:pydoc",
+                "--max-tokens": tokens,
+                "--window": 64 if quick else 512,
+                "--dtype": dtype,
+                "--router-epochs": 1,
+            }
             out = Path(folder) / mode.strip("-")
             start = time.perf_counter()
             peaks = _peaks([*COMMAND, str(dense), mode, "--out", str(out), *(str(x) for pair in options.items() for x in pair)], folder)
@@ -58,6 +71,7 @@ def run(
                 "dtype": dtype,
                 "layers": layers,
                 "tokens": tokens,
+                "expert_size": expert_size,
                 "checkpoint_mb": size / 1e6,
                 "peak_mb": peaks["VmHWM"] / 1024,
                 "peak_own_mb": peaks["RssAnon"] / 1024,

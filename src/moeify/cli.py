@@ -387,6 +387,7 @@ def convert(
 ) -> Any:
     """Turn a dense model into a dynamic-k mixture of experts."""
     from .pipeline import convert_checkpoint
+    from .train.parallel import started_rank
 
     options = {"width": router_width, "output": router_output, "scale": router_scale, "rank": router_rank}
     given = {name: value for name, value in options.items() if value is not None}
@@ -403,7 +404,7 @@ def convert(
     )
     data = dataclasses.replace(data, seed=seed)
     calibration = dataclasses.replace(calibration, router=training, max_tokens=data.max_tokens, window=data.window, seed=seed or 0)
-    return convert_checkpoint(
+    result = convert_checkpoint(
         model,
         out,
         data=data,
@@ -417,6 +418,7 @@ def convert(
         stream=stream,
         progress=make_progress(),
     )
+    return result if started_rank() == 0 else None
 
 
 _CHANNELS = [name for name, method in METHODS.items() if isinstance(method, ChannelMethod)]

@@ -432,6 +432,11 @@ def _check_folder(path: Path) -> None:
 
 
 def weight_files(path: Path) -> list[Path]:
+    """The safetensors files of a folder, there or not; none where neither a single file nor an index is.
+
+    Raises:
+        CheckpointError: the index is none, or names something else than safetensors files beside it.
+    """
     single, index = path / "model.safetensors", path / "model.safetensors.index.json"
     if single.is_file():
         return [single]
@@ -448,6 +453,11 @@ def weight_files(path: Path) -> list[Path]:
 
 
 def load_config(where: str, options: Mapping[str, Any], source: str) -> Any:
+    """The config of what `locate` found; ``source`` is what the user called it.
+
+    Raises:
+        CheckpointError, UnsupportedModelError: there is none, it is damaged, of an unknown family, or of quantised weights.
+    """
     from huggingface_hub.errors import StrictDataclassError
     from transformers import CONFIG_MAPPING, AutoConfig
 
@@ -481,6 +491,11 @@ def load_config(where: str, options: Mapping[str, Any], source: str) -> Any:
 
 
 def model_class_of(config: Any, source: str) -> Any:
+    """The transformers class that a config names, or that its family is made for.
+
+    Raises:
+        UnsupportedModelError: transformers has no such class.
+    """
     import transformers
 
     for name in config.architectures or ():
@@ -530,6 +545,11 @@ def check_finite_tensor(tensor: Tensor, name: str, source: str) -> None:
 
 
 def load_processor(where: str, options: Mapping[str, Any], source: str) -> Any:
+    """The tokenizer or processor of what `locate` found; None where it has neither.
+
+    Raises:
+        CheckpointError: it cannot be loaded.
+    """
     from transformers import AutoProcessor, AutoTokenizer
 
     try:

@@ -109,7 +109,11 @@ class TensorWriter:
             used += size
         self._files: list[BinaryIO] = []
         self._places: dict[str, tuple[BinaryIO, int, tuple[int, ...], torch.dtype]] = {}
-        names = ["model.safetensors"] if len(shards) == 1 else [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+        names = (
+            ["model.safetensors"]
+            if len(shards) == 1
+            else [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+        )
         for file_name, members in zip(names, shards, strict=True):
             # Wide types first, as safetensors itself orders them: so every tensor begins at a multiple of its element's size.
             members.sort(key=lambda name: -tensors[name][1].itemsize)

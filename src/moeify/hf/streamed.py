@@ -166,7 +166,9 @@ class StreamedModel:
         self._skeleton[part] = [getattr(slot.module, slot.table)[slot.name] for slot in slots]
         for slot in slots:
             tensor = self._read(slot).to(self._device)
-            getattr(slot.module, slot.table)[slot.name] = nn.Parameter(tensor, requires_grad=False) if slot.table == "_parameters" else tensor
+            getattr(slot.module, slot.table)[slot.name] = (
+                nn.Parameter(tensor, requires_grad=False) if slot.table == "_parameters" else tensor
+            )
         self._lay_out(part)
 
     def _leave(self, part: str) -> None:
@@ -227,13 +229,13 @@ class StreamedModel:
                 tensor = getattr(slot.module, slot.table)[slot.name]
                 other = owners.setdefault(id(tensor), part)
                 if other != part and {other, part} & set(self.blocks):
-                    raise UnsupportedModelError(f"'{other}' and '{part}' share '{slot.path}', so neither runs alone; convert without --stream.")
+                    raise UnsupportedModelError(
+                        f"'{other}' and '{part}' share '{slot.path}', so neither runs alone; convert without --stream."
+                    )
         return slots
 
 
-def open_streamed(
-    source: str, *, dtype: torch.dtype, device: torch.device | None = None
-) -> tuple[StreamedModel, Any]:
+def open_streamed(source: str, *, dtype: torch.dtype, device: torch.device | None = None) -> tuple[StreamedModel, Any]:
     """A dense checkpoint as a skeleton and its files, in eval mode, and its tokenizer or processor; no weight is read.
 
     Args:
@@ -247,25 +249,31 @@ def open_streamed(
     register()
     where = Path(source).expanduser()
     if source.endswith(".gguf") or not (where.is_dir() or where.exists()):
-        raise CheckpointError(f"'{source}' is no folder; --stream reads safetensors files from a folder: download them first (hf download).")
+        raise CheckpointError(
+            f"'{source}' is no folder; --stream reads safetensors files from a folder: download them first (hf download)."
+        )
     located, _ = locate(source)
     processor = load_processor(located, {}, source)
     config = load_config(located, {}, source)
     cls = model_class_of(config, source)
     model = skeleton(cls, config, dtype=dtype)
     if any(p in name for name, _ in model.named_parameters() for p in _fp32_patterns(model, dtype)):
-        raise UnsupportedModelError(f"{cls.__name__} keeps some weights in float32 whatever the others are; use --dtype float32 with --stream.")
+        raise UnsupportedModelError(
+            f"{cls.__name__} keeps some weights in float32 whatever the others are; use --dtype float32 with --stream."
+        )
     restore_activations(model)
     stored = getattr(config, "quantization_config", None)
     if isinstance(stored, dict) and any(stored.get(kind) for kind in ("sites", "channels", "projections")):
-        raise UnsupportedModelError(f"'{source}' is converted already, thinned, or has replaced layers; --stream reads plain dense checkpoints.")
+        raise UnsupportedModelError(
+            f"'{source}' is converted already, thinned, or has replaced layers; --stream reads plain dense checkpoints."
+        )
     files = TensorFiles(weight_files(where))
     return StreamedModel(model.eval(), files, dtype=dtype, device=device, source=source), processor
 
 
 def skeleton(cls: Any, config: Any, *, dtype: torch.dtype) -> Any:
-    """A transformers model whose parameters are on the meta device and whose buffers are real: those that no file holds (rotary frequencies,
-    masks) are what the family's own code computes."""
+    """A transformers model whose parameters are on the meta device and whose buffers are real: those that no file holds (rotary
+    frequencies, masks) are what the family's own code computes."""
     register_parameter = nn.Module.register_parameter
 
     def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
@@ -302,7 +310,9 @@ def block_names(model: nn.Module) -> list[str]:
         if isinstance(module, nn.ModuleList) and len(module) and not any(path.startswith(f"{outer}.") for outer in lists):
             lists[path] = sum(p.numel() for p in module.parameters())
     if not lists or not max(lists.values()):
-        raise UnsupportedModelError(f"{type(model).__name__} has no list of layers that could be read one at a time; convert without --stream.")
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no list of layers that could be read one at a time; convert without --stream."
+        )
     largest = max(lists, key=lambda path: lists[path])
     if other := next((path for path in lists if path != largest and _has_layers(model.get_submodule(path))), None):
         raise UnsupportedModelError(
@@ -334,8 +344,8 @@ def _file_keys(model: nn.Module, keys: Sequence[str]) -> tuple[dict[str, str], b
     more, computed = _renamed_by_transformers(model, keys, names) if names - set(found) else ({}, None)
     if computed is not None:
         raise UnsupportedModelError(
-            f"'{computed}' is not a tensor of {type(model).__name__}: transformers computes its own from such while it loads; convert without "
-            "--stream."
+            f"'{computed}' is not a tensor of {type(model).__name__}: transformers computes its own from such while it loads; convert "
+            "without --stream."
         )
     more = {name: key for key, name in more.items() if name not in found}
     return found | more, bool(more)

@@ -109,8 +109,10 @@ def convert_checkpoint(
         from .stream import convert_streamed
 
         if weights != "float" or projections is not None:
-            raise ConfigError("a model that is read one block at a time keeps floating weights and its linear layers; leave --weights and "
-                              "--attention out, or add --no-stream.")
+            raise ConfigError(
+                "a model that is read one block at a time keeps floating weights and its linear layers; leave --weights and "
+                "--attention out, or add --no-stream."
+            )
         given: dict[str, Any] = {"data": data, "config": config, "calibration": calibration, "dtype": dtype, "device": device}
         return convert_streamed(source, out, **given, notes=notes, overwrite=overwrite, progress=progress)
     check_apart(out, source)

@@ -15,7 +15,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -29,7 +29,7 @@ from .._dist import Ranks
 from .._progress import NO_PROGRESS, Progress
 from ..convert import ConvertConfig, Manifest, SiteRecord, apply_site, plan_conversion, record_of_site
 from ..data import DataConfig, check_source
-from ..errors import CheckpointError, ConfigError, MoeifyError, TrainingError, UnsupportedModelError
+from ..errors import CheckpointError, ConfigError, TrainingError, UnsupportedModelError
 from ..hf.checkpoint import MANIFEST_FILE, check_apart, check_output, library_versions, recover, whole_folder
 from ..hf.inputs import example_inputs
 from ..hf.shards import TensorFiles, TensorWriter
@@ -86,8 +86,8 @@ def convert_streamed(
 
     Peak memory: the largest block or embedding, the activations of one batch in it, and what fitting one layer takes (its inputs in
     bfloat16, its targets, its weights in fp32). With glibc, freed memory of more than 1 MB goes back to the system at once from this call
-    on, in the whole process: kept for later, as glibc does it, it came to twice what was in use. Disk beside the result: twice the hidden states of all calibration tokens, the inputs of
-    one layer (under torchrun of all that are not fitted yet), routers and orders.
+    on, in the whole process: kept for later, as glibc does it, it came to twice what was in use. Disk beside the result: twice the hidden
+    states of all calibration tokens, the inputs of one layer (under torchrun of all that are not fitted yet), routers and orders.
 
     Args:
         source: folder of a dense checkpoint in safetensors files.
@@ -332,9 +332,7 @@ class _Conversion:
             scope=self.calibration.scope,
         )
         calibrated |= {"tokens": json.loads((self.work / _TOKENS).read_text()), "seed": self.calibration.seed, "run": run}
-        records = [
-            replace(record, rule=rules[record.site.name], always_on=fitted[record.site.name].always_on) for record, _ in plan
-        ]
+        records = [replace(record, rule=rules[record.site.name], always_on=fitted[record.site.name].always_on) for record, _ in plan]
         with whole_folder(self.out, overwrite=self.overwrite) as partial_folder:
             manifest = self._write(records, fitted, partial_folder)
             del fitted
@@ -391,7 +389,9 @@ class _Conversion:
 
     def _measure(self, held_out: _Batches, folder: Path) -> dict[str, Any] | None:
         """What was written, as it would run."""
-        rows = [{key: value[i : i + 1] for key, value in batch.items()} for batch in held_out for i in range(len(next(iter(batch.values()))))]
+        rows = [
+            {key: value[i : i + 1] for key, value in batch.items()} for batch in held_out for i in range(len(next(iter(batch.values()))))
+        ]
         if rows and set(rows[0]) == {"input_ids"}:  # pieces of the length that they would be cut to
             rows = [{"input_ids": ids} for row in rows for ids in row["input_ids"].split(256, dim=1) if ids.shape[1] > 1]
         few = [rows[i * len(rows) // MEASURED_WINDOWS] for i in range(MEASURED_WINDOWS)] if len(rows) > MEASURED_WINDOWS else rows
@@ -466,29 +466,24 @@ def _check_room(out: Path, num_bytes: int) -> None:
     free = shutil.disk_usage(parent).free
     if free < num_bytes:
         raise CheckpointError(
-            f"cannot write '{out}': the disk has {free / 1e9:.1f} GB free, and the weights need {num_bytes / 1e9:.1f}; free space or choose "
-            "another --out."
+            f"cannot write '{out}': the disk has {free / 1e9:.1f} GB free, and the weights need {num_bytes / 1e9:.1f}; free space or "
+            "choose another --out."
         )
 
 
 def _give_memory_back() -> None:
     """Tensors in memory of their own: among small objects of the heap, the holes that they leave are too small for the next ones."""
-    try:
+    with suppress(OSError, AttributeError, TypeError):  # not glibc
         ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, _MMAP_BYTES)
-    except (OSError, AttributeError, TypeError):  # not glibc
-        pass
 
 
 def _free_bytes() -> int | None:
     """Memory that is free or can be freed, by the system and by the limit of this process' group; None where neither says."""
     found = []
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                found.append(1024 * int(line.split()[1]))
+    with suppress(OSError, ValueError, IndexError):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        found += [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
         group = Path("/sys/fs/cgroup")
         if (limit := (group / "memory.max").read_text().strip()) != "max":
             found.append(int(limit) - int((group / "memory.current").read_text()))
-    except (OSError, ValueError, IndexError):
-        pass
     return min(found, default=None)

@@ -3,8 +3,8 @@
 Letters: B batch, S sequence, T tokens, D model width.
 
 What enters a block is on disk for all batches. The block's weights are read once, its FFNs' inputs stored, and what it gives is written as
-what enters the next one. The arguments that blocks get besides hidden states (masks, rotary tables) come from a forward in which every block
-hands on what it got: they must not depend on hidden states, and a watched forward of the model shows whether they do.
+what enters the next one. The arguments that blocks get besides hidden states (masks, rotary tables) come from a forward in which every
+block hands on what it got: they must not depend on hidden states, and a watched forward of the model shows whether they do.
 """
 
 import hashlib
@@ -144,7 +144,10 @@ def check_chain(model: nn.Module, chain: BlockChain, calls: Sequence[Call], inpu
 
 @torch.no_grad()
 def entering(model: nn.Module, chain: BlockChain, inputs: Mapping[str, Tensor]) -> tuple[Tensor, list[Call]]:
-    """What enters the first block, and the other arguments of every block (None in the place of hidden states); no block's weights are used."""
+    """What enters the first block, and the other arguments of every block (None in the place of hidden states).
+
+    No block's weights are used.
+    """
     first: list[Tensor] = []
     calls: list[Call] = []
 

@@ -156,6 +156,7 @@ class Recorder:
         self._calls_per_forward = calls_per_forward
 
     def start(self, batch: Mapping[str, Tensor]) -> None:
+        """A forward of this batch begins."""
         self._batch = batch
         self._calls = 0
 

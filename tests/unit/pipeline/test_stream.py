@@ -183,10 +183,10 @@ def own_bytes():
     raise AssertionError("no RssAnon")
 
 
-def test_a_model_of_50_mb_is_converted_in_less_than_a_third_of_its_size(llama, data, tmp_path, monkeypatch):
+def test_a_model_of_75_mb_is_converted_in_less_than_a_third_of_its_size(llama, data, tmp_path, monkeypatch):
     converted(llama, tmp_path / "first", data, tokens=512, stream=True)  # what is imported at the first use is no part of it
-    size = write_llama(tmp_path / "dense", width=256, layers=13, vocab=257)
-    assert size > 49e6
+    size = write_llama(tmp_path / "dense", width=256, layers=20, vocab=257)
+    assert size > 75e6
     held, before, most, ended = held_bytes(monkeypatch), own_bytes(), [0], threading.Event()
 
     def watch():
@@ -203,7 +203,7 @@ def test_a_model_of_50_mb_is_converted_in_less_than_a_third_of_its_size(llama, d
         ended.set()
         thread.join()
     assert held["now"] == 0
-    assert held["most"] < size / 12  # a block, and the embedding that says where the model is
+    assert held["most"] < size / 18  # a block, and the embedding that says where the model is
     assert most[0] - before < size / 3
 
 
@@ -282,7 +282,7 @@ def test_what_cannot_be_streamed_is_refused_before_anything_is_done(llama, data,
 def test_a_disk_without_room_for_the_result_is_said_at_once(llama, data, tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(1, 1, 1000))
-    with pytest.raises(CheckpointError, match="0.0 GB free, and the weights need"):
+    with pytest.raises(CheckpointError, match=r"0\.0 GB free, and the weights need"):
         converted(llama, tmp_path / "out", data, stream=True)
     assert list(tmp_path.iterdir()) == []
 

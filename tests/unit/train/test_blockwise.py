@@ -7,7 +7,16 @@ import pytest
 import torch
 from tiny import tiny_inputs, tiny_llama
 from torch import nn
-from transformers import BertConfig, BertModel, BloomConfig, BloomForCausalLM, GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration
+from transformers import (
+    BertConfig,
+    BertModel,
+    BloomConfig,
+    BloomForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from moeify.errors import DataError, UnsupportedModelError
 from moeify.hf.streamed import block_names
@@ -23,7 +32,9 @@ MODELS = {
         BloomConfig(vocab_size=257, hidden_size=32, n_layer=3, n_head=4)
     ),
     "bert": lambda: BertModel(
-        BertConfig(vocab_size=257, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=48, max_position_embeddings=32)
+        BertConfig(
+            vocab_size=257, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=48, max_position_embeddings=32
+        )
     ),
 }
 PADDED = {"input_ids": torch.arange(1, 19).reshape(3, 6), "attention_mask": torch.tensor([[1] * 6, [1] * 4 + [0] * 2, [0] * 3 + [1] * 3])}
