@@ -37,6 +37,7 @@ from .hf import register as _register
 from .hf.checkpoint import load_model as load_model
 from .hf.checkpoint import save_checkpoint as save_checkpoint
 from .hf.inputs import example_inputs as example_inputs
+from .hf.offload import load_offloaded as load_offloaded
 from .kernels import moe_ffn as moe_ffn
 from .layers import MoEFFN as MoEFFN
 from .layers import MoEProjection as MoEProjection

@@ -70,12 +70,12 @@ class TensorFiles:
         """
         info = self.infos[name]
         raw = torch.empty(info.num_bytes, dtype=torch.uint8)
-        left = memoryview(raw.numpy())
+        left = raw.numpy().data
         try:
             with info.path.open("rb", buffering=0) as file:
                 file.seek(info.start)
                 while left:
-                    count = file.readinto(left)  # type: ignore[attr-defined] # of a raw file
+                    count = file.readinto(left)
                     if not count:
                         raise CheckpointError(f"'{info.path}' is truncated; download or save it again.")
                     left = left[count:]
@@ -146,7 +146,7 @@ class TensorWriter:
             raise ValueError(f"'{name}' was announced as {shape} {dtype}, and is {tuple(tensor.shape)} {tensor.dtype}.")
         file.seek(start)
         if tensor.numel():
-            file.write(memoryview(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()))
+            file.write(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
         self._missing.discard(name)
 
     def __enter__(self) -> "TensorWriter":

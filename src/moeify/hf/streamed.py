@@ -24,13 +24,15 @@ from .shards import TensorFiles
 
 
 @dataclass(frozen=True)
-class _Slot:
+class Slot:
     """One tensor of a module, and where it is read."""
 
     module: nn.Module
+    """Its owner."""
     table: str
     """Attribute of the module that holds it: "_parameters" or "_buffers"."""
     name: str
+    """Its name there."""
     path: str
     """Its name in the model's state dict."""
     key: str
@@ -79,6 +81,10 @@ class StreamedModel:
     def parts(self) -> list[str]:
         """Module paths of all parts, in module order."""
         return list(self._slots)
+
+    def slots(self, part: str) -> list[Slot]:
+        """A part's tensors."""
+        return list(self._slots[part])
 
     def own_tensors(self, part: str) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """State-dict names of a part's tensors, with their shapes and dtypes when they are read; none that an earlier part has, too."""
@@ -186,26 +192,26 @@ class StreamedModel:
                 if isinstance(module, MoEFFN):
                     module.lay_out()
 
-    def _read(self, slot: _Slot) -> Tensor:
+    def _read(self, slot: Slot) -> Tensor:
         return self._files.read(slot.key).to(self._dtype_of(slot))
 
-    def _dtype_of(self, slot: _Slot) -> torch.dtype:
+    def _dtype_of(self, slot: Slot) -> torch.dtype:
         stored = self._files.infos[slot.key].dtype
         if not stored.is_floating_point:
             return stored
         return stored if self._dtype is None else self._dtype
 
-    def _size(self, slot: _Slot) -> int:
+    def _size(self, slot: Slot) -> int:
         return torch.Size(self._files.infos[slot.key].shape).numel() * self._dtype_of(slot).itemsize
 
-    def _skeleton_of(self, slot: _Slot) -> Tensor | None:
+    def _skeleton_of(self, slot: Slot) -> Tensor | None:
         return getattr(slot.module, slot.table)[slot.name]  # type: ignore[no-any-return] # of a dict of tensors
 
-    def _find_slots(self, source: str) -> dict[str, list[_Slot]]:
+    def _find_slots(self, source: str) -> dict[str, list[Slot]]:
         self._source = source
         keys, self._is_renamed = _file_keys(self.model, list(self._files.infos))
         tied = _tied_names(self.model)
-        slots: dict[str, list[_Slot]] = {}
+        slots: dict[str, list[Slot]] = {}
         missing, mismatched = [], []
         for path, module in self.model.named_modules(remove_duplicate=False):
             part = self.part_of(path)
@@ -221,7 +227,7 @@ class StreamedModel:
                         continue
                     if self._files.infos[key].shape != tuple(tensor.shape):
                         mismatched.append((full, self._files.infos[key].shape, tuple(tensor.shape)))
-                    slots.setdefault(part, []).append(_Slot(module, table, name, full, key))
+                    slots.setdefault(part, []).append(Slot(module, table, name, full, key))
         check_complete({"missing_keys": missing, "mismatched_keys": mismatched}, source, type(self.model).__name__)
         owners: dict[int, str] = {}
         for part, members in slots.items():

@@ -340,7 +340,7 @@ class _Writing:
             self._hidden._shapes.append(tuple(hidden.shape))
         if self._file is not None:
             self._hidden._dtypes[self._index] = hidden.dtype
-            self._file.write(memoryview(hidden.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()))
+            self._file.write(hidden.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
 
 
 class _Reading:
@@ -357,7 +357,7 @@ class _Reading:
     def _read(self) -> Tensor:
         shape, dtype = next(self._shapes), self._dtype
         raw = torch.empty(torch.Size(shape).numel() * dtype.itemsize, dtype=torch.uint8)
-        if self._file.readinto(memoryview(raw.numpy())) != len(raw):
+        if self._file.readinto(raw.numpy().data) != len(raw):
             raise DataError("the hidden states of a killed run are damaged; delete its .work folder and run again.")
         return raw.view(dtype).view(shape)
 
