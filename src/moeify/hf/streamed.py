@@ -368,7 +368,8 @@ def _renamed_by_transformers(model: nn.Module, keys: Sequence[str], names: set[s
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
     state = model.state_dict()
-    found, computed = {}, None
+    found: dict[str, str] = {}
+    computed = None
     for key in keys:
         name, pattern = rename_source_key(key, renamings, converters, cast(Any, model).base_model_prefix or None, state)
         if pattern is None and name in names:

@@ -266,7 +266,7 @@ class _Conversion:
         for i, (record, options) in enumerate(plan):
             if i % self.ranks.size != self.ranks.rank or read_fitted(self._fitted(i)) is not None:
                 continue
-            self._wait(lambda i=i: self._inputs(i).exists())
+            self._wait(self._inputs(i).exists)
             with self.streamed.loaded(self.streamed.part_of(record.site.down)):
                 self._fit(i, record, options)
 
