@@ -12,7 +12,7 @@ import mmap
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -181,4 +181,4 @@ def _dtype_of(config: Any) -> torch.dtype:
         dtype = getattr(torch, dtype, None)
     if dtype is not None and not isinstance(dtype, torch.dtype):
         raise ConfigError(f"config.json: dtype {dtype!r} is none of torch's.")
-    return cast(torch.dtype, dtype or torch.float32)
+    return dtype or torch.float32

@@ -97,7 +97,7 @@ def watch_blocks(
         if looking:
             return
         call, after = entered.pop(name), hidden_of(output)
-        values = [*enumerate(call.args), *call.kwargs.items()]
+        values: list[tuple[int | str, Any]] = [*enumerate(call.args), *call.kwargs.items()]
         place = next((key for key, value in values if isinstance(value, Tensor) and value.shape == after.shape), None)
         if place is None:
             raise _no_chain(model, f"'{name}' does not map hidden states to hidden states")
