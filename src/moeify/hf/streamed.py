@@ -341,7 +341,7 @@ def _file_keys(model: nn.Module, keys: Sequence[str]) -> tuple[dict[str, str], b
     """
     names = set(model.state_dict())
     prefix = f"{getattr(model, 'base_model_prefix', '')}.".lstrip(".")
-    found = {}
+    found: dict[str, str] = {}
     for key in keys:
         for name in (key, key.removeprefix(prefix), f"{prefix}{key}"):
             if name in names:
