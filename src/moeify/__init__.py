@@ -39,6 +39,7 @@ from .hf.checkpoint import load_model as load_model
 from .hf.checkpoint import save_checkpoint as save_checkpoint
 from .hf.draft import self_draft as self_draft
 from .hf.inputs import example_inputs as example_inputs
+from .hf.offload import load_offloaded as load_offloaded
 from .hf.speculate import Speculation as Speculation
 from .hf.speculate import SpeculationCounts as SpeculationCounts
 from .kernels import moe_ffn as moe_ffn

@@ -381,11 +381,19 @@ def convert(
     ] = "float",
     dtype: DType = "float32",
     device: Device = "cpu",
+    stream: Annotated[
+        bool | None,
+        typer.Option(
+            "--stream/--no-stream",
+            help="Hold one layer of the model in memory at a time; by default where the weights do not fit, and under torchrun.",
+        ),
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier conversion in the output folder.")] = False,
     seed: Seed = None,
 ) -> Any:
     """Turn a dense model into a dynamic-k mixture of experts."""
     from .pipeline import convert_checkpoint
+    from .train.parallel import started_rank
 
     options = {"width": router_width, "output": router_output, "scale": router_scale, "rank": router_rank}
     given = {name: value for name, value in options.items() if value is not None}
@@ -402,7 +410,7 @@ def convert(
     )
     data = dataclasses.replace(data, seed=seed)
     calibration = dataclasses.replace(calibration, router=training, max_tokens=data.max_tokens, window=data.window, seed=seed or 0)
-    return convert_checkpoint(
+    result = convert_checkpoint(
         model,
         out,
         data=data,
@@ -413,8 +421,10 @@ def convert(
         weights=weights,
         projections=_projections(attention, patterns, distilling, seed=seed or 0),
         overwrite=overwrite,
+        stream=stream,
         progress=make_progress(),
     )
+    return result if started_rank() == 0 else None
 
 
 _CHANNELS = [name for name, method in METHODS.items() if isinstance(method, ChannelMethod)]

@@ -566,21 +566,23 @@ def manifest_of(model: nn.Module) -> Manifest:
     if not layers and not inputs and not replaced:
         raise UnsupportedModelError(f"this {type(model).__name__} is dense; convert it first.")
     return Manifest(
-        sites=tuple(
-            SiteRecord(
-                site=m.site,
-                num_experts=m.num_experts,
-                router=m.router.config,
-                rule=cast(RuleConfig, m.rule),
-                always_on=m.always_on,
-                weights="int8" if has_int8(model, m.site) else "float",
-                weight_norms=_weight_norms(m),
-            )
-            for m in layers.values()
-        ),
+        sites=tuple(record_of_site(model, layer) for layer in layers.values()),
         channels=tuple(_channel_record(model, m) for m in inputs.values()),
         projections=tuple(record_of(name, module) for name, module in replaced.items()),
         presets=_presets_of(model, (*inputs, *layers)),
+    )
+
+
+def record_of_site(model: nn.Module, layer: MoEFFN) -> SiteRecord:
+    """What the manifest of ``model`` says of one of its layers as it is now."""
+    return SiteRecord(
+        site=layer.site,
+        num_experts=layer.num_experts,
+        router=layer.router.config,
+        rule=cast(RuleConfig, layer.rule),
+        always_on=layer.always_on,
+        weights="int8" if has_int8(model, layer.site) else "float",
+        weight_norms=_weight_norms(layer),
     )
 
 

@@ -154,6 +154,8 @@ class MoEFFN(nn.Module):
         reach the router. The projections then run as they are, at dense cost; not for torch.compile."""
         self.dispatch: Dispatch | None = None
         """In training: takes the place of `kernels.moe_ffn` where the kernels would run (`train.expert_parallel`)."""
+        self.fetch: Callable[[DispatchPlan], None] | None = None
+        """Told what will run, before it does, where weights are read from somewhere first (`hf.offload`)."""
         self.is_taught = False
         """In training: whether the router learns from the selected experts alone, through 1 + p - stopgrad(p) with p = s / (sum of the
         selected s); see `DispatchPlan.probs_TE`. By the kernels; x gets no gradient by way of the router."""
@@ -306,6 +308,8 @@ class MoEFFN(nn.Module):
         else:
             plan = self._plan(x) if call.select is None else build_plan(self._record(call.select(x), x))
             x_TD, training = x.reshape(-1, x.shape[-1]), self.host.training
+            if self.fetch is not None:
+                self.fetch(plan)
             if training and self.dispatch is not None:
                 y = self.dispatch(x_TD, self.weights(), plan, activation=self.site.activation, impl=self.impl)
             else:
@@ -329,6 +333,8 @@ class MoEFFN(nn.Module):
                 native = self._native = self._make_native(x.dtype)
         if native is None or native.routed is None:
             return _Call(x, first, self._stand_in(x))
+        if self.fetch is not None:  # between selection and computation
+            return _Call(x, first, self._stand_in(x), None, None if isinstance(native.routed, RoutedNeurons) else native.routed.select)
         if isinstance(native.routed, RoutedNeurons):
             return _Call(x, first, self._stand_in(x), native.routed if x.numel() <= native.always_numel else None)
         if x.numel() <= native.always_numel or self.impl == "cpu":

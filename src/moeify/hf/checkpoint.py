@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import nn
+from torch import Tensor, nn
 
 from .._config import did_you_mean
 from .._files import remove_folder, sync
@@ -74,16 +74,16 @@ def load_model(
     """
     register()
     source = os.fspath(source)
-    where, options = _locate(source)
+    where, options = locate(source)
     file_options = {key: value for key, value in options.items() if key == "gguf_file"}
     with progress.task(f"read the tokenizer of {source}", total=1) as task:
-        config = _load_config(where, file_options, source)
-        cls = _model_class(config, source) if auto_class is None else auto_class
-        processor = _load_processor(where, file_options, source)  # before the weights: a bad one is found at once
+        config = load_config(where, file_options, source)
+        cls = model_class_of(config, source) if auto_class is None else auto_class
+        processor = load_processor(where, file_options, source)  # before the weights: a bad one is found at once
         task.advance(1)
     with progress.task(f"load {source}", total=1) as task, seeded(seed):
         try:
-            # Shapes that differ are let through here: `_check_complete` names the tensor, transformers' own error does not.
+            # Shapes that differ are let through here: `check_complete` names the tensor, transformers' own error does not.
             model, info = cls.from_pretrained(
                 where,
                 dtype=dtype,
@@ -102,7 +102,7 @@ def load_model(
         info = {
             key: [entry for entry in info[key] if _name_of(entry).startswith(f"{prefix}.")] for key in ("missing_keys", "mismatched_keys")
         }
-    _check_complete(info, source, type(model).__name__)
+    check_complete(info, source, type(model).__name__)
     _check_finite(model, source, progress=progress)
     return model.eval(), processor
 
@@ -115,8 +115,8 @@ def model_class(source: str | os.PathLike[str]) -> Any:
     """
     register()
     source = os.fspath(source)
-    where, options = _locate(source)
-    return _model_class(_load_config(where, {key: value for key, value in options.items() if key == "gguf_file"}, source), source)
+    where, options = locate(source)
+    return model_class_of(load_config(where, {key: value for key, value in options.items() if key == "gguf_file"}, source), source)
 
 
 def save_checkpoint(
@@ -147,7 +147,7 @@ def save_checkpoint(
     manifest = stamp(model)
     record = {**manifest.to_dict(), "calibration": {**calibration, "versions": library_versions()}}
     with progress.task(f"save {out}", total=1) as task:
-        with _whole_folder(out, overwrite=overwrite) as partial:
+        with whole_folder(out, overwrite=overwrite) as partial:
             (partial / MANIFEST_FILE).write_text(json.dumps(record, indent=2) + "\n")
             _save(model, processor, partial)
             (partial / "README.md").write_text(card)
@@ -160,7 +160,7 @@ def save_dense(model: nn.Module, processor: Any, out: Path) -> None:
     Raises:
         CheckpointError: ``out`` exists and is not empty, or cannot be written.
     """
-    with _whole_folder(out, overwrite=False) as partial:
+    with whole_folder(out, overwrite=False) as partial:
         _save(model, processor, partial)
 
 
@@ -189,7 +189,7 @@ def save_trained(
         CheckpointError: as in `save_checkpoint`.
     """
     with progress.task(f"save {out}", total=1) as task:
-        with _whole_folder(out, overwrite=overwrite, marker=TRAINING_FILE) as partial:
+        with whole_folder(out, overwrite=overwrite, marker=TRAINING_FILE) as partial:
             (partial / TRAINING_FILE).write_text(json.dumps(record, indent=2) + "\n")
             _save(model, processor, partial)
             (partial / "README.md").write_text(card)
@@ -225,7 +225,7 @@ def save_pretrained_run(
         CheckpointError: as in `save_checkpoint`.
     """
     with progress.task(f"save {out}", total=1) as task:
-        with _whole_folder(out, overwrite=overwrite, marker=PRETRAINING_FILE) as partial:
+        with whole_folder(out, overwrite=overwrite, marker=PRETRAINING_FILE) as partial:
             (partial / PRETRAINING_FILE).write_text(json.dumps(record, indent=1) + "\n")
             if calibration is not None:
                 whole = {**stamp(model).to_dict(), "calibration": {**calibration, "versions": library_versions()}}
@@ -371,7 +371,7 @@ def _name_of(entry: Any) -> str:
 # -- loading -------------------------------------------------------------------------------------------------------------------------
 
 
-def _locate(source: str) -> tuple[str, dict[str, Any]]:
+def locate(source: str) -> tuple[str, dict[str, Any]]:
     """Where transformers is to look, and with which options."""
     path = Path(source).expanduser()
     if source.endswith(".gguf"):
@@ -418,7 +418,7 @@ def _check_folder(path: Path) -> None:
         raise CheckpointError(f"'{config_file}' is not JSON: {_first_line(error)}") from error
     if not isinstance(config, dict):
         raise CheckpointError(f"'{config_file}' is not a JSON object.")
-    weights = _weight_files(path)
+    weights = weight_files(path)
     if not weights:
         pickled = sorted(p.name for p in path.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
         if pickled:
@@ -439,7 +439,12 @@ def _check_folder(path: Path) -> None:
             ) from error
 
 
-def _weight_files(path: Path) -> list[Path]:
+def weight_files(path: Path) -> list[Path]:
+    """The safetensors files of a folder, there or not; none where neither a single file nor an index is.
+
+    Raises:
+        CheckpointError: the index is none, or names something else than safetensors files beside it.
+    """
     single, index = path / "model.safetensors", path / "model.safetensors.index.json"
     if single.is_file():
         return [single]
@@ -472,7 +477,12 @@ def _read_bounded(path: Path) -> Any:
         raise ValueError("it is nested too deeply") from error
 
 
-def _load_config(where: str, options: Mapping[str, Any], source: str) -> Any:
+def load_config(where: str, options: Mapping[str, Any], source: str) -> Any:
+    """The config of what `locate` found; ``source`` is what the user called it.
+
+    Raises:
+        CheckpointError, UnsupportedModelError: there is none, it is damaged, of an unknown family, or of quantised weights.
+    """
     from huggingface_hub.errors import StrictDataclassError
     from transformers import CONFIG_MAPPING, AutoConfig
 
@@ -505,7 +515,12 @@ def _load_config(where: str, options: Mapping[str, Any], source: str) -> Any:
     return config
 
 
-def _model_class(config: Any, source: str) -> Any:
+def model_class_of(config: Any, source: str) -> Any:
+    """The transformers class that a config names, or that its family is made for.
+
+    Raises:
+        UnsupportedModelError: transformers has no such class.
+    """
     import transformers
 
     for name in config.architectures or ():
@@ -525,7 +540,7 @@ def _model_class(config: Any, source: str) -> Any:
     return transformers.AutoModel
 
 
-def _check_complete(info: Mapping[str, Any], source: str, cls: str) -> None:
+def check_complete(info: Mapping[str, Any], source: str, cls: str) -> None:
     """transformers fills missing tensors with random numbers and only logs it."""
     for name, found, expected in sorted(info["mismatched_keys"], key=lambda entry: str(entry[0])):
         raise CheckpointError(
@@ -543,17 +558,23 @@ def _check_finite(model: nn.Module, source: str, *, progress: Progress) -> None:
     parameters = dict(model.named_parameters())
     with progress.task(f"check {source}", total=len(parameters)) as task:
         for name, parameter in parameters.items():
-            # aminmax passes NaN on and, unlike isfinite, needs no copy of the tensor
-            if (
-                parameter.is_floating_point()
-                and parameter.numel()
-                and not all(torch.isfinite(x) for x in torch.aminmax(parameter.detach()))
-            ):
-                raise CheckpointError(f"'{source}': the tensor '{name}' has NaN or infinite values; the checkpoint is damaged.")
+            check_finite_tensor(parameter, name, source)
             task.advance(1)
 
 
-def _load_processor(where: str, options: Mapping[str, Any], source: str) -> Any:
+def check_finite_tensor(tensor: Tensor, name: str, source: str) -> None:
+    """Refuse NaN and infinity, with the tensor's name."""
+    # aminmax passes NaN on and, unlike isfinite, needs no copy of the tensor
+    if tensor.is_floating_point() and tensor.numel() and not all(torch.isfinite(x) for x in torch.aminmax(tensor.detach())):
+        raise CheckpointError(f"'{source}': the tensor '{name}' has NaN or infinite values; the checkpoint is damaged.")
+
+
+def load_processor(where: str, options: Mapping[str, Any], source: str) -> Any:
+    """The tokenizer or processor of what `locate` found; None where it has neither.
+
+    Raises:
+        CheckpointError: it cannot be loaded.
+    """
     from transformers import AutoProcessor, AutoTokenizer
 
     try:
@@ -594,7 +615,7 @@ def _save(model: Any, processor: Any, directory: Path) -> None:
 
 
 @contextmanager
-def _whole_folder(out: Path, *, overwrite: bool, marker: str = MANIFEST_FILE) -> Iterator[Path]:
+def whole_folder(out: Path, *, overwrite: bool, marker: str = MANIFEST_FILE) -> Iterator[Path]:
     """A folder beside ``out`` that takes its name when the body has ended without an error, and vanishes otherwise.
 
     Same parent, so same file system: the rename is atomic. Files reach the disk before the name does.

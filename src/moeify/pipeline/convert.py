@@ -23,6 +23,7 @@ from ..sites import find_ffn_sites, site_weights
 from ..train.calibration import calibrate_rules, spread
 from ..train.capture import FFNInputs, capture_ffn_inputs, fast_dtype
 from ..train.fit import FittedSite, RouterTrainConfig, fit_site
+from ..train.parallel import num_started
 from .heldout import card_rows, int8_rows, measure_converted, replaced_rows
 from .inputs import calibration_batches, hold_out
 from .names import torch_device, torch_dtype
@@ -68,6 +69,7 @@ def convert_checkpoint(
     projections: ProjectionsConfig | None = None,
     notes: Mapping[str, Any] | None = None,
     overwrite: bool = False,
+    stream: bool | None = False,
     progress: Progress = NO_PROGRESS,
 ) -> dict[str, Any]:
     """Convert a checkpoint: read, split, fit routers, calibrate, measure, save.
@@ -85,6 +87,8 @@ def convert_checkpoint(
             replaces none. Such a checkpoint has no dense equal: it loads with moeify only.
         notes: JSON values that the result is to begin with.
         overwrite: replace an earlier conversion at ``out``.
+        stream: hold one block of the model in memory at a time (`convert_streamed`); None: where the weights do not fit
+            (`is_too_large`), and under torchrun.
         progress: told every stage.
 
     Returns:
@@ -97,6 +101,20 @@ def convert_checkpoint(
     """
     if weights not in ("float", "int8"):
         raise ConfigError(f"--weights must be float or int8, got {weights!r}.")
+    if stream is None:
+        from .stream import is_too_large
+
+        stream = num_started() > 1 or is_too_large(source, dtype=dtype)
+    if stream:
+        from .stream import convert_streamed
+
+        if weights != "float" or projections is not None:
+            raise ConfigError(
+                "a model that is read one block at a time keeps floating weights and its linear layers; leave --weights and "
+                "--attention out, or add --no-stream."
+            )
+        given: dict[str, Any] = {"data": data, "config": config, "calibration": calibration, "dtype": dtype, "device": device}
+        return convert_streamed(source, out, **given, notes=notes, overwrite=overwrite, progress=progress)
     check_apart(out, source)
     work = out.with_name(out.name + ".work")
     recover(out)
@@ -120,7 +138,7 @@ def convert_checkpoint(
     identity = _run_of(model, batches, config, calibration, run)
     if finished is not None:
         same_weights = finished.get("weights", "float") == weights
-        if same_weights and _is_of(finished, run_id(identity), calibration):
+        if same_weights and is_of(finished, run_id(identity), calibration):
             remove_work(work)
             return finished
         check_output(out, overwrite=overwrite)
@@ -247,7 +265,7 @@ def _run_of(
     return {**run, "batches": fingerprint(batches), "weights": weights, "config": _config.to_dict(config), "router": router}
 
 
-def _is_of(record: Mapping[str, Any], run: str, calibration: CalibrationConfig) -> bool:
+def is_of(record: Mapping[str, Any], run: str, calibration: CalibrationConfig) -> bool:
     """Whether a finished conversion is what this run would make."""
     asked = {"run": run, "target_active": calibration.target_active, "scope": calibration.scope, "seed": calibration.seed}
     return all(record.get(key) == value for key, value in asked.items())

@@ -5,6 +5,7 @@ from .discover import Discovery as Discovery
 from .discover import Refusal as Refusal
 from .discover import discover as discover
 from .discover import find_ffn_sites as find_ffn_sites
+from .discover import proven_sites as proven_sites
 from .formula import ACTIVATIONS as ACTIVATIONS
 from .formula import ShiftedReLU as ShiftedReLU
 from .formula import ffn_dense as ffn_dense

@@ -83,13 +83,17 @@ def find_ffn_sites(model: nn.Module, example_inputs: Mapping[str, Any]) -> list[
         if one works with explicit sizes);
         memory for a few rows of every linear layer's input and output, and for the whole outputs of the down projections.
     """
-    found = discover(model, example_inputs)
+    return proven_sites(discover(model, example_inputs), of=type(model).__name__)
+
+
+def proven_sites(found: Discovery, *, of: str) -> list[FFNSite]:
+    """What `find_ffn_sites` returns, warns of or raises where this was found in a model of the class ``of``."""
     if not found.sites:
         misses = _summary(found.refused) or "no two of its linear layers compute act(x W1) W2 in this forward"
-        raise UnsupportedModelError(f"no FFN of {type(model).__name__} can be converted: {misses}.")
+        raise UnsupportedModelError(f"no FFN of {of} can be converted: {misses}.")
     for refusal in found.refused:
         if refusal.reason == _SILENT:
-            warnings.warn(f"'{refusal.path}' is left as it is: {_SILENT}.", stacklevel=2)
+            warnings.warn(f"'{refusal.path}' is left as it is: {_SILENT}.", stacklevel=3)
     return list(found.sites)
 
 

@@ -57,7 +57,7 @@ class BlockCalls:
     def _run(self, name: str, call: _Call) -> Tensor:
         kwargs = dict(zip(call.kwargs, _copied(tuple(call.kwargs.values())), strict=True))
         with eval_mode(self._model), self._autocast():
-            return _hidden(self._model.get_submodule(name)(*_copied(call.args), **kwargs))
+            return hidden_of(self._model.get_submodule(name)(*_copied(call.args), **kwargs))
 
     def _call(self, name: str) -> _Call:
         if not self._calls:
@@ -87,7 +87,7 @@ class BlockCalls:
         self._entered[name] = _copied(args), dict(zip(kwargs, _copied(tuple(kwargs.values())), strict=True))
 
     def _leave(self, name: str, _block: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
-        after, (args, kwargs) = _hidden(output), self._entered.pop(name)
+        after, (args, kwargs) = hidden_of(output), self._entered.pop(name)
         before = next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.shape == after.shape), None)
         if before is not None and name not in self._calls:
             self._calls[name] = _Call(args, kwargs, after.clone())
@@ -121,7 +121,7 @@ def block_influence(
         entered[name] = [value.clone() for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.is_floating_point()]
 
     def leave(_block: nn.Module, _args: tuple[Any, ...], output: Any, name: str) -> None:
-        after = _hidden(output)
+        after = hidden_of(output)
         before = next((value for value in entered.pop(name) if value.shape == after.shape), None)
         if before is not None:
             cosine = nn.functional.cosine_similarity(before.float(), after.float(), dim=-1)
@@ -148,7 +148,8 @@ def _copied(values: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(value.clone() if isinstance(value, Tensor) else value for value in values)
 
 
-def _hidden(output: Any) -> Tensor:
+def hidden_of(output: Any) -> Tensor:
+    """The hidden states in what a block gives: itself, or what it begins with."""
     while not isinstance(output, Tensor):
         output = output[0]
     return output

@@ -135,8 +135,8 @@ def log_energy_features(energy_TF: Tensor, *, dimensions: int = 32, seed: int = 
     Source: ours; subspace iteration after Halko, Martinsson and Tropp 2011, arXiv:0909.4061. Cost: 7 T F K multiply-adds.
     """
     floor = (energy_TF.mean() * 1e-6).clamp_min(torch.finfo(torch.float32).tiny)
-    z_FT = (energy_TF.float() + floor).log().t()
-    z_FT = (z_FT - z_FT.mean(0)).contiguous()
+    z_FT = (energy_TF.float() + floor).log_().t()  # in place: T * F numbers are the most that fitting a layer holds
+    z_FT = z_FT.sub_(z_FT.mean(0)).contiguous()
     dimensions = min(dimensions, *z_FT.shape)
     oversampled = min(dimensions + 8, *z_FT.shape)
     generator = torch.Generator().manual_seed(seed)

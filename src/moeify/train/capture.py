@@ -114,7 +114,7 @@ def capture_ffn_inputs(
                 raise
             compute = None
             calls = _count_calls(model, sites, batches[0], compute)
-        recorder = _Recorder(sinks, calls_per_forward=calls)
+        recorder = Recorder(sinks, calls_per_forward=calls)
         for site in sites:
             first = model.get_submodule(site.first[0])
             hook = recorder.hook(site.name, mask=mask_name(model, site))
@@ -145,17 +145,18 @@ def capture_ffn_inputs(
     return result
 
 
-class _Recorder:
+class Recorder:
     """Writes what the hooks see, and ends each forward when the last FFN has its input: the LM head's logits would be the largest
-    tensor of all."""
+    tensor of all. Without a number of calls it ends none."""
 
-    def __init__(self, sinks: Mapping[str, BinaryIO], *, calls_per_forward: int) -> None:
+    def __init__(self, sinks: Mapping[str, BinaryIO], *, calls_per_forward: int | None) -> None:
         self._sinks = sinks
         self._batch: Mapping[str, Tensor] = {}
         self._calls = 0
         self._calls_per_forward = calls_per_forward
 
     def start(self, batch: Mapping[str, Tensor]) -> None:
+        """A forward of this batch begins."""
         self._batch = batch
         self._calls = 0
 
@@ -187,15 +188,19 @@ def fast_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if native else torch.float32
 
 
+def autocast_as(device: str, compute: torch.dtype | None) -> AbstractContextManager[Any]:
+    """Matrix products in ``compute`` on a kind of device; None and float32 leave the model's own."""
+    # No cache of cast weights: it would hold half of the model once more.
+    return nullcontext() if compute in (None, torch.float32) else torch.autocast(device, dtype=compute, cache_enabled=False)
+
+
 def short_batch(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Inputs of a forward that costs little: one example, and of text its first tokens."""
     return {k: v[:1, :16] if v.dim() == 2 and not v.is_floating_point() else v[:1] for k, v in batch.items() if k != "labels"}
 
 
 def _autocast(model: nn.Module, compute: torch.dtype | None) -> AbstractContextManager[Any]:
-    device = next(model.parameters()).device.type
-    # No cache of cast weights: it would hold half of the model once more.
-    return nullcontext() if compute in (None, torch.float32) else torch.autocast(device, dtype=compute, cache_enabled=False)
+    return autocast_as(next(model.parameters()).device.type, compute)
 
 
 def _count_calls(model: nn.Module, sites: Sequence[Reader], batch: Mapping[str, Tensor], compute: torch.dtype | None) -> int:

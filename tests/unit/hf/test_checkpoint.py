@@ -481,7 +481,7 @@ for step in range(1000):
             setattr(os, name, killed_at(real))
             if getattr(early, name, None) is real:
                 setattr(early, name, getattr(os, name))
-        with checkpoint._whole_folder(out, overwrite=True, marker=sys.argv[2]) as partial:
+        with checkpoint.whole_folder(out, overwrite=True, marker=sys.argv[2]) as partial:
             for name in (sys.argv[2], "model.safetensors", "README.md"):
                 (partial / name).write_text("new")
         os._exit(0)
@@ -510,7 +510,7 @@ def test_save_checkpoint_killed_at_any_step_of_a_replacement_loses_neither(tmp_p
         files = {path.name: path.read_text() for path in out.iterdir()}
         assert files in (old, new), step
         found.append((lost_its_name, files == new))
-        with checkpoint._whole_folder(out, overwrite=True, marker=marker) as partial:
+        with checkpoint.whole_folder(out, overwrite=True, marker=marker) as partial:
             for name, text in new.items():
                 (partial / name).write_text(text)
         assert {path.name: path.read_text() for path in out.iterdir()} == new
