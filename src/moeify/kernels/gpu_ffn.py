@@ -7,6 +7,7 @@ and compiled for sm80, sm90 and sm100 by the tests; no GPU has timed it.
 """
 
 import functools
+from dataclasses import replace
 from types import ModuleType
 from typing import Any, TypeAlias, cast
 
@@ -26,8 +27,8 @@ FUNCTIONS = (
     "shifted_relu",
 )
 """Activations, without the number of a shifted ReLU."""
-MOST_PAIRS = 2**31 - 1
-"""T times E, which the plan on the device counts in 32 bits."""
+MOST_PAIRS = 2**30 - 2**10
+"""T times E. The plan on the device counts pairs in 32 bits, and looks up to T of them past the last."""
 
 _FIELDS = (*cpu.MATRICES, *cpu.BIASES)
 _Optional: TypeAlias = Tensor | None
@@ -35,21 +36,27 @@ _Optional: TypeAlias = Tensor | None
 
 def refusal(x_TD: Tensor, *, num_experts: int, activation: str) -> str | None:
     """Why the kernels cannot compute this; None if they can. Looks at no value: no host sync."""
-    device = x_TD.device
-    if (missing := unavailable(device.type)) is not None:
-        return missing
-    if (old := gpu_linear._too_old(device)) is not None:
-        return old
-    if x_TD.dtype not in DTYPES:
-        return f"it takes float32, float16 and bfloat16, x_TD is {x_TD.dtype}"
-    if x_TD.dtype is torch.bfloat16 and gpu_linear.is_interpreted():
-        return "Triton's interpreter computes bfloat16 wrongly"
-    if activation.partition(":")[0] not in FUNCTIONS:
-        return f"it does not know the activation {activation!r}; known: {', '.join(FUNCTIONS)}"
+    if (why_not := device_refusal(x_TD.device, dtype=x_TD.dtype, activation=activation)) is not None:
+        return why_not
     if x_TD.shape[0] * num_experts > MOST_PAIRS:
         return f"it counts up to {MOST_PAIRS} pairs, these are {x_TD.shape[0]} tokens x {num_experts} experts"
     if cpu.wants_tangents():
         return "it has no forward-mode gradients"
+    return None
+
+
+def device_refusal(device: torch.device, *, dtype: torch.dtype, activation: str) -> str | None:
+    """Why the kernels cannot compute any FFN there for x of this dtype; None if they can."""
+    if (missing := unavailable(device.type)) is not None:
+        return missing
+    if (old := gpu_linear._too_old(device)) is not None:
+        return old
+    if dtype not in DTYPES:
+        return f"it takes float32, float16 and bfloat16, x_TD is {dtype}"
+    if dtype is torch.bfloat16 and gpu_linear.is_interpreted():
+        return "Triton's interpreter computes bfloat16 wrongly"
+    if activation.partition(":")[0] not in FUNCTIONS:
+        return f"it does not know the activation {activation!r}; known: {', '.join(FUNCTIONS)}"
     return None
 
 
@@ -89,6 +96,9 @@ def moe_ffn_recomputing(x_TD: Tensor, weights: FFNWeights, plan: DispatchPlan, *
 def _run(x_TD: Tensor, weights: FFNWeights, plan: DispatchPlan, *, activation: str, recompute: bool) -> Tensor:
     if why_not := refusal(x_TD, num_experts=plan.num_experts, activation=activation):
         raise KernelError(f"impl 'triton': {why_not}.")
+    if plan.mask_TE.dtype is not torch.bool or plan.mask_TE.dim() != 2:
+        raise KernelError(f"impl 'triton': mask_TE must be 2-D bool, got {tuple(plan.mask_TE.shape)} {plan.mask_TE.dtype}.")
+    weights = _with_plain_vectors(weights)
     tensors = [getattr(weights, name) for name in (*_FIELDS, *cpu.SCALES)]
     wants_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x_TD, plan.probs_TE, *tensors))
     if not wants_grad:
@@ -99,6 +109,12 @@ def _run(x_TD: Tensor, weights: FFNWeights, plan: DispatchPlan, *, activation: s
     tensors = [getattr(weights, name) for name in _FIELDS]
     y_TO, _ = _ffn_train_gpu(x_TD, *tensors, plan.probs_TE, plan.mask_TE, activation, _pairs(plan), not recompute)
     return cast(Tensor, y_TO)
+
+
+def _with_plain_vectors(weights: FFNWeights) -> FFNWeights:
+    """The same with contiguous biases and scales: kernels take any strides of matrices, and of vectors none."""
+    strided = {name: t for name in (*cpu.BIASES, *cpu.SCALES) if (t := getattr(weights, name)) is not None and not t.is_contiguous()}
+    return replace(weights, **{name: t.contiguous() for name, t in strided.items()}) if strided else weights
 
 
 def _pairs(plan: DispatchPlan) -> int:
