@@ -185,12 +185,19 @@ class MoEFFN(nn.Module):
     def _plan(self, x: Tensor) -> DispatchPlan:
         """`select` as a plan, with the probabilities by which the router is taught where it is."""
         if not (self.is_taught and self.host.training):
+            if self._needs_no_router(x):
+                mask_TE = torch.ones(x.numel() // max(1, x.shape[-1]), self.num_experts, dtype=torch.bool, device=x.device)
+                return build_plan(self._record(mask_TE, x), is_full=True)
             return build_plan(self.select(x))
         scores_TE = self.scores(x.detach().reshape(-1, x.shape[-1]))
         mask_TE = self._mask(scores_TE.detach())
         kept_TE = scores_TE.masked_fill(~mask_TE, 0)
         floor = torch.finfo(kept_TE.dtype).tiny  # a token whose experts are all predicted silent
         return build_plan(self._record(mask_TE, x), kept_TE / kept_TE.sum(1, keepdim=True).clamp_min(floor))
+
+    def _needs_no_router(self, x: Tensor) -> bool:
+        """Whether every expert runs whatever its score; on a GPU, where router and mask cost a visible share of a dense FFN."""
+        return gpu_routed.is_for(x, impl=self.impl) and self.rule.runs_all(self.num_experts)
 
     def _record(self, mask_TE: Tensor, x: Tensor) -> Tensor:
         if self.recorder is not None:
@@ -330,7 +337,7 @@ class MoEFFN(nn.Module):
                 native = self._native = self._make_native(x)
         if native is None or native.routed is None:
             return _Call(x, first, self._stand_in(x))
-        if not isinstance(native.routed, Routed):
+        if isinstance(native.routed, RoutedNeurons):
             return _Call(x, first, self._stand_in(x), native.routed if x.numel() <= native.always_numel else None)
         if x.numel() <= native.always_numel or self.impl == "cpu":
             return _Call(x, first, self._stand_in(x), native.routed)
@@ -345,6 +352,8 @@ class MoEFFN(nn.Module):
     def _is_native(self, x: Tensor) -> bool:
         """Whether a native call would do what the pieces do for such an input, and faster."""
         if not (x.is_cpu and self.impl in ("auto", "cpu")) and not gpu_routed.is_for(x, impl=self.impl):
+            return False
+        if self._needs_no_router(x):
             return False
         if self.host.training or torch.is_autocast_enabled(x.device.type) or wants_tangents():  # training: see `moe_ffn`
             return False
@@ -412,6 +421,8 @@ class MoEFFN(nn.Module):
         if self.selector is not None or self.host.training:
             return "the layer trains"
         if not self._is_native(x):
+            if self._needs_no_router(x):
+                return "every expert runs whatever its score: no router, and dense products"
             return "it is for the CPU or a GPU, for impl 'auto', 'cpu' or 'triton', and neither for gradients nor for autocast"
         on_gpu = gpu_routed.is_for(x, impl=self.impl)
         if (why_not := self.masked_reason() or self._unknown(self.router, self.rule, on_gpu=on_gpu)) is not None:

@@ -76,9 +76,9 @@ ROUTER_SPLITS = 16
 
 UNION_TOKENS = 512
 """Tokens up to which experts are computed for the union of what they select, in the order of the neurons, rather than by pairs."""
-ATOMIC_NEURONS = 128
+ATOMIC_NEURONS = 192
 """Neurons of an expert from which its output is added to y by atomics, 4 O bytes for a pair; below, a dense product over all neurons costs
-less. At 2.5 TB/s of atomics, 600 TFLOP/s and a quarter active both cost the same with 120 neurons: an estimate."""
+less. At 2.5 TB/s of atomics and 710 TFLOP/s both cost the same with 140 neurons at a quarter active, 280 at half: an estimate."""
 
 TUNED: dict[tuple[str, str], Mapping[str, Any]] = {}
 """(architecture, regime) -> fields of `FFNTiles` that `bench.tune` found, for types of 2 bytes; not the size of groups. Regimes: "1",

@@ -32,20 +32,36 @@ def hidden_sums(x_TD: Tensor, hidden_WD: Tensor, tiles: RouterTiles) -> Tensor:
     return sums_STW
 
 
+def hidden_of_many(x_TD: Tensor, hidden_WD: Tensor) -> Tensor:
+    """sums_1TW in fp32, by matrix instructions of x's type: each weight is cut into three such numbers, in bfloat16 without a rest."""
+    (num_tokens, D), W = x_TD.shape, hidden_WD.shape[0]
+    sums_1TW = x_TD.new_empty((1, num_tokens, W), dtype=torch.float32)
+    tile = min(MANY["W_TILE"], max(16, triton.next_power_of_2(W)))
+    with torch.cuda.device_of(x_TD):
+        sum_hidden_of_many[(triton.cdiv(num_tokens, MANY["T_TILE"]), triton.cdiv(W, tile))](
+            *(x_TD, hidden_WD, sums_1TW, num_tokens, D, W, *x_TD.stride()), **MANY | {"W_TILE": tile}, num_warps=8
+        )
+    return sums_1TW
+
+
+MANY = {"T_TILE": 128, "W_TILE": 128, "K_TILE": 32}
+"""Tiles of `hidden_of_many`."""
+
+
 def choose(
     sums_STW: Tensor,
-    hidden_bias_W: Tensor,
-    out_EW: Tensor,
-    out_bias_E: Tensor,
+    hidden_bias_W: Tensor | None,
+    out_EW: Tensor | None,
+    out_bias_E: Tensor | None,
     *,
     is_exp: bool,
     rule: str,
     knob: float,
     always_on: tuple[int, ...],
 ) -> Tensor:
-    """mask_TE of scores exp(z / 2) or abs(z), z = out relu(sum of the splits + hidden_bias) + out_bias."""
+    """mask_TE of scores exp(z / 2) or abs(z), z = out relu(sum of the splits + hidden_bias) + out_bias; without out, sums_1TE are z."""
     splits, num_tokens, width = sums_STW.shape
-    num_experts = out_EW.shape[0]
+    num_experts = width if out_EW is None else out_EW.shape[0]
     mask_TE = sums_STW.new_empty((num_tokens, num_experts), dtype=torch.bool)
     experts = max(16, triton.next_power_of_2(num_experts))
     widths = triton.next_power_of_2(width)
@@ -112,6 +128,39 @@ def sum_hidden(
 
 
 @triton.jit
+def sum_hidden_of_many(
+    x_ptr,
+    hidden_ptr,
+    sums_ptr,
+    num_tokens,
+    num_channels,
+    width,
+    x_stride_t,
+    x_stride_d,
+    T_TILE: tl.constexpr,
+    W_TILE: tl.constexpr,
+    K_TILE: tl.constexpr,
+):
+    """A tile of tokens and of the hidden layer: three products, of what is left of the weights each time."""
+    t_T = (tl.program_id(0) * T_TILE + tl.arange(0, T_TILE)).to(tl.int64)
+    w_W = tl.program_id(1) * W_TILE + tl.arange(0, W_TILE)
+    there_T, there_W = t_T < num_tokens, w_W < width
+    sums_TW = tl.zeros((T_TILE, W_TILE), tl.float32)
+    for start in range(0, num_channels, K_TILE):
+        k_K = start + tl.arange(0, K_TILE)
+        there_K = k_K < num_channels
+        x_TK_ptr = x_ptr + (t_T * x_stride_t)[:, None] + (k_K * x_stride_d)[None, :]
+        x_TK = tl.load(x_TK_ptr, mask=there_T[:, None] & there_K[None, :], other=0)
+        rest_KW_ptr = hidden_ptr + k_K[:, None] + (w_W.to(tl.int64) * num_channels)[None, :]
+        rest_KW = tl.load(rest_KW_ptr, mask=there_K[:, None] & there_W[None, :], other=0)
+        for _ in tl.static_range(3):
+            part_KW = rest_KW.to(x_TK.dtype)
+            sums_TW = tl.dot(x_TK, part_KW, sums_TW)
+            rest_KW -= part_KW.to(tl.float32)
+    tl.store(sums_ptr + (t_T * width)[:, None] + w_W[None, :], sums_TW, mask=there_T[:, None] & there_W[None, :])
+
+
+@triton.jit
 def choose_experts(
     sums_ptr,
     hidden_bias_ptr,
@@ -136,8 +185,11 @@ def choose_experts(
     e_E = tl.arange(0, E_ALL)
     s_S = tl.arange(0, S_ALL)
     there_E = e_E < num_experts
-    z_E = tl.load(out_bias_ptr + e_E, mask=there_E, other=0)
-    for i in tl.static_range(W_ALL // W_TILE):  # unrolled: loads of all steps are on their way at once
+    if out_ptr is None:
+        z_E = tl.load(sums_ptr + t * num_experts + e_E, mask=there_E, other=0)
+    else:
+        z_E = tl.load(out_bias_ptr + e_E, mask=there_E, other=0)
+    for i in tl.static_range(0 if out_ptr is None else W_ALL // W_TILE):  # unrolled: loads of all steps are on their way at once
         w_W = i * W_TILE + tl.arange(0, W_TILE)
         there_W = w_W < width
         in_SW_ptr = sums_ptr + ((s_S * num_tokens + t) * width)[:, None] + w_W[None, :]

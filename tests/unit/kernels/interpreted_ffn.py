@@ -38,7 +38,7 @@ SHAPES = [
     pytest.param(30, 20, 20, 16, 0.3, id="experts of one neuron"),
     pytest.param(20, 4, 64, 32, 1.0, id="all experts: equals dense"),
     pytest.param(RAGGED, 3, 50, 17, 0.3, id="ragged: thin experts"),
-    pytest.param(RAGGED, 2, 256, 16, 0.02, id="ragged: thick experts, few pairs"),
+    pytest.param(RAGGED, 2, 384, 16, 0.02, id="ragged: thick experts, few pairs"),
     pytest.param(0, 4, 16, 8, 0.5, id="no token"),
 ]
 KINDS = [
@@ -189,7 +189,7 @@ def test_int8_weights_are_read_as_they_are(T):
     [
         pytest.param(7, 4, 64, 32, True, False, id="gated"),
         pytest.param(37, 5, 83, 23, True, True, id="odd everything, as Conv1D stores it"),
-        pytest.param(33, 2, 256, 16, False, False, id="thick experts: atomics, more pairs than a tile"),
+        pytest.param(33, 2, 384, 16, False, False, id="thick experts: atomics, more pairs than a tile"),
         pytest.param(20, 6, 18, 16, True, False, id="thin experts in one group"),
     ],
 )
@@ -250,7 +250,7 @@ def test_no_token_and_no_pair_have_gradients_of_zero(T, keep):
 
 
 def test_deterministic_algorithms_leave_atomics_out(monkeypatch):
-    weights, x_TD, plan = random_ffn(16, 256), torch.randn(6, 16, requires_grad=True), random_plan(6, 2, 0.5)
+    weights, x_TD, plan = random_ffn(16, 384), torch.randn(6, 16, requires_grad=True), random_plan(6, 2, 0.5)
 
     def run():
         return moe_ffn(x_TD, weights, plan, activation="relu", impl="triton")

@@ -62,6 +62,16 @@ def test_it_selects_what_router_and_rule_select(monkeypatch, rule, T, dtype, out
     assert gpu_routed.select(x_TD, weights)[clear_TE].equal(expected_TE[clear_TE])
 
 
+def test_three_numbers_of_half_the_size_hold_a_weight():
+    """In float16, which the interpreter knows; bfloat16 has the range of float32 besides."""
+    x_TD, hidden_WD = torch.randn(D, 130).t().half(), torch.randn(W, D)
+    found_1TW = gpu_routed._kernels().hidden_of_many(x_TD, hidden_WD)
+    exact_TW = x_TD.double() @ hidden_WD.double().t()
+    rounded = (x_TD.double() @ hidden_WD.half().double().t() - exact_TW).abs().max()
+    plain = (x_TD.float() @ hidden_WD.t() - exact_TW).abs().max()
+    assert (found_1TW[0] - exact_TW).abs().max() < 3 * plain < rounded / 20
+
+
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning", "ignore:divide by zero:RuntimeWarning")
 @pytest.mark.parametrize("name", RULES)
 @pytest.mark.parametrize("scores", [[0.0] * 4, [2.0, 1.0, 2.0, 1.0], [1.0, math.nan, 3.0, 2.0], [math.inf, 1.0, 0.0, 2.0]], ids=str)

@@ -4,6 +4,7 @@ Tensors "on a GPU" are stand-ins without memory, which is all that a choice look
 """
 
 import dataclasses
+import math
 import subprocess
 import sys
 
@@ -20,7 +21,7 @@ from moeify.kernels import DispatchPlan, build_plan, explain, gpu_ffn, gpu_linea
 from moeify.kernels.tiles import FLOAT32_ROWS, ROUTER_SPLITS, TOKENS, UNION_TOKENS, ragged_tiles, router_tiles, union_tiles
 from moeify.layers import MoEFFN, attach
 from moeify.routers import NormRouterConfig, build_router
-from moeify.select import DynKMax
+from moeify.select import DynKMass, DynKMax, NormBudget, Threshold, TopK
 from moeify.sites import FFNSite, site
 from moeify.sites.formula import ACTIVATIONS
 
@@ -218,6 +219,30 @@ def test_a_layer_decodes_by_one_call_on_a_gpu_and_says_what_stands_in_its_way(mo
         assert "needs compute capability 8.0, this GPU has 7.5" in moe.native_refusal(x)
         monkeypatch.setattr(gpu_linear, "_is_installed", lambda: False)
         assert "triton is not installed" in moe.native_refusal(x)
+
+
+@pytest.mark.usefixtures("on_gpu")
+def test_a_rule_that_runs_all_takes_no_router_and_the_dense_path(monkeypatch):
+    for module in (layers, site):
+        monkeypatch.setattr(module, "not_plain_reason", lambda *_, **__: None)
+    _, moe = a_layer(rule=DynKMax(tau=0.0))
+    monkeypatch.setattr(moe.router, "forward", lambda *_: pytest.fail("the router ran"))
+    x = torch.empty(2, 3, 8, device="cuda")
+    with torch.no_grad():
+        assert "every expert runs" in moe.native_refusal(x)
+        plan = moe._plan(x)
+        assert plan.is_full and plan.num_pairs == 6 * 4 and plan.active_fraction == 1
+        reasons = {c.name: c for c in explain(x.view(6, 8), moe.weights(), plan, activation="silu")}
+        assert reasons["masked"].chosen and "every expert runs" in reasons["triton"].reason
+        assert moe_ffn(x.view(6, 8), moe.weights(), plan, activation="silu").shape == (6, 8)
+
+
+@pytest.mark.parametrize("rule", [DynKMax(tau=0.0), DynKMass(mass=1.0), TopK(k=4), NormBudget(beta=1.0)], ids=lambda rule: rule.name)
+def test_rules_that_run_all_do_so_whatever_the_scores(rule):
+    scores_TE = torch.tensor([[0.0, 0.0, 0.0, 0.0], [math.nan, 1, 2, 3], [math.inf, 0, 0, 1], [-1, -2, 0, 5]])
+    assert rule.runs_all(4) and rule(scores_TE).all()
+    less = rule.with_value(2 if isinstance(rule, TopK) else 0.5)
+    assert not less.runs_all(4) and not Threshold(theta=0.0).runs_all(4), "scores below zero stay below"
 
 
 def test_on_the_cpu_the_call_is_asked_for_by_name_alone():

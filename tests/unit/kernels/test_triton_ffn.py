@@ -153,6 +153,16 @@ def test_the_routers_hidden_layer_compiles_and_is_not_rounded_to_tf32(compiled, 
     check(found, capability=capability, dtype="fp32", products=True, wide=t.rows * t.channels // 4 // 128 if T == 1 else 0)
 
 
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_the_hidden_layer_of_many_tokens_compiles_to_matrix_instructions(compiled, capability):
+    from moeify.kernels import triton_router
+
+    given = {"pointers": {"x_ptr": "*bf16", "hidden_ptr": "*fp32", "sums_ptr": "*fp32"}, "odd": ODD, "num_warps": 8}
+    found = compiled(triton_router.sum_hidden_of_many, capability, constants={**triton_router.MANY, "x_stride_d": 1}, **given)
+    check(found, capability=capability, dtype="bf16", products=True)
+    assert "tf32" not in found.asm["ptx"]
+
+
 @pytest.mark.parametrize(("rule", "capability"), list(zip(gpu_routed.RULES, (80, 90, 100, 90, 100), strict=True)))
 def test_every_rule_compiles(compiled, rule, capability):
     from moeify.kernels import triton_router
