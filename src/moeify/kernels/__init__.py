@@ -127,7 +127,7 @@ def explain(
         chosen, why = impl, "asked for by name"
     rest = [name for name in IMPLS if name not in AUTO_ORDER]
     lookup(ACTIVATIONS, activation, where="activation")
-    if chosen != "cpu" and weights.up_scale_F is not None:
+    if chosen not in ("cpu", "triton") and weights.up_scale_F is not None:
         why += "; it dequantises the int8 weights at every call"
     return [
         Candidate(name, name == chosen, why if name == chosen else objections.get(name) or _unasked(name, impl))

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import KernelError
+from ..sites.int8 import dequantize
 from ..sites.site import FFNWeights
 from . import cpu, gpu_linear
 from .gradients import empty_gradients, in_place_of
@@ -75,7 +76,8 @@ def moe_ffn(x_TD: Tensor, weights: FFNWeights, plan: DispatchPlan, *, activation
     Sums run in fp32, float32 is not rounded to TF32. Weights may have any strides: the Conv1D layout and down projections as nn.Linear
     stores them are read in place. Up to `UNION_TOKENS` tokens without gradients the same call gives the same bits; beyond, thick experts
     add to y in no fixed order unless `torch.use_deterministic_algorithms` is on. Differentiable once in every floating input,
-    `DispatchPlan.probs_TE` included. Int8 weights are read as they are up to `UNION_TOKENS` tokens, else dequantised at every call.
+    `DispatchPlan.probs_TE` included. Int8 weights are read as they are, but in training, and the down projection of thin experts
+    beyond `UNION_TOKENS` tokens: those are dequantised at every call.
 
     Raises:
         KernelError: `refusal` says why.
@@ -133,7 +135,6 @@ def _forward(x_TD: Tensor, weights: FFNWeights, mask_TE: Tensor, *, activation: 
     if num_tokens <= UNION_TOKENS:
         tiles = union_tiles_for(x_TD, weights, num_experts=num_experts)
         return cast(Tensor, _kernels().union(x_TD, weights, mask_TE, activation=activation, tiles=tiles))
-    weights = weights.dequantized(x_TD.dtype)
     return _ragged_forward(x_TD, weights, mask_TE, activation=activation, pairs=num_tokens * num_experts, keep=False)[0]
 
 
@@ -188,13 +189,16 @@ def _ragged_forward(
     ragged = kernels.order_pairs(mask_TE, num_neurons=weights.num_neurons, experts_per_group=tiles.experts_per_group, room=pairs)
     by_token = _by_token(tiles)
     h, kept = kernels.hidden(x_TD, weights, mask_TE, ragged, activation=activation, tiles=tiles, by_token=by_token, keep=keep)
+    bias_D, scale_D = weights.down_bias_D, weights.down_scale_D
     if by_token:
-        bias_D = weights.down_bias_D
-        return (h @ weights.down_FD if bias_D is None else torch.addmm(bias_D, h, weights.down_FD)), kept
+        down_FD = weights.down_FD if scale_D is None else dequantize(weights.down_FD, scale_D, dtype=x_TD.dtype)
+        return (h @ down_FD if bias_D is None else torch.addmm(bias_D, h, down_FD)), kept
     sums_TO = torch.zeros((num_tokens, num_outputs), dtype=torch.float32, device=x_TD.device)
-    if weights.down_bias_D is not None:
-        sums_TO += weights.down_bias_D
     kernels.add_up(sums_TO, ragged, [(h, weights.down_FD)], num_tokens=num_tokens, num_experts=num_experts, tiles=tiles)
+    if scale_D is not None:
+        sums_TO *= scale_D
+    if bias_D is not None:
+        sums_TO += bias_D
     return sums_TO if x_TD.dtype is torch.float32 else sums_TO.to(x_TD.dtype), kept
 
 

@@ -112,6 +112,7 @@ def _tanh_softplus(z):
 
 @triton.jit
 def expert_of(neuron, SIZE: tl.constexpr, LARGER: tl.constexpr):
+    """Whose neuron it is; the first LARGER experts have SIZE + 1, the others SIZE."""
     expert = neuron // SIZE
     if LARGER > 0:
         edge = LARGER * (SIZE + 1)
@@ -121,6 +122,7 @@ def expert_of(neuron, SIZE: tl.constexpr, LARGER: tl.constexpr):
 
 @triton.jit
 def first_neuron(expert, SIZE: tl.constexpr, LARGER: tl.constexpr):
+    """Where an expert begins; of the expert after the last one, the number of neurons."""
     first = expert * SIZE
     if LARGER > 0:
         first += tl.minimum(expert, LARGER)

@@ -18,7 +18,7 @@ from .triton_plan import Ragged
 def hidden(
     x_TD: Tensor, weights: FFNWeights, mask_TE: Tensor, ragged: Ragged, *, activation: str, tiles: FFNTiles, by_token: bool, keep: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Activations of the pairs, and what backward needs of them.
+    """Activations of the pairs, and what backward needs of them; weights may be int8.
 
     Returns:
         h: (C, W), or where ``by_token`` (T, F) with zeros for what is not selected; x's dtype.
@@ -32,7 +32,7 @@ def hidden(
     n_tiles = triton.cdiv(ragged.width, tiles.neurons)
     with torch.cuda.device_of(x_TD):
         hidden_of_pairs[(ragged.num_groups * n_tiles * row_tiles,)](
-            *(x_TD, weights.up_FD, weights.gate_FD, weights.up_bias_F, weights.gate_bias_F),
+            *(x_TD, weights.up_FD, weights.gate_FD, weights.up_bias_F, weights.gate_bias_F, weights.up_scale_F, weights.gate_scale_F),
             *(selected_TE, ragged.offset_G1, ragged.token_C, h, kept),
             *(x_TD.shape[1], mask_TE.shape[1], ragged.experts_per_group, row_tiles, n_tiles),
             *(h.stride(0), ragged.width, ragged.room * ragged.width),
@@ -57,7 +57,7 @@ def add_up(
 
     Args:
         sums_TO: float32, contiguous.
-        products: one or two of (rows (C, W), weight (F, O)).
+        products: one or two of (rows (C, W), weight (F, O)); the weight of a single one may be int8, and is not scaled.
     """
     (a, w), (b, v) = products[0], products[1] if len(products) > 1 else (None, None)
     O = sums_TO.shape[1]  # noqa: E741
@@ -83,6 +83,8 @@ def hidden_of_pairs(
     gate_ptr,
     up_bias_ptr,
     gate_bias_ptr,
+    up_scale_ptr,
+    gate_scale_ptr,
     mask_ptr,
     offset_ptr,
     token_ptr,
@@ -139,7 +141,9 @@ def hidden_of_pairs(
         *(x_ptr, up_ptr, gate_ptr, t_T, there_T, wide_N, read_N, width, x_stride_t, x_stride_d),
         *(up_stride_f, up_stride_d, gate_stride_f, gate_stride_d, T_TILE, N_TILE, K_TILE),
     )
-    h_TN, up_TN, gate_TN = activated(up_TN, gate_TN, gate_ptr, up_bias_ptr, gate_bias_ptr, None, None, n_N, there_N, ACTIVATION, THRESHOLD)
+    h_TN, up_TN, gate_TN = activated(
+        up_TN, gate_TN, gate_ptr, up_bias_ptr, gate_bias_ptr, up_scale_ptr, gate_scale_ptr, n_N, there_N, ACTIVATION, THRESHOLD
+    )
     wide_T = row_T.to(tl.int64)
     if BY_TOKEN:
         h_TN_ptr = h_ptr + (t_T * h_stride)[:, None] + wide_N[None, :]
@@ -205,7 +209,7 @@ def add_products(
         there_KO = there_K[:, None] & there_O[None, :]
         a_RK = tl.load(a_ptr + at_RK, mask=there_RK, other=0)
         w_KO = tl.load(w_ptr + (j_K * w_stride_f)[:, None] + (wide_O * w_stride_o)[None, :], mask=there_KO, other=0)
-        sums_RO = tl.dot(a_RK, w_KO, sums_RO, input_precision="ieee")
+        sums_RO = tl.dot(a_RK, w_KO.to(a_RK.dtype), sums_RO, input_precision="ieee")
         if b_ptr is not None:
             b_RK = tl.load(b_ptr + at_RK, mask=there_RK, other=0)
             v_KO = tl.load(v_ptr + (j_K * v_stride_f)[:, None] + (wide_O * v_stride_o)[None, :], mask=there_KO, other=0)

@@ -171,8 +171,12 @@ def test_what_is_no_number_stays_with_its_token(T):
     assert y_TD[0].isnan().all() and not y_TD[1:].isnan().any()
 
 
-@pytest.mark.parametrize("T", [1, 3])
-def test_int8_weights_are_read_as_they_are(T):
+@pytest.mark.parametrize(
+    ("T", "most", "thick"), [(1, 512, 192), (3, 512, 192), (3, 2, 192), (3, 2, 8)], ids=["one", "few", "thin", "thick"]
+)
+def test_int8_weights_are_read_as_they_are(monkeypatch, T, most, thick):
+    monkeypatch.setattr(gpu_ffn, "UNION_TOKENS", most)
+    monkeypatch.setattr(tiles, "ATOMIC_NEURONS", thick)
     floating = random_ffn(24, 48, gated=True, biased=True)
     (up, up_scale), (gate, gate_scale) = quantize_rows(floating.up_FD), quantize_rows(floating.gate_FD)
     down, down_scale = quantize_rows(floating.down_FD.t())

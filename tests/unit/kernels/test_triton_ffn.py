@@ -122,7 +122,7 @@ def test_kernels_of_many_tokens_and_of_training_compile_to_copies_that_run_ahead
     options = {"num_warps": t.num_warps, "num_stages": t.num_stages, "pointers": pointers(dtype), "odd": ODD}
     expected = {"capability": capability, "dtype": dtype, "products": True, "asynchronous": True}
     common = {**EXPERTS, "BY_TOKEN": False}
-    none = without("up_bias_ptr", "gate_bias_ptr")
+    none = without("up_bias_ptr", "gate_bias_ptr", "up_scale_ptr", "gate_scale_ptr")
     one = dict.fromkeys(("x_stride_d", "up_stride_d", "gate_stride_d", "mask_stride_e"), 1)
     sides = {"T_TILE": t.tokens, "N_TILE": t.neurons, "K_TILE": t.channels}
     first = {**none, **one, **sides, **common, **FUNCTION, "RUN": t.neurons}
@@ -182,6 +182,24 @@ def test_every_rule_compiles(compiled, rule, capability):
     check(compiled(triton_router.choose_experts, capability, constants=sides, **given), capability=capability, dtype="fp32", products=False)
 
 
+def test_int8_weights_of_many_tokens_compile(compiled):
+    from moeify.kernels import triton_pairs
+
+    t = tiles_of(4096, "bf16")
+    given = {
+        **pointers("bf16"),
+        **dict.fromkeys(("up_ptr", "gate_ptr", "w_ptr"), "*i8"),
+        **dict.fromkeys(("up_scale_ptr", "gate_scale_ptr"), "*fp32"),
+    }
+    options = {"num_warps": t.num_warps, "num_stages": t.num_stages, "pointers": given, "odd": ODD}
+    one = dict.fromkeys(("x_stride_d", "up_stride_d", "gate_stride_d", "mask_stride_e"), 1)
+    sides = {"T_TILE": t.tokens, "N_TILE": t.neurons, "K_TILE": t.channels, "BY_TOKEN": False, "RUN": t.neurons, **EXPERTS, **FUNCTION}
+    first = {**one, **sides, **without("kept_ptr", "up_bias_ptr", "gate_bias_ptr")}
+    check(compiled(triton_pairs.hidden_of_pairs, 90, constants=first, **options), capability=90, dtype="bf16", products=True)
+    sides = {"R_TILE": t.tokens, "K_TILE": t.depth, "O_TILE": t.outputs, **EXPERTS, **without("b_ptr", "v_ptr"), "w_stride_f": 1}
+    check(compiled(triton_pairs.add_products, 90, constants=sides, **options), capability=90, dtype="bf16", products=True)
+
+
 @pytest.mark.parametrize("capability", [80, 100])
 @pytest.mark.parametrize("name", ["count_pairs", "place_pairs"])
 def test_the_plan_on_the_device_compiles(compiled, capability, name):
@@ -200,7 +218,7 @@ def test_every_activation_compiles_forward_and_backward(compiled, function):
     named = {"ACTIVATION": function, "THRESHOLD": 0.5 if function == "shifted_relu" else 0.0}
     sides = {"T_TILE": 16, "N_TILE": 16, "K_TILE": 16, "BY_TOKEN": False, **EXPERTS, **named}
     options = {"pointers": pointers("bf16"), "odd": ODD}
-    none = without("gate_ptr", "up_bias_ptr", "gate_bias_ptr")
+    none = without("gate_ptr", "up_bias_ptr", "gate_bias_ptr", "up_scale_ptr", "gate_scale_ptr")
     first = {**none, **sides, "RUN": 16}
     assert compiled(triton_pairs.hidden_of_pairs, 90, constants=first, **options).asm["cubin"]
     assert compiled(triton_backward.through_activation, 90, constants={**without("gate_ptr", "energy_ptr"), **sides}, **options).asm[
