@@ -7,7 +7,8 @@ together exceed the cache; ``step`` rows are forward and backward. ``floor_us`` 
 over the product's rate, both measured first; ``of_floor`` is that over ours. Masks are random, the worst case, for tokens share few
 experts, or ``recorded`` (`bench.masks`: a small model's, consecutive tokens). Rows with a ``model`` are `bench.gpu_models`'.
 
-The rows of the targets come first, then the models, then every shape, size of experts, number of tokens and fraction.
+The rows of the targets come first (not where shapes, types or fractions are named), then the models, then every shape, size of experts,
+number of tokens and fraction.
 
 Before the clock runs, ours must be as near to float64 as twice plain PyTorch; a row that is not says ``is_right`` false and has no times.
 What no time is left for (``--budget``) is named in the last row. ``--quick`` runs a tiny shape, on a CPU in Triton's interpreter.
@@ -89,7 +90,7 @@ def run(
 ) -> Iterator[dict[str, Any]]:
     """Rows: medians of microseconds a call; ratio is dense over ours, of_bound that times f."""
     end = time.perf_counter() + budget
-    is_chosen = bool(shapes or dtypes or tokens or fractions)
+    is_chosen = bool(shapes or dtypes or fractions)
     kind = gpu.device()
     known = {**gpu.SHAPES, "tiny": gpu.TINY}
     named = gpu.names_or_all(shapes or (("tiny",) if quick else tuple(gpu.SHAPES)), known, where="--shapes")

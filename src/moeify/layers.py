@@ -197,7 +197,8 @@ class MoEFFN(nn.Module):
 
     def _needs_no_router(self, x: Tensor) -> bool:
         """Whether every expert runs whatever its score; on a GPU, where router and mask cost a visible share of a dense FFN."""
-        return gpu_routed.is_for(x, impl=self.impl) and self.rule.runs_all(self.num_experts)
+        is_watched = bool(self.router._forward_hooks or self.router._forward_pre_hooks)
+        return gpu_routed.is_for(x, impl=self.impl) and self.rule.runs_all(self.num_experts) and not is_watched
 
     def _record(self, mask_TE: Tensor, x: Tensor) -> Tensor:
         if self.recorder is not None:

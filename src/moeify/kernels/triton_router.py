@@ -71,7 +71,7 @@ def choose(
             *(num_tokens, width, num_experts, splits, knob),
             IS_EXP=is_exp,
             RULE=rule,
-            ALWAYS=always_on,
+            ALWAYS=always_on or None,
             E_ALL=experts,
             S_ALL=triton.next_power_of_2(splits),
             W_ALL=widths,
@@ -232,6 +232,7 @@ def choose_experts(
                 before_E = tl.sqrt(tl.where(sum_E > square_E, sum_E - square_E, 0.0))
                 critical_E = (before_E + tl.sqrt(sum_E)) / (2 * tl.sqrt(tl.sum(square_E, axis=0)))
             keep_E = (critical_E < knob) | (e_E == 0) | (knob >= 1) | any_nan
-    for i in tl.static_range(len(ALWAYS)):
-        keep_E |= at_E == ALWAYS[i]
+    if ALWAYS is not None:
+        for i in tl.static_range(len(ALWAYS)):
+            keep_E |= at_E == ALWAYS[i]
     tl.store(mask_ptr + t * num_experts + at_E, keep_E.to(tl.uint8), mask=there_E)
