@@ -48,7 +48,10 @@ def rows(*, quick: bool, kind: str, dtype: torch.dtype, peaks: tuple[float, floa
     """Rows of `generate` at batch 1 and of training steps; milliseconds, the roofline from measured ceilings beside each."""
     size = QUICK if quick else FULL
     compiled = kind == "cuda"
-    cases = (("generate", (0.5, 0.25), size.d_ff // (16 if quick else 64)), ("step", (0.25,), 4 if quick else NUM_EXPERTS))
+    cases = (
+        ("generate", (0.5,) if quick else (0.5, 0.25), size.d_ff // (16 if quick else 64)),
+        ("step", (0.25,), 4 if quick else NUM_EXPERTS),
+    )
     for what, fractions, experts in cases:
         dense = _dense(size, dtype=dtype, kind=kind)
         measure = _generate_ms if what == "generate" else _step_ms

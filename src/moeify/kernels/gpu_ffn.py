@@ -115,8 +115,12 @@ def _run(x_TD: Tensor, weights: FFNWeights, plan: DispatchPlan, *, activation: s
 
 def _with_plain_vectors(weights: FFNWeights) -> FFNWeights:
     """The same with contiguous biases and scales: kernels take any strides of matrices, and of vectors none."""
-    strided = {name: t for name in (*cpu.BIASES, *cpu.SCALES) if (t := getattr(weights, name)) is not None and not t.is_contiguous()}
-    return replace(weights, **{name: t.contiguous() for name, t in strided.items()}) if strided else weights
+    plain = {}
+    for name in (*cpu.BIASES, *cpu.SCALES):  # a loop that torch.compile can trace
+        tensor = getattr(weights, name)
+        if tensor is not None and not tensor.is_contiguous():
+            plain[name] = tensor.contiguous()
+    return replace(weights, **plain) if plain else weights
 
 
 def _pairs(plan: DispatchPlan) -> int:
