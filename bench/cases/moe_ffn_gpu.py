@@ -4,7 +4,11 @@ Sides: ``dense`` is `torch.nn.functional.linear` and the activation; ``compiled`
 max-autotune); ``ours`` begins at the mask; ``layer`` at the input, with a router of width 128 and the threshold rule; ``grouped`` is
 torch's grouped_mm, ``loop`` a loop over experts, both for many tokens. Up to 512 tokens every side is a CUDA graph over layers that
 together exceed the cache; ``step`` rows are forward and backward. ``floor_us`` is the larger of bytes over the copy's bandwidth and FLOPs
-over the product's rate, both measured first; ``of_floor`` is that over ours. Masks are random, the worst case: tokens share few experts.
+over the product's rate, both measured first; ``of_floor`` is that over ours. Masks are random, the worst case, for tokens share few
+experts, or ``recorded`` (`bench.masks`: a small model's, consecutive tokens). Rows with a ``model`` are `bench.gpu_models`'.
+
+The rows of the targets come first (not where shapes, types or fractions are named), then the models, then every shape, size of experts,
+number of tokens and fraction.
 
 Before the clock runs, ours must be as near to float64 as twice plain PyTorch; a row that is not says ``is_right`` false and has no times.
 What no time is left for (``--budget``) is named in the last row. ``--quick`` runs a tiny shape, on a CPU in Triton's interpreter.
@@ -22,20 +26,32 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bench import gpu
+from bench import gpu, gpu_models, masks
 from bench import tune as tuning
 from bench.common import numbers, whole_numbers, words
 from moeify.errors import ConfigError
-from moeify.kernels import build_plan, grouped, moe_ffn, reference
+from moeify.kernels import build_plan, gpu_routed, grouped, moe_ffn, reference
+from moeify.kernels.cpu import RouterWeights
 from moeify.kernels.tiles import TUNED
 from moeify.routers import NormRouterConfig, build_router
-from moeify.select import Threshold
 from moeify.sites import ACTIVATIONS, FFNSite, FFNWeights
 
 NUM_TOKENS = (1, 8, 64, 512, 4096, 16384)
 STEP_TOKENS = 8192
 FRACTIONS = (1.0, 0.5, 0.25, 0.1)
 QUICK = {"tokens": (1, 5, 520), "fractions": (0.5,)}
+TARGETS = (
+    *(("llama-8b", 1, f, 64, "random", False) for f in (0.5, 0.25, 1.0)),
+    *(("llama-8b", 32, 0.25, 64, of, False) for of in ("recorded", "random")),
+    *(
+        ("llama-8b", 4096, f, G, "random", False)
+        for f, G in ((0.25, 64), (0.5, 64), (0.25, 256), (0.25, 1792), (0.25, 16), (0.25, 32), (1.0, 64))
+    ),
+    ("llama-1b", STEP_TOKENS, 0.25, 256, "random", True),
+    *(("vit-b", 256 * 197, f, 128, "random", False) for f in (1.0, 0.5, 0.25, 0.1)),
+)
+"""(shape, tokens, fraction, expert size, masks, is a step): what the kernels were made to reach."""
+QUICK_TARGETS = (("tiny", 5, 0.5, 16, "recorded", False),)
 LOOP_TOKENS = 4096
 """Tokens at which the loop over experts is timed, too: its launches alone take milliseconds."""
 
@@ -52,6 +68,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--budget", type=float, default=500.0, metavar="S", help="seconds after which no further row begins; 500 by default"
     )
+    parser.add_argument("--no-models", action="store_true", help="leave generate and training steps of whole models out")
     parser.add_argument("--tune", action="store_true", help="first try tiles, on llama-8b, and use the best")
     parser.add_argument("--autotune", action="store_true", help="compile the dense FFN with max-autotune (a minute each)")
     parser.add_argument("--no-compiled", action="store_true", help="leave torch.compile out")
@@ -66,12 +83,14 @@ def run(
     fractions: Sequence[float] | None = None,
     expert_size: Sequence[int] = (64, 128),
     budget: float = 500.0,
+    no_models: bool = False,
     tune: bool = False,
     autotune: bool = False,
     no_compiled: bool = False,
 ) -> Iterator[dict[str, Any]]:
     """Rows: medians of microseconds a call; ratio is dense over ours, of_bound that times f."""
     end = time.perf_counter() + budget
+    is_chosen = bool(shapes or dtypes or fractions)
     kind = gpu.device()
     known = {**gpu.SHAPES, "tiny": gpu.TINY}
     named = gpu.names_or_all(shapes or (("tiny",) if quick else tuple(gpu.SHAPES)), known, where="--shapes")
@@ -87,21 +106,59 @@ def run(
         yield from _tuned(quick=quick, end=end)
     mode = None if no_compiled or quick else "max-autotune-no-cudagraphs" if autotune else "default"
     left_out = []
+    benches: dict[tuple[str, str], _Bench] = {}
+    rows: list[tuple[str, str, int, float, int, str, bool]] = []
+    if not is_chosen:
+        rows += [(shape, types[0], *rest) for shape, *rest in (QUICK_TARGETS if quick else TARGETS)]
+    num_targets = len(rows)
     for name, dtype_name in product(named, types):
-        bench = _Bench(known[name], gpu.DTYPES[dtype_name], kind=kind, peaks=peaks, quick=quick)
-        cases = [(T, f, G, False) for T, G, f in product(tokens, sizes, fractions)]
-        cases += [(QUICK["tokens"][1] if quick else STEP_TOKENS, f, G, True) for G, f in product(sizes, fractions) if f < 1]
-        for T, f, G, is_step in cases:
-            labels = {"shape": name, "dtype": dtype_name, "expert_size": G, "tokens": T, "wanted_f": f, "masks": "random"}
-            if time.perf_counter() > end:
-                left_out.append(f"{name} {T} {f} {G}{' step' if is_step else ''}")
-                continue
-            measure = bench.step if is_step else bench.forward
-            try:
-                yield {"what": "step" if is_step else "ffn", **labels, **measure(T, f, G, mode=mode)}
-            except gpu.triton_errors() as error:
-                yield {"what": "error", **labels, "error": str(error).splitlines()[0][:200]}
+        rows += [(name, dtype_name, T, f, G, "random", False) for T, G, f in product(tokens, sizes, fractions)]
+        recorded_f = [f for f in fractions if f in masks.FRACTIONS]
+        rows += [
+            (name, dtype_name, T, f, G, "recorded", False) for T, G, f in product(tokens, sizes, recorded_f) if 1 < T <= 4096 and not quick
+        ]
+        rows += [
+            (name, dtype_name, STEP_TOKENS if not quick else QUICK["tokens"][1], f, G, "random", True)
+            for G, f in product(sizes, fractions)
+            if f < 1
+        ]
+    for number, (name, dtype_name, T, f, G, of, is_step) in enumerate(rows):
+        if number == num_targets and not no_models:
+            yield from _models(quick=quick, kind=kind, dtype=gpu.DTYPES[types[0]], peaks=peaks, end=end, left_out=left_out)
+        labels = {
+            "shape": name,
+            "dtype": dtype_name,
+            "expert_size": G,
+            "tokens": T,
+            "wanted_f": f,
+            "masks": of,
+            "target": number < num_targets,
+        }
+        if time.perf_counter() > end:
+            left_out.append(f"{name} {T} {f} {G}{' step' if is_step else ''}{' recorded' if of == 'recorded' else ''}")
+            continue
+        if (name, dtype_name) not in benches:
+            benches[name, dtype_name] = _Bench(known[name], gpu.DTYPES[dtype_name], kind=kind, peaks=peaks, quick=quick)
+        bench = benches[name, dtype_name]
+        try:
+            found = bench.step(T, f, G, mode=mode) if is_step else bench.forward(T, f, G, mode=mode, of=of)
+            yield {"what": "step" if is_step else "ffn", **labels, **found}
+        except gpu.triton_errors() as error:
+            yield {"what": "error", **labels, "error": str(error).splitlines()[0][:200]}
     yield {"what": "left out", "rows": "; ".join(left_out)}
+
+
+def _models(
+    *, quick: bool, kind: str, dtype: torch.dtype, peaks: tuple[float, float], end: float, left_out: list[str]
+) -> Iterator[dict[str, Any]]:
+    """Rows of whole models, which take some two minutes on a GPU."""
+    if time.perf_counter() > end:
+        left_out.append("models")
+        return
+    try:
+        yield from gpu_models.rows(quick=quick, kind=kind, dtype=torch.float32 if kind == "cpu" else dtype, peaks=peaks)
+    except gpu.triton_errors() as error:
+        yield {"what": "error", "shape": "model", "error": str(error).splitlines()[0][:200]}
 
 
 def _tuned(*, quick: bool, end: float) -> Iterator[dict[str, Any]]:
@@ -134,12 +191,13 @@ class _Bench:
         return F.linear(h_TF, self.down_DF[i], w.down_bias_D)
 
     @torch.no_grad()
-    def forward(self, T: int, fraction: float, G: int, *, mode: str | None) -> dict[str, Any]:
+    def forward(self, T: int, fraction: float, G: int, *, mode: str | None, of: str) -> dict[str, Any]:
         """One row without gradients."""
         shape, act = self.shape, self.shape.activation
         E = -(-shape.d_ff // G)
         x_TD = torch.randn(T, shape.d_model, device=self.kind).to(self.dtype)
-        mask_TE = gpu.random_mask(T, E, fraction, device=self.kind)
+        drawn = gpu.random_mask if of == "random" else masks.recorded
+        mask_TE = drawn(T, E, fraction, device=self.kind)
         f, union = gpu.count_of(mask_TE)
         plan = build_plan(mask_TE)
         checked = self._checked(x_TD, plan, act)
@@ -228,9 +286,18 @@ class _Bench:
         sizes = {"d_model": shape.d_model, "d_ff": shape.d_ff, "d_out": shape.d_model}
         site = FFNSite(name="", up="up", down="down", gate=gate, activation=shape.activation, **sizes)
         router = build_router(NormRouterConfig(width=128), site=site, num_experts=E).to(self.kind)
+        if fraction == 1:  # a rule that runs all needs no router
+            full = build_plan(torch.ones(len(x_TD), E, dtype=torch.bool, device=self.kind), is_full=True)
+            return lambda i: moe_ffn(x_TD, self.layers[i], full, activation=shape.activation)
         scores = router(x_TD).flatten()
-        rule = Threshold(theta=scores.kthvalue(max(1, round((1 - fraction) * len(scores)))).values.item())
-        return lambda i: moe_ffn(x_TD, self.layers[i], build_plan(rule(router(x_TD))), activation=shape.activation, impl="triton")
+        theta = scores.kthvalue(max(1, round((1 - fraction) * len(scores)))).values.item()
+        parts = (router.hidden.weight, router.hidden.bias, router.out.weight, router.out.bias)
+        tensors = [tensor.detach() for tensor in parts]
+        weights = RouterWeights(*tensors, output="exp", rule="threshold", knob=theta)
+        routed = [gpu_routed.Routed(layer, weights, activation=shape.activation, dtype=self.dtype) for layer in self.layers]
+        if len(x_TD) <= gpu_routed.MOST_TOKENS:
+            return lambda i: routed[i](x_TD)
+        return lambda i: moe_ffn(x_TD, self.layers[i], build_plan(routed[i].select(x_TD)), activation=shape.activation, impl="triton")
 
     def _compiled(self, x_TD: Tensor, mode: str) -> gpu.Call:
         torch.compiler.reset()  # each shape is a compilation of its own, of which there is a limit

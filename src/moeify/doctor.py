@@ -13,6 +13,7 @@ import torch
 from . import kernels
 from .evaluate import measure_ms
 from .hf.checkpoint import library_versions
+from .kernels import gpu_ffn, gpu_routed
 from .kernels.cpu_linear import LinearWeights, gated_refusal
 from .kernels.cpu_neurons import MOST_TOKENS, NeuronRouterWeights, neurons_refusal
 from .kernels.linear import explain_linear
@@ -37,6 +38,7 @@ def doctor() -> dict[str, Any]:
         "linear_kernels": _linear_kernels(),
         "linear_ffn": _linear_ffn(),
         "neuron_ffn": _neuron_ffn(),
+        "gpu_ffn": _gpu_ffn(),
         "extras": {extra: _missing(packages) or "installed" for extra, packages in EXTRAS.items()},
         "caches": {"hub": _cache("HF_HUB_CACHE", "hub"), "datasets": _cache("HF_DATASETS_CACHE", "datasets")},
         "offline": os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"),
@@ -125,6 +127,16 @@ def _neuron_ffn() -> str:
     router = NeuronRouterWeights(scale_F=torch.zeros(64), rule="threshold", knob=0.0)
     why_not = neurons_refusal(weights, router, activation="silu", dtype=torch.float32)
     return why_not or f"router 'gate', 'lowrank' or 'oracle' (topk), rule and kept neurons are one call, up to {MOST_TOKENS} tokens"
+
+
+def _gpu_ffn() -> str:
+    """Whether experts run by Triton's kernels on the GPUs here, and else why not."""
+    if not torch.cuda.is_available():
+        return "no GPU that torch sees" if (missing := gpu_ffn.unavailable("cuda")) is None else f"no GPU that torch sees, and {missing}"
+    gpus = [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
+    reasons = {str(gpu): gpu_ffn.device_refusal(gpu, dtype=torch.bfloat16, activation="silu") for gpu in gpus}
+    runs = f"router 'norm', any rule and experts are four kernels and one call, up to {gpu_routed.MOST_TOKENS} tokens"
+    return "; ".join(f"{gpu}: {why_not or runs}" for gpu, why_not in reasons.items())
 
 
 def _missing(packages: tuple[str, ...]) -> str | None:

@@ -34,7 +34,7 @@ from torch.utils.hooks import RemovableHandle
 from . import _config
 from .channels import SparseInput, kept, sparse_inputs
 from .errors import ConfigError, UnsupportedModelError
-from .kernels import DispatchPlan, build_plan, cpu_always, moe_ffn, reads_rows
+from .kernels import DispatchPlan, build_plan, cpu_always, gpu_routed, moe_ffn, reads_rows
 from .kernels.cpu import RULES as ROUTED_RULES
 from .kernels.cpu import Routed, RouterWeights, is_recorded, routed_refusal, wants_tangents
 from .kernels.cpu_neurons import MOST_TOKENS as NEURON_TOKENS
@@ -77,8 +77,10 @@ class _Call(NamedTuple):
 class _Native(NamedTuple):
     """The native call of one layer, and everything that it was made for."""
 
-    routed: Routed | RoutedNeurons | None
-    """None where the library cannot do it; then the pieces do, and `native_refusal` says why."""
+    routed: "Routed | RoutedNeurons | gpu_routed.Routed | None"
+    """None where no kernel can do it; then the pieces do, and `native_refusal` says why."""
+    on_gpu: bool
+    """Whether it is `gpu_routed`'s."""
     always_numel: float
     """Elements of x up to which router, rule and FFN are one call; for experts, where the compiled kernels run whatever is selected."""
     rule: Rule
@@ -91,9 +93,9 @@ class _Native(NamedTuple):
     tensors: tuple[tuple[nn.Module, str, str, Tensor | None, int, tuple[int, ...]], ...]
     """(module, its table of parameters or of buffers, name, the tensor that was there, where its values lay, and its strides)."""
 
-    def holds(self, moe: "MoEFFN", dtype: torch.dtype) -> bool:
+    def holds(self, moe: "MoEFFN", dtype: torch.dtype, on_gpu: bool) -> bool:
         """Whether nothing of it has changed. Flat loops, for every token of every layer asks, and calls of our own cost as much again."""
-        if self.rule is not moe.rule or self.always_on is not moe.always_on or self.dtype is not dtype:
+        if self.rule is not moe.rule or self.always_on is not moe.always_on or self.dtype is not dtype or self.on_gpu is not on_gpu:
             return False
         for parent, name, module in self.places:
             if parent._modules.get(name) is not module:
@@ -186,12 +188,20 @@ class MoEFFN(nn.Module):
     def _plan(self, x: Tensor) -> DispatchPlan:
         """`select` as a plan, with the probabilities by which the router is taught where it is."""
         if not (self.is_taught and self.host.training):
+            if self._needs_no_router(x):
+                mask_TE = torch.ones(x.numel() // max(1, x.shape[-1]), self.num_experts, dtype=torch.bool, device=x.device)
+                return build_plan(self._record(mask_TE, x), is_full=True)
             return build_plan(self.select(x))
         scores_TE = self.scores(x.detach().reshape(-1, x.shape[-1]))
         mask_TE = self._mask(scores_TE.detach())
         kept_TE = scores_TE.masked_fill(~mask_TE, 0)
         floor = torch.finfo(kept_TE.dtype).tiny  # a token whose experts are all predicted silent
         return build_plan(self._record(mask_TE, x), kept_TE / kept_TE.sum(1, keepdim=True).clamp_min(floor))
+
+    def _needs_no_router(self, x: Tensor) -> bool:
+        """Whether every expert runs whatever its score; on a GPU, where router and mask cost a visible share of a dense FFN."""
+        is_watched = bool(self.router._forward_hooks or self.router._forward_pre_hooks)
+        return gpu_routed.is_for(x, impl=self.impl) and self.rule.runs_all(self.num_experts) and not is_watched
 
     def _record(self, mask_TE: Tensor, x: Tensor) -> Tensor:
         if self.recorder is not None:
@@ -324,13 +334,13 @@ class MoEFFN(nn.Module):
         if is_recorded(x):
             if self.masked_reason() is not None:
                 return _Call(x, first, None)
-            return _Call(x, first, self._stand_in(x), self._operator(x.dtype) if is_native else None)
+            return _Call(x, first, self._stand_in(x), self._operator(x) if is_native else None)
         native = self._native if is_native else None
-        if native is None or not native.holds(self, x.dtype):
+        if native is None or not native.holds(self, x.dtype, gpu_routed.is_for(x, impl=self.impl)):
             if self.masked_reason() is not None:
                 return _Call(x, first, None)
             if is_native:
-                native = self._native = self._make_native(x.dtype)
+                native = self._native = self._make_native(x)
         if native is None or native.routed is None:
             return _Call(x, first, self._stand_in(x))
         if self.fetch is not None:  # between selection and computation
@@ -349,9 +359,11 @@ class MoEFFN(nn.Module):
 
     def _is_native(self, x: Tensor) -> bool:
         """Whether a native call would do what the pieces do for such an input, and faster."""
-        if not x.is_cpu or self.impl not in ("auto", "cpu"):
+        if not (x.is_cpu and self.impl in ("auto", "cpu")) and not gpu_routed.is_for(x, impl=self.impl):
             return False
-        if self.host.training or torch.is_autocast_enabled("cpu") or wants_tangents():  # training: see `moe_ffn`
+        if self._needs_no_router(x):
+            return False
+        if self.host.training or torch.is_autocast_enabled(x.device.type) or wants_tangents():  # training: see `moe_ffn`
             return False
         return not torch.is_grad_enabled() or not (x.requires_grad or any(p.requires_grad for p in self.projection_parameters()))
 
@@ -359,20 +371,21 @@ class MoEFFN(nn.Module):
         """The parameters of the FFN itself; the router's are not among them."""
         return (p for leaf in self._leaves.values() for p in leaf._parameters.values() if p is not None)
 
-    def _make_native(self, dtype: torch.dtype) -> _Native | None:
+    def _make_native(self, x: Tensor) -> _Native | None:
         """The native call for the modules and tensors that are there now; None where the router or the rule is not one that it knows."""
-        router, rule = self.router, self.rule
-        if self._unknown(router, rule) is not None:
+        router, rule, dtype, on_gpu = self.router, self.rule, x.dtype, gpu_routed.is_for(x, impl=self.impl)
+        if self._unknown(router, rule, on_gpu=on_gpu) is not None:
             return None
         parts = list(router.named_children())
         modules = (*self._leaves.values(), router, *(child for _, child in parts))
-        routed = self._make_routed(dtype)
-        if isinstance(routed, RoutedNeurons):
-            always: float = NEURON_TOKENS
+        routed = self._make_routed(dtype, on_gpu=on_gpu)
+        if on_gpu or isinstance(routed, RoutedNeurons):
+            always: float = gpu_routed.MOST_TOKENS if on_gpu else NEURON_TOKENS
         else:
             always = 0 if routed is None else cpu_always(dtype, is_int8=has_int8(self.host, self._local))
         return _Native(
             routed,
+            on_gpu,
             always * self.site.d_model,
             *(rule, self.always_on, dtype),
             places=(*self._places, (self, "router", router), *((router, name, child) for name, child in parts)),
@@ -385,15 +398,15 @@ class MoEFFN(nn.Module):
             ),
         )
 
-    def _unknown(self, router: nn.Module, rule: Rule) -> str | None:
+    def _unknown(self, router: nn.Module, rule: Rule, *, on_gpu: bool) -> str | None:
         """Why no native call may take the place of router and rule, or read what is in the projections' places; None if one may."""
-        if type(router) not in (NormRouter, GateRouter, LowRankRouter, OracleRouter):
+        if type(router) not in ((NormRouter,) if on_gpu else (NormRouter, GateRouter, LowRankRouter, OracleRouter)):
             return f"no native call knows the router {type(router).__name__}"
         if isinstance(router, OracleRouter) and router.config.of != "activation":
             return "no native call knows the true norms of outputs"
         if type(router) is not NormRouter and self.num_experts != self.site.d_ff:
             return f"the router {type(router).__name__} has a native call for experts of one neuron alone"
-        if rule.name not in ROUTED_RULES or type(rule) is not RULES[rule.name]:
+        if rule.name not in (gpu_routed.RULES if on_gpu else ROUTED_RULES) or type(rule) is not RULES[rule.name]:
             return f"no native call knows the rule {rule}"
         if router._forward_hooks or router._forward_pre_hooks or hasattr(router, "_hf_hook"):
             return "the router has hooks"
@@ -416,34 +429,48 @@ class MoEFFN(nn.Module):
         if self.selector is not None or self.host.training:
             return "the layer trains"
         if not self._is_native(x):
-            return "it is for the CPU, for impl 'auto' or 'cpu', and neither for gradients nor for autocast"
-        if (why_not := self.masked_reason() or self._unknown(self.router, self.rule) or self._routed_refusal(x.dtype)) is not None:
+            if self._needs_no_router(x):
+                return "every expert runs whatever its score: no router, and dense products"
+            return "it is for the CPU or a GPU, for impl 'auto', 'cpu' or 'triton', and neither for gradients nor for autocast"
+        on_gpu = gpu_routed.is_for(x, impl=self.impl)
+        if (why_not := self.masked_reason() or self._unknown(self.router, self.rule, on_gpu=on_gpu)) is not None:
+            return why_not
+        if (why_not := self._routed_refusal(x.dtype, on_gpu=on_gpu)) is not None:
             return why_not
         num_tokens = x.numel() // max(1, x.shape[-1])
+        if on_gpu:
+            return f"{num_tokens} tokens are more than {gpu_routed.MOST_TOKENS}" if num_tokens > gpu_routed.MOST_TOKENS else None
         if type(self.router) is not NormRouter:
             return f"{num_tokens} tokens are more than {NEURON_TOKENS}" if num_tokens > NEURON_TOKENS else None
         always = cpu_always(x.dtype, is_int8=self.is_int8)
         return f"{num_tokens} tokens are more than {always}" if num_tokens > always and self.impl == "auto" else None
 
-    def _routed_refusal(self, dtype: torch.dtype) -> str | None:
+    def _routed_refusal(self, dtype: torch.dtype, *, on_gpu: bool) -> str | None:
         weights, activation = self.weights(), self.site.activation
+        if on_gpu:
+            return gpu_routed.refusal(weights, self._router_weights(), activation=activation, dtype=dtype)
         if type(self.router) is NormRouter:
             return routed_refusal(weights, self._router_weights(), activation=activation, dtype=dtype)
         return neurons_refusal(weights, self._neuron_weights(), activation=activation, dtype=dtype)
 
-    def _make_routed(self, dtype: torch.dtype) -> Routed | RoutedNeurons | None:
-        if self._routed_refusal(dtype) is not None:
+    def _make_routed(self, dtype: torch.dtype, *, on_gpu: bool) -> "Routed | RoutedNeurons | gpu_routed.Routed | None":
+        if self._routed_refusal(dtype, on_gpu=on_gpu) is not None:
             return None  # the pieces do it, and `native_refusal` says why
+        if on_gpu:
+            return gpu_routed.Routed(self.weights(), self._router_weights(), activation=self.site.activation, dtype=dtype)
         if type(self.router) is NormRouter:
             return Routed(self.weights(), self._router_weights(), activation=self.site.activation, dtype=dtype)
         return RoutedNeurons(self.weights(), self._neuron_weights(), activation=self.site.activation, dtype=dtype)
 
-    def _operator(self, dtype: torch.dtype) -> Callable[[Tensor], tuple[Tensor, Tensor]] | None:
+    def _operator(self, x: Tensor) -> Callable[[Tensor], tuple[Tensor, Tensor]] | None:
         """The native call as an operator; None where there is none."""
-        if type(self.router) is not NormRouter or self._unknown(self.router, self.rule) is not None:
+        on_gpu = gpu_routed.is_for(x, impl=self.impl)
+        if type(self.router) is not NormRouter or self._unknown(self.router, self.rule, on_gpu=on_gpu) is not None:
             return None  # of single neurons there is none: graphs hold the pieces
-        if self._routed_refusal(dtype) is not None:
+        if self._routed_refusal(x.dtype, on_gpu=on_gpu) is not None:
             return None
+        if on_gpu:
+            return partial(gpu_routed.routed_ffn, weights=self.weights(), router=self._router_weights(), activation=self.site.activation)
         return partial(routed_ffn, weights=self.weights(), router=self._router_weights(), activation=self.site.activation, impl=self.impl)
 
     def _router_weights(self) -> RouterWeights:

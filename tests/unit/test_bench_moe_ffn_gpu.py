@@ -29,9 +29,14 @@ def rows_of(tmp_path, *command):
 
 @needs_triton
 def test_quick_run_checks_and_times_every_regime_and_a_step(tmp_path):
-    first, *rows, last = rows_of(tmp_path, "bench.run", "moe_ffn_gpu", "--tokens", "1,5")
+    first, *rows, last = rows_of(tmp_path, "bench.run", "moe_ffn_gpu", "--tokens", "1")
+    (target, *rest), models = [row for row in rows if "model" not in row], [row for row in rows if "model" in row]
+    assert (target["target"], target["masks"], target["tokens"]) == (True, "recorded", 5) and rows[0] == target
+    assert [(row["what"], row["f"]) for row in models] == [("generate", 0.5), ("step", 0.25)]
+    assert all(row["dense_ms"] > 0 and row["ours_ms"] > 0 and row["floor_ms"] > 0 for row in models)
+    rows = [target, *rest]
     assert first["what"] == "ceilings" and first["copy_bytes_per_s"] > 0 and first["product_flops_per_s"] > 0
-    assert [(row["what"], row["tokens"]) for row in rows] == [("ffn", 1), ("ffn", 5), ("step", 5)]
+    assert [(row["what"], row["tokens"]) for row in rows] == [("ffn", 5), ("ffn", 1), ("step", 5)]
     for row in rows:
         assert set(row) >= TIMES and row["bound_by"] in ("bytes", "flops")
         assert all(row[key] > 0 for key in TIMES)
@@ -44,7 +49,7 @@ def test_quick_run_checks_and_times_every_regime_and_a_step(tmp_path):
 @needs_triton
 def test_what_the_budget_has_no_time_for_is_named(tmp_path):
     _, last = rows_of(tmp_path, "bench.run", "moe_ffn_gpu", "--tokens", "1", "--budget", "0")
-    assert last["rows"] == "tiny 1 0.5 16; tiny 5 0.5 16 step"
+    assert last["rows"] == "tiny 5 0.5 16 recorded; models; tiny 1 0.5 16; tiny 5 0.5 16 step"
 
 
 @needs_triton

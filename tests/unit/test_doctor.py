@@ -5,6 +5,7 @@ from ffn_cases import needs_library
 
 from moeify import doctor
 from moeify.evaluate import Latency
+from moeify.kernels import gpu_linear
 
 
 def test_speed_divides_work_by_median_time(monkeypatch):
@@ -40,6 +41,20 @@ def test_linear_kernels_name_the_gpus_kernel_and_why_it_does_not_run(monkeypatch
     monkeypatch.setattr(doctor, "_speed", dict)
     rows = [row for row in doctor.doctor()["linear_kernels"] if (row["device"], row["name"]) == ("cpu", "triton")]
     assert [(row["chosen"], row["reason"]) for row in rows] == [(False, "it runs on a GPU, x is on cpu")] * 2
+
+
+def test_doctor_says_what_each_gpu_runs_and_which_is_too_old(monkeypatch):
+    monkeypatch.setattr(gpu_linear, "_is_installed", lambda: True)
+    monkeypatch.setattr(doctor.torch.cuda, "is_available", lambda: False)
+    assert doctor._gpu_ffn() == "no GPU that torch sees"
+    monkeypatch.setattr(doctor.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(doctor.torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(doctor.torch.cuda, "get_device_capability", lambda gpu: (9, 0) if gpu.index else (7, 0))
+    old, new = doctor._gpu_ffn().split("; ")
+    assert old == "cuda:0: it needs compute capability 8.0, this GPU has 7.0"
+    assert new.startswith("cuda:1: router 'norm', any rule and experts are four kernels")
+    monkeypatch.setattr(gpu_linear, "_is_installed", lambda: False)
+    assert "triton is not installed" in doctor._gpu_ffn()
 
 
 @needs_library

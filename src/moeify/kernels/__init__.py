@@ -127,7 +127,7 @@ def explain(
         chosen, why = impl, "asked for by name"
     rest = [name for name in IMPLS if name not in AUTO_ORDER]
     lookup(ACTIVATIONS, activation, where="activation")
-    if chosen != "cpu" and weights.up_scale_F is not None:
+    if chosen not in ("cpu", "triton") and weights.up_scale_F is not None:
         why += "; it dequantises the int8 weights at every call"
     return [
         Candidate(name, name == chosen, why if name == chosen else objections.get(name) or _unasked(name, impl))
@@ -335,6 +335,8 @@ def _triton_objection(x_TD: Tensor, plan: DispatchPlan, *, activation: str) -> s
         return f"it runs on a GPU, x_TD is on {x_TD.device}"
     if (why_not := gpu_ffn.refusal(x_TD, num_experts=plan.num_experts, activation=activation)) is not None:
         return why_not
+    if plan.is_full:
+        return "every expert runs: dense products are faster"
     is_known = plan.is_countable and not {"num_pairs", "token_N"}.isdisjoint(vars(plan))  # to count them would be a host sync
     if is_known and plan.num_tokens > UNION_TOKENS and plan.active_fraction > TRITON_UNTIL:
         return f"active fraction {plan.active_fraction:.2f} is above the crossover {TRITON_UNTIL} for {plan.num_tokens} tokens"

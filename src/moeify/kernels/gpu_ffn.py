@@ -7,6 +7,7 @@ and compiled for sm80, sm90 and sm100 by the tests; no GPU has timed it.
 """
 
 import functools
+from dataclasses import replace
 from types import ModuleType
 from typing import Any, TypeAlias, cast
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import KernelError
+from ..sites.int8 import dequantize
 from ..sites.site import FFNWeights
 from . import cpu, gpu_linear
 from .gradients import empty_gradients, in_place_of
@@ -26,8 +28,8 @@ FUNCTIONS = (
     "shifted_relu",
 )
 """Activations, without the number of a shifted ReLU."""
-MOST_PAIRS = 2**31 - 1
-"""T times E, which the plan on the device counts in 32 bits."""
+MOST_PAIRS = 2**30 - 2**10
+"""T times E. The plan on the device counts pairs in 32 bits, and looks up to T of them past the last."""
 
 _FIELDS = (*cpu.MATRICES, *cpu.BIASES)
 _Optional: TypeAlias = Tensor | None
@@ -35,21 +37,27 @@ _Optional: TypeAlias = Tensor | None
 
 def refusal(x_TD: Tensor, *, num_experts: int, activation: str) -> str | None:
     """Why the kernels cannot compute this; None if they can. Looks at no value: no host sync."""
-    device = x_TD.device
-    if (missing := unavailable(device.type)) is not None:
-        return missing
-    if (old := gpu_linear._too_old(device)) is not None:
-        return old
-    if x_TD.dtype not in DTYPES:
-        return f"it takes float32, float16 and bfloat16, x_TD is {x_TD.dtype}"
-    if x_TD.dtype is torch.bfloat16 and gpu_linear.is_interpreted():
-        return "Triton's interpreter computes bfloat16 wrongly"
-    if activation.partition(":")[0] not in FUNCTIONS:
-        return f"it does not know the activation {activation!r}; known: {', '.join(FUNCTIONS)}"
+    if (why_not := device_refusal(x_TD.device, dtype=x_TD.dtype, activation=activation)) is not None:
+        return why_not
     if x_TD.shape[0] * num_experts > MOST_PAIRS:
         return f"it counts up to {MOST_PAIRS} pairs, these are {x_TD.shape[0]} tokens x {num_experts} experts"
     if cpu.wants_tangents():
         return "it has no forward-mode gradients"
+    return None
+
+
+def device_refusal(device: torch.device, *, dtype: torch.dtype, activation: str) -> str | None:
+    """Why the kernels cannot compute any FFN there for x of this dtype; None if they can."""
+    if (missing := unavailable(device.type)) is not None:
+        return missing
+    if (old := gpu_linear._too_old(device)) is not None:
+        return old
+    if dtype not in DTYPES:
+        return f"it takes float32, float16 and bfloat16, x_TD is {dtype}"
+    if dtype is torch.bfloat16 and gpu_linear.is_interpreted():
+        return "Triton's interpreter computes bfloat16 wrongly"
+    if activation.partition(":")[0] not in FUNCTIONS:
+        return f"it does not know the activation {activation!r}; known: {', '.join(FUNCTIONS)}"
     return None
 
 
@@ -68,7 +76,8 @@ def moe_ffn(x_TD: Tensor, weights: FFNWeights, plan: DispatchPlan, *, activation
     Sums run in fp32, float32 is not rounded to TF32. Weights may have any strides: the Conv1D layout and down projections as nn.Linear
     stores them are read in place. Up to `UNION_TOKENS` tokens without gradients the same call gives the same bits; beyond, thick experts
     add to y in no fixed order unless `torch.use_deterministic_algorithms` is on. Differentiable once in every floating input,
-    `DispatchPlan.probs_TE` included. Int8 weights are read as they are up to `UNION_TOKENS` tokens, else dequantised at every call.
+    `DispatchPlan.probs_TE` included. Int8 weights are read as they are, but in training, and the down projection of thin experts
+    beyond `UNION_TOKENS` tokens: those are dequantised at every call.
 
     Raises:
         KernelError: `refusal` says why.
@@ -89,6 +98,9 @@ def moe_ffn_recomputing(x_TD: Tensor, weights: FFNWeights, plan: DispatchPlan, *
 def _run(x_TD: Tensor, weights: FFNWeights, plan: DispatchPlan, *, activation: str, recompute: bool) -> Tensor:
     if why_not := refusal(x_TD, num_experts=plan.num_experts, activation=activation):
         raise KernelError(f"impl 'triton': {why_not}.")
+    if plan.mask_TE.dtype is not torch.bool or plan.mask_TE.dim() != 2:
+        raise KernelError(f"impl 'triton': mask_TE must be 2-D bool, got {tuple(plan.mask_TE.shape)} {plan.mask_TE.dtype}.")
+    weights = _with_plain_vectors(weights)
     tensors = [getattr(weights, name) for name in (*_FIELDS, *cpu.SCALES)]
     wants_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x_TD, plan.probs_TE, *tensors))
     if not wants_grad:
@@ -99,6 +111,16 @@ def _run(x_TD: Tensor, weights: FFNWeights, plan: DispatchPlan, *, activation: s
     tensors = [getattr(weights, name) for name in _FIELDS]
     y_TO, _ = _ffn_train_gpu(x_TD, *tensors, plan.probs_TE, plan.mask_TE, activation, _pairs(plan), not recompute)
     return cast(Tensor, y_TO)
+
+
+def _with_plain_vectors(weights: FFNWeights) -> FFNWeights:
+    """The same with contiguous biases and scales: kernels take any strides of matrices, and of vectors none."""
+    plain = {}
+    for name in (*cpu.BIASES, *cpu.SCALES):  # a loop that torch.compile can trace
+        tensor = getattr(weights, name)
+        if tensor is not None and not tensor.is_contiguous():
+            plain[name] = tensor.contiguous()
+    return replace(weights, **plain) if plain else weights
 
 
 def _pairs(plan: DispatchPlan) -> int:
@@ -117,7 +139,6 @@ def _forward(x_TD: Tensor, weights: FFNWeights, mask_TE: Tensor, *, activation: 
     if num_tokens <= UNION_TOKENS:
         tiles = union_tiles_for(x_TD, weights, num_experts=num_experts)
         return cast(Tensor, _kernels().union(x_TD, weights, mask_TE, activation=activation, tiles=tiles))
-    weights = weights.dequantized(x_TD.dtype)
     return _ragged_forward(x_TD, weights, mask_TE, activation=activation, pairs=num_tokens * num_experts, keep=False)[0]
 
 
@@ -172,13 +193,16 @@ def _ragged_forward(
     ragged = kernels.order_pairs(mask_TE, num_neurons=weights.num_neurons, experts_per_group=tiles.experts_per_group, room=pairs)
     by_token = _by_token(tiles)
     h, kept = kernels.hidden(x_TD, weights, mask_TE, ragged, activation=activation, tiles=tiles, by_token=by_token, keep=keep)
+    bias_D, scale_D = weights.down_bias_D, weights.down_scale_D
     if by_token:
-        bias_D = weights.down_bias_D
-        return (h @ weights.down_FD if bias_D is None else torch.addmm(bias_D, h, weights.down_FD)), kept
+        down_FD = weights.down_FD if scale_D is None else dequantize(weights.down_FD, scale_D, dtype=x_TD.dtype)
+        return (h @ down_FD if bias_D is None else torch.addmm(bias_D, h, down_FD)), kept
     sums_TO = torch.zeros((num_tokens, num_outputs), dtype=torch.float32, device=x_TD.device)
-    if weights.down_bias_D is not None:
-        sums_TO += weights.down_bias_D
     kernels.add_up(sums_TO, ragged, [(h, weights.down_FD)], num_tokens=num_tokens, num_experts=num_experts, tiles=tiles)
+    if scale_D is not None:
+        sums_TO *= scale_D
+    if bias_D is not None:
+        sums_TO += bias_D
     return sums_TO if x_TD.dtype is torch.float32 else sums_TO.to(x_TD.dtype), kept
 
 

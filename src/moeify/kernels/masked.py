@@ -23,7 +23,7 @@ def moe_ffn(x_TD: Tensor, weights: FFNWeights, plan: DispatchPlan, *, activation
     """
     weights = weights.dequantized(x_TD.dtype)
     hidden_TF = ffn_hidden(x_TD, weights, activation=activation)
-    if not plan.is_countable or plan.num_pairs < plan.num_tokens * plan.num_experts:
+    if not plan.is_full and (not plan.is_countable or plan.num_pairs < plan.num_tokens * plan.num_experts):
         hidden_TF = hidden_TF.masked_fill(~neuron_mask(plan.mask_TE, weights.num_neurons), 0)
     if plan.probs_TE is not None:
         hidden_TF = hidden_TF * neuron_mask(straight_through(plan.probs_TE).to(hidden_TF.dtype), weights.num_neurons)

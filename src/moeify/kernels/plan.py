@@ -25,6 +25,8 @@ class DispatchPlan:
     probs_TE: Tensor | None = None
     """In training, how a gradient reaches whoever selected: each selected expert's output is multiplied by 1 + p - stopgrad(p), which is 1
     and has the gradient <d loss / d y, y_e> for p. At unselected pairs any finite number, whose gradient is 0."""
+    is_full: bool = False
+    """Whether the host knows that every pair runs, without looking at the mask."""
 
     @cached_property
     def token_N(self) -> Tensor:
@@ -55,6 +57,8 @@ class DispatchPlan:
     @cached_property
     def num_pairs(self) -> int:
         """N; known on the host."""
+        if self.is_full:
+            return self.num_tokens * self.num_experts
         if self.mask_TE.device.type == "cpu" and "token_N" not in self.__dict__:
             return int(self.mask_TE.sum())
         return self.token_N.shape[0]
@@ -70,12 +74,13 @@ class DispatchPlan:
         return experts_E.repeat_interleave(self.offsets_E1.diff(), output_size=self.num_pairs)
 
 
-def build_plan(mask_TE: Tensor, probs_TE: Tensor | None = None) -> DispatchPlan:
+def build_plan(mask_TE: Tensor, probs_TE: Tensor | None = None, *, is_full: bool = False) -> DispatchPlan:
     """CSR plan of a selection mask.
 
     Args:
         mask_TE: bool; any number of True per row and column, T may be 0.
         probs_TE: floating, see `DispatchPlan`; None where nothing is to learn from the selection.
+        is_full: whether the mask is known to be all True (not checked: a check would synchronise the device).
 
     Returns:
         The plan, on the mask's device.
@@ -91,7 +96,7 @@ def build_plan(mask_TE: Tensor, probs_TE: Tensor | None = None) -> DispatchPlan:
         raise ValueError(f"mask_TE must have at least one expert, got shape {tuple(mask_TE.shape)}.")
     if probs_TE is not None and (probs_TE.shape != mask_TE.shape or not probs_TE.is_floating_point()):
         raise ValueError(f"probs_TE must be floating, {tuple(mask_TE.shape)}, got {tuple(probs_TE.shape)} {probs_TE.dtype}.")
-    return DispatchPlan(mask_TE, probs_TE)
+    return DispatchPlan(mask_TE, probs_TE, is_full)
 
 
 def straight_through(probs: Tensor) -> Tensor:

@@ -42,11 +42,43 @@ def linear_tiles(K: int, N: int, *, num_tokens: int, weight_bytes: int, num_unit
     return LinearTiles(tokens=tokens, channels=channels, outputs=outputs, channels_per_split=-(-num_tiles // splits) * channels)
 
 
+@dataclass(frozen=True, kw_only=True)
+class RouterTiles:
+    """Tiles of the first kernel in `triton_router`; powers of two, at least 16 where there are several tokens."""
+
+    tokens: int
+    """1, or `TOKENS`."""
+    rows: int
+    """Rows of the hidden layer of one program."""
+    channels: int
+    """Input channels that a program reads at a time."""
+    channels_per_split: int
+    """Input channels of one program, a multiple of ``channels``; the sums of the splits are added in order."""
+    num_warps: int = 4
+
+
+def router_tiles(*, d_model: int, width: int, num_tokens: int, num_units: int) -> RouterTiles:
+    """Tiles of 16 KB of fp32 for one token, and a program for every unit of the GPU, but at most `ROUTER_SPLITS` splits.
+
+    Args:
+        width: of the hidden layer.
+        num_units: multiprocessors of the GPU.
+    """
+    tokens, rows, channels = (1, 4, min(1024, 1 << (d_model - 1).bit_length())) if num_tokens == 1 else (TOKENS, 16, 64)
+    num_tiles = -(-d_model // channels)
+    whole = -(-width // rows) * -(-num_tokens // tokens)
+    splits = max(1, min(num_tiles, -(-num_units // whole), ROUTER_SPLITS))
+    return RouterTiles(tokens=tokens, rows=rows, channels=channels, channels_per_split=-(-num_tiles // splits) * channels)
+
+
+ROUTER_SPLITS = 16
+"""Splits whose sums one program of the second kernel reads at once."""
+
 UNION_TOKENS = 512
 """Tokens up to which experts are computed for the union of what they select, in the order of the neurons, rather than by pairs."""
-ATOMIC_NEURONS = 128
+ATOMIC_NEURONS = 192
 """Neurons of an expert from which its output is added to y by atomics, 4 O bytes for a pair; below, a dense product over all neurons costs
-less. At 2.5 TB/s of atomics, 600 TFLOP/s and a quarter active both cost the same with 120 neurons: an estimate."""
+less. At 2.5 TB/s of atomics and 710 TFLOP/s both cost the same with 140 neurons at a quarter active, 280 at half: an estimate."""
 
 TUNED: dict[tuple[str, str], Mapping[str, Any]] = {}
 """(architecture, regime) -> fields of `FFNTiles` that `bench.tune` found, for types of 2 bytes; not the size of groups. Regimes: "1",

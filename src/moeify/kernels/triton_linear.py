@@ -1,6 +1,6 @@
 """The Triton kernels of linear layers whose tokens skip input channels. `gpu_linear` loads this when needed.
 
-Only this file and `triton_ffn` import triton.
+Only the files called triton_* import triton.
 
 Letters: T tokens, K input channels, N outputs; as suffixes within kernels, their tiles.
 

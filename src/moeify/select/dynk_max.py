@@ -30,6 +30,10 @@ class DynKMax(Rule):
         if not 0 <= self.tau <= 1:
             raise ConfigError(f"DynKMax.tau must be in [0, 1], got {self.tau}.")
 
+    def runs_all(self, num_experts: int) -> bool:
+        """At 0."""
+        return self.tau == 0
+
     @classmethod
     def from_d2dmoe_tau(cls, tau: float) -> "DynKMax":
         """The rule for a ``tau`` of the released D2DMoE code, where larger is more experts: theirs is 1 - ours.

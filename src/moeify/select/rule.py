@@ -43,6 +43,10 @@ class Rule(ABC):
             fp32 (T, E); an infinity where every knob runs the pair. Calibration counts these: the same as the rule, up to rounding.
         """
 
+    def runs_all(self, num_experts: int) -> bool:
+        """Whether every expert of every token runs whatever the scores, so that nobody need compute them."""
+        return self.grows and self.value >= min(self.bounds[1], num_experts)
+
     @property
     def value(self) -> float:
         """The knob's value."""

@@ -7,7 +7,7 @@ from moeify.kernels import gpu_linear
 
 @pytest.fixture
 def compiled(monkeypatch, tmp_path):
-    """Compile one of the kernels for an NVIDIA GPU; pointers and sizes are multiples of 16, but for what is named."""
+    """Compile one of the kernels for NVIDIA's GPU, or AMD's of such a name; all is a multiple of 16, but for what is named."""
     if gpu_linear.is_interpreted():
         pytest.skip("TRITON_INTERPRET is set")
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
@@ -20,6 +20,7 @@ def compiled(monkeypatch, tmp_path):
         signature = {name: "constexpr" if name in constants else pointers.get(name, "i32") for name in names}
         even = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name not in (*constants, *odd)}
         source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=even)
-        return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": num_warps, "num_stages": num_stages})
+        target = GPUTarget("hip", capability, 64) if isinstance(capability, str) else GPUTarget("cuda", capability, 32)
+        return triton.compile(source, target=target, options={"num_warps": num_warps, "num_stages": num_stages})
 
     return compile_for

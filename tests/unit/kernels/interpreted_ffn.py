@@ -38,7 +38,7 @@ SHAPES = [
     pytest.param(30, 20, 20, 16, 0.3, id="experts of one neuron"),
     pytest.param(20, 4, 64, 32, 1.0, id="all experts: equals dense"),
     pytest.param(RAGGED, 3, 50, 17, 0.3, id="ragged: thin experts"),
-    pytest.param(RAGGED, 2, 256, 16, 0.02, id="ragged: thick experts, few pairs"),
+    pytest.param(RAGGED, 2, 384, 16, 0.02, id="ragged: thick experts, few pairs"),
     pytest.param(0, 4, 16, 8, 0.5, id="no token"),
 ]
 KINDS = [
@@ -171,8 +171,12 @@ def test_what_is_no_number_stays_with_its_token(T):
     assert y_TD[0].isnan().all() and not y_TD[1:].isnan().any()
 
 
-@pytest.mark.parametrize("T", [1, 3])
-def test_int8_weights_are_read_as_they_are(T):
+@pytest.mark.parametrize(
+    ("T", "most", "thick"), [(1, 512, 192), (3, 512, 192), (3, 2, 192), (3, 2, 8)], ids=["one", "few", "thin", "thick"]
+)
+def test_int8_weights_are_read_as_they_are(monkeypatch, T, most, thick):
+    monkeypatch.setattr(gpu_ffn, "UNION_TOKENS", most)
+    monkeypatch.setattr(tiles, "ATOMIC_NEURONS", thick)
     floating = random_ffn(24, 48, gated=True, biased=True)
     (up, up_scale), (gate, gate_scale) = quantize_rows(floating.up_FD), quantize_rows(floating.gate_FD)
     down, down_scale = quantize_rows(floating.down_FD.t())
@@ -189,7 +193,7 @@ def test_int8_weights_are_read_as_they_are(T):
     [
         pytest.param(7, 4, 64, 32, True, False, id="gated"),
         pytest.param(37, 5, 83, 23, True, True, id="odd everything, as Conv1D stores it"),
-        pytest.param(33, 2, 256, 16, False, False, id="thick experts: atomics, more pairs than a tile"),
+        pytest.param(33, 2, 384, 16, False, False, id="thick experts: atomics, more pairs than a tile"),
         pytest.param(20, 6, 18, 16, True, False, id="thin experts in one group"),
     ],
 )
@@ -250,7 +254,7 @@ def test_no_token_and_no_pair_have_gradients_of_zero(T, keep):
 
 
 def test_deterministic_algorithms_leave_atomics_out(monkeypatch):
-    weights, x_TD, plan = random_ffn(16, 256), torch.randn(6, 16, requires_grad=True), random_plan(6, 2, 0.5)
+    weights, x_TD, plan = random_ffn(16, 384), torch.randn(6, 16, requires_grad=True), random_plan(6, 2, 0.5)
 
     def run():
         return moe_ffn(x_TD, weights, plan, activation="relu", impl="triton")

@@ -3,6 +3,8 @@
 Tensors "on a GPU" are stand-ins without memory, which is all that a choice looks at.
 """
 
+import dataclasses
+import math
 import subprocess
 import sys
 
@@ -13,9 +15,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from moeify import layers
 from moeify.errors import KernelError
-from moeify.kernels import DispatchPlan, build_plan, explain, gpu_ffn, gpu_linear, impls_for, moe_ffn
-from moeify.kernels.tiles import FLOAT32_ROWS, TOKENS, UNION_TOKENS, ragged_tiles, union_tiles
+from moeify.kernels import DispatchPlan, build_plan, explain, gpu_ffn, gpu_linear, gpu_routed, impls_for, moe_ffn
+from moeify.kernels.tiles import FLOAT32_ROWS, ROUTER_SPLITS, TOKENS, UNION_TOKENS, ragged_tiles, router_tiles, union_tiles
+from moeify.layers import MoEFFN, attach
+from moeify.routers import NormRouterConfig, build_router
+from moeify.select import DynKMass, DynKMax, NormBudget, Threshold, TopK
+from moeify.sites import FFNSite, site
 from moeify.sites.formula import ACTIVATIONS
 
 
@@ -111,7 +118,152 @@ def test_an_old_operator_without_gradient_says_so():
         gpu_ffn._ffn_gpu(x_TD.requires_grad_(), *tensors, plan.mask_TE, "relu")
 
 
+@pytest.mark.usefixtures("on_gpu")
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"up_FD": ("cpu", torch.float32, (16, 8))}, "up_FD is torch.float32 on cpu, x_TD is torch.float32 on cuda:0"),
+        ({"down_FD": ("cuda", torch.float16, (16, 8))}, "down_FD is torch.float16 on cuda:0"),
+        ({"gate_FD": ("cuda", torch.float32, (16, 7))}, r"gate_FD has shape \(16, 7\)"),
+        ({"down_bias_D": ("cuda", torch.float32, (16,))}, r"down_bias_D has shape \(16,\)"),
+        ({"up_scale_F": ("cuda", torch.float32, (16,))}, "up_FD and up_scale_F do not fit"),
+    ],
+    ids=["devices", "dtypes", "gate", "bias", "scales"],
+)
+def test_tensors_that_do_not_fit_together_are_an_error(change, message):
+    x_TD, weights, plan = an_ffn()
+    (name, (device, dtype, shape)) = next(iter(change.items()))
+    bad = dataclasses.replace(weights, **{name: torch.empty(shape, dtype=dtype, device=device)})
+    with pytest.raises(KernelError, match=message):
+        moe_ffn(x_TD, bad, plan, activation="silu", impl="triton")
+
+
+@pytest.mark.usefixtures("on_gpu")
+def test_plans_that_do_not_fit_are_an_error():
+    x_TD, weights, _ = an_ffn()
+    for mask_TE, message in (
+        (torch.empty(4, 4, dtype=torch.bool, device="cuda"), "3 tokens, the plan has 4"),
+        (torch.empty(3, 17, dtype=torch.bool, device="cuda"), "17 experts, the FFN only 16 neurons"),
+        (torch.empty(3, 4, dtype=torch.bool), "the plan is on cpu, x_TD on cuda:0"),
+        (torch.empty(3, 4, device="cuda"), r"mask_TE must be 2-D bool, got \(3, 4\) torch.float32"),
+    ):
+        with pytest.raises(KernelError, match=message):
+            moe_ffn(x_TD, weights, DispatchPlan(mask_TE), activation="silu", impl="triton")
+
+
+@pytest.mark.usefixtures("on_gpu")
+def test_what_32_bits_cannot_count_runs_by_another_kernel_or_is_an_error():
+    for T, fits in ((71582720, True), (71582721, False), (2**40, False)):
+        x_TD, weights, plan = an_ffn(T, E=15)
+        with torch.no_grad():
+            assert {c.name: c.chosen for c in explain(x_TD, weights, plan, activation="silu")}["triton"] == fits
+        if not fits:
+            with pytest.raises(KernelError, match=f"it counts up to 1073740800 pairs, these are {T} tokens x 15 experts"):
+                moe_ffn(x_TD, weights, plan, activation="silu", impl="triton")
+
+
+def test_biases_of_any_stride_are_made_plain():
+    _, weights, _ = an_ffn(device="cpu")
+    assert gpu_ffn._with_plain_vectors(weights) is weights
+    strided = dataclasses.replace(weights, up_bias_F=torch.arange(32.0)[::2])
+    plain = gpu_ffn._with_plain_vectors(strided)
+    assert plain.up_bias_F.is_contiguous() and plain.up_bias_F.equal(strided.up_bias_F) and plain.up_FD is weights.up_FD
+
+
+def a_layer(*, device="cuda", rule=None):
+    """A MoEFFN on stand-ins."""
+    host = torch.nn.Module()
+    sizes = {"up": (8, 16), "gate": (8, 16), "down": (16, 8)}
+    for name, (d_in, d_out) in sizes.items():
+        host.add_module(name, torch.nn.Linear(d_in, d_out, bias=False))
+    ffn = FFNSite(name="", up="up", down="down", gate="gate", activation="silu", d_model=8, d_ff=16, d_out=8)
+    router = build_router(NormRouterConfig(width=4), site=ffn, num_experts=4)
+    moe = MoEFFN(ffn, num_experts=4, router=router, rule=rule or DynKMax(tau=0.5))
+    host.eval().requires_grad_(False)
+    attach(host, moe)
+    to_device(host, device)
+    return host, moe
+
+
+def to_device(module, device):
+    """What `Module.to` does, without copying: there is no such device."""
+    for part in module.modules():
+        for name, parameter in part._parameters.items():
+            if parameter is not None:
+                part._parameters[name] = torch.nn.Parameter(torch.empty(parameter.shape, device=device), requires_grad=False)
+
+
+@pytest.mark.usefixtures("on_gpu")
+def test_a_layer_decodes_by_one_call_on_a_gpu_and_says_what_stands_in_its_way(monkeypatch):
+    for module in (layers, site):
+        monkeypatch.setattr(module, "not_plain_reason", lambda *_, **__: None)  # a stand-in is no plain weight
+    _, moe = a_layer()
+    x = torch.empty(2, 3, 8, device="cuda")
+    with torch.no_grad():
+        assert moe.native_refusal(x) is None
+        y, mask_TE = moe._operator(x)(x)
+        assert y.shape == x.shape and mask_TE.shape == (6, 4) and mask_TE.dtype is torch.bool
+        assert "65 tokens are more than 64" in moe.native_refusal(x.new_empty(65, 8))
+        for impl in ("cpu", "masked"):
+            moe.impl = impl
+            assert "for impl 'auto', 'cpu' or 'triton'" in moe.native_refusal(x)
+        moe.impl = "triton"
+        assert "the weights must be torch.float16" in moe.native_refusal(x.half())
+        to_device(moe.router, "cpu")
+        assert "weights and router must all be on cuda:0" in moe.native_refusal(x) and moe._operator(x) is None
+        router = moe._router_weights()
+        with pytest.raises(KernelError, match="x is on cuda:0; weights and router must all be there"):
+            gpu_routed.routed_ffn(x, weights=moe.weights(), router=router, activation="silu")
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+        assert "needs compute capability 8.0, this GPU has 7.5" in moe.native_refusal(x)
+        monkeypatch.setattr(gpu_linear, "_is_installed", lambda: False)
+        assert "triton is not installed" in moe.native_refusal(x)
+
+
+@pytest.mark.usefixtures("on_gpu")
+def test_a_rule_that_runs_all_takes_no_router_and_the_dense_path(monkeypatch):
+    for module in (layers, site):
+        monkeypatch.setattr(module, "not_plain_reason", lambda *_, **__: None)
+    _, moe = a_layer(rule=DynKMax(tau=0.0))
+    monkeypatch.setattr(moe.router, "forward", lambda *_: pytest.fail("the router ran"))
+    x = torch.empty(2, 3, 8, device="cuda")
+    with torch.no_grad():
+        assert "every expert runs" in moe.native_refusal(x)
+        plan = moe._plan(x)
+        assert plan.is_full and plan.num_pairs == 6 * 4 and plan.active_fraction == 1
+        reasons = {c.name: c for c in explain(x.view(6, 8), moe.weights(), plan, activation="silu")}
+        assert reasons["masked"].chosen and "every expert runs" in reasons["triton"].reason
+        assert moe_ffn(x.view(6, 8), moe.weights(), plan, activation="silu").shape == (6, 8)
+
+
+@pytest.mark.parametrize("rule", [DynKMax(tau=0.0), DynKMass(mass=1.0), TopK(k=4), NormBudget(beta=1.0)], ids=lambda rule: rule.name)
+def test_rules_that_run_all_do_so_whatever_the_scores(rule):
+    scores_TE = torch.tensor([[0.0, 0.0, 0.0, 0.0], [math.nan, 1, 2, 3], [math.inf, 0, 0, 1], [-1, -2, 0, 5]])
+    assert rule.runs_all(4) and rule(scores_TE).all()
+    less = rule.with_value(2 if isinstance(rule, TopK) else 0.5)
+    assert not less.runs_all(4) and not Threshold(theta=0.0).runs_all(4), "scores below zero stay below"
+
+
+def test_on_the_cpu_the_call_is_asked_for_by_name_alone():
+    _, moe = a_layer(device="cpu")
+    x = torch.randn(2, 8)
+    assert not gpu_routed.is_for(x, impl="auto") and gpu_routed.is_for(x, impl="triton")
+    moe.impl = "triton"
+    with torch.no_grad():
+        assert "runs on a GPU (or in Triton's interpreter" in moe.native_refusal(x)
+
+
 sizes = st.integers(1, 20_000)
+
+
+@given(D=sizes, W=st.integers(1, 512), T=st.integers(1, 64), num_units=st.integers(1, 300))
+def test_splits_of_the_routers_input_cover_it_and_none_is_empty(D, W, T, num_units):
+    tiles = router_tiles(d_model=D, width=W, num_tokens=T, num_units=num_units)
+    splits = -(-D // tiles.channels_per_split)
+    assert tiles.channels_per_split % tiles.channels == 0 and splits <= ROUTER_SPLITS
+    assert (splits - 1) * tiles.channels_per_split < D <= splits * tiles.channels_per_split
+    assert (tiles.tokens == 1) == (T == 1) and all(side.bit_count() == 1 for side in (tiles.tokens, tiles.rows, tiles.channels))
 
 
 @given(F=sizes, O=sizes, E=sizes, T=st.integers(0, UNION_TOKENS), bytes_per_number=st.sampled_from([2, 4]), num_units=st.integers(1, 300))

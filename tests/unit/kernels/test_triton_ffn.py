@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from moeify.kernels import gpu_ffn, gpu_linear
-from moeify.kernels.tiles import TUNED, ragged_tiles, union_tiles
+from moeify.kernels import gpu_ffn, gpu_linear, gpu_routed
+from moeify.kernels.tiles import TUNED, ragged_tiles, router_tiles, union_tiles
 
 pytestmark = pytest.mark.skipif(gpu_linear.unavailable() is not None, reason=str(gpu_linear.unavailable()))
 BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
@@ -24,6 +24,8 @@ FUNCTION = {"ACTIVATION": "silu", "THRESHOLD": 0.0}
 # Sizes that need not be multiples of 16.
 ODD = (
     "num_tokens",
+    "token_tiles",
+    "num_done",
     "num_experts",
     "num_groups",
     "experts_per_group",
@@ -42,9 +44,9 @@ TARGETS = pytest.mark.parametrize(("dtype", "capability"), [("bf16", 80), ("bf16
 
 @pytest.mark.slow
 def test_in_the_interpreter_the_kernels_compute_what_the_definition_says():
-    tests = Path(__file__).with_name("interpreted_ffn.py")
+    tests = [str(Path(__file__).with_name(f"interpreted_{part}.py")) for part in ("ffn", "routed")]
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-qx", str(tests)],
+        [sys.executable, "-m", "pytest", "-qx", *tests],
         env=os.environ | {"TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,
@@ -54,8 +56,8 @@ def test_in_the_interpreter_the_kernels_compute_what_the_definition_says():
 
 
 def pointers(dtype):
-    floats = ("x", "up", "gate", "h", "kept", "a", "w", "b", "v", "down", "grad", "rows", "out", "up_bias", "gate_bias", "bias")
-    numbers = {"mask_ptr": "*u8", "offset_ptr": "*i32", "token_ptr": "*i32", "pair_ptr": "*i32", "count_ptr": "*i32"}
+    floats = ("x", "up", "gate", "h", "kept", "a", "w", "b", "v", "down", "grad", "rows", "out", "y", "up_bias", "gate_bias", "bias")
+    numbers = {"mask_ptr": "*u8", "offset_ptr": "*i32", "token_ptr": "*i32", "done_ptr": "*i32", "pair_ptr": "*i32", "count_ptr": "*i32"}
     return {f"{name}_ptr": f"*{dtype}" for name in floats} | numbers | dict.fromkeys(("sums_ptr", "energy_ptr"), "*fp32")
 
 
@@ -86,27 +88,35 @@ def tiles_of(T, dtype):
 @TARGETS
 @pytest.mark.parametrize("T", [1, 8, 64])
 def test_kernels_of_few_tokens_compile_to_wide_loads_and_fit_any_gpu(compiled, capability, T, dtype):
-    from moeify.kernels import triton_ffn
+    from moeify.kernels import triton_union
 
     t = tiles_of(T, dtype)
     options = {"num_warps": t.num_warps, "num_stages": t.num_stages, "pointers": pointers(dtype), "odd": ODD}
-    none = without("up_bias_ptr", "gate_bias_ptr", "up_scale_ptr", "gate_scale_ptr", "offset_ptr", "token_ptr", "kept_ptr")
-    one = dict.fromkeys(("experts_per_group", "n_tiles", "x_stride_d", "up_stride_d", "gate_stride_d", "mask_stride_e"), 1)
+    none = without("up_bias_ptr", "gate_bias_ptr", "up_scale_ptr", "gate_scale_ptr")
+    one = dict.fromkeys(("x_stride_d", "up_stride_d", "gate_stride_d", "mask_stride_e"), 1)
     sides = {"T_TILE": t.tokens, "N_TILE": t.neurons, "K_TILE": t.channels, "RUN": min(SIZE, t.neurons), **EXPERTS}
-    first = {**none, **one, **sides, **FUNCTION, "IS_RAGGED": False, "BY_TOKEN": True}
+    first = {**none, **one, **sides, **FUNCTION}
     expected = {"capability": capability, "dtype": dtype, "products": T > 1, "asynchronous": T > 1}
     weights = 2 * t.neurons * t.channels * BYTES[dtype] // 16 // 128
-    check(compiled(triton_ffn.first_products, capability, constants=first, **options), **expected, wide=weights if T == 1 else 0)
+    kernel = triton_union.hidden_of_one if T == 1 else triton_union.hidden_of_few
+    check(compiled(kernel, capability, constants=first, **options), **expected, wide=weights if T == 1 else 0)
     sides = {"T_TILE": t.tokens, "K_TILE": t.depth, "O_TILE": t.outputs, "RUN": min(SIZE, t.depth), **EXPERTS}
     weights = t.depth * t.outputs * BYTES[dtype] // 16 // 128
     for contiguous in ("down_stride_f", "down_stride_o"):  # as nn.Linear stores it, and by neuron
-        second = {contiguous: 1, "mask_stride_e": 1, **sides}
-        check(compiled(triton_ffn.second_products, capability, constants=second, **options), **expected, wide=weights if T == 1 else 0)
+        second = {contiguous: 1, "mask_stride_e": 1, **sides, **without("scale_ptr", "bias_ptr")}
+        found = compiled(triton_union.outputs_of_few, capability, constants=second, **options)
+        check(found, **expected, wide=weights if T == 1 else 0)
+        stored, _, rest = found.asm["ptx"].rpartition("atom.")
+        assert re.match(r"global\.gpu\.acq_rel\.add|acq_rel\.gpu\.global\.add|global\.acq_rel\.gpu\.add", rest), (
+            "it counts before its sums are seen"
+        )
+        assert "bar.sync" in stored[stored.rindex("st.global") :], "one thread counts before the others have stored"
+        assert "ld.global.cg" in rest, "other units' sums come from a cache that does not know them"
 
 
 @TARGETS
 def test_kernels_of_many_tokens_and_of_training_compile_to_copies_that_run_ahead(compiled, capability, dtype):
-    from moeify.kernels import triton_ffn
+    from moeify.kernels import triton_backward, triton_pairs
 
     t = tiles_of(4096, dtype)
     options = {"num_warps": t.num_warps, "num_stages": t.num_stages, "pointers": pointers(dtype), "odd": ODD}
@@ -115,44 +125,126 @@ def test_kernels_of_many_tokens_and_of_training_compile_to_copies_that_run_ahead
     none = without("up_bias_ptr", "gate_bias_ptr", "up_scale_ptr", "gate_scale_ptr")
     one = dict.fromkeys(("x_stride_d", "up_stride_d", "gate_stride_d", "mask_stride_e"), 1)
     sides = {"T_TILE": t.tokens, "N_TILE": t.neurons, "K_TILE": t.channels}
-    first = {**none, **one, **sides, **common, **FUNCTION, "IS_RAGGED": True, "RUN": t.neurons}
-    check(compiled(triton_ffn.first_products, capability, constants=first, **options), **expected)
+    first = {**none, **one, **sides, **common, **FUNCTION, "RUN": t.neurons}
+    check(compiled(triton_pairs.hidden_of_pairs, capability, constants=first, **options), **expected)
     through = {"grad_stride_o": 1, "down_stride_f": 1, "mask_stride_e": 1, **sides, **common, **FUNCTION}
-    check(compiled(triton_ffn.through_activation, capability, constants=through, **options), **expected)
+    check(compiled(triton_backward.through_activation, capability, constants=through, **options), **expected)
     sides = {"R_TILE": t.tokens, "K_TILE": t.depth, "O_TILE": t.outputs, **EXPERTS}
-    found = compiled(triton_ffn.add_products, capability, constants={"w_stride_f": 1, **without("b_ptr", "v_ptr"), **sides}, **options)
+    found = compiled(triton_pairs.add_products, capability, constants={"w_stride_f": 1, **without("b_ptr", "v_ptr"), **sides}, **options)
     check(found, **expected)
     assert re.search(r"(atom|red)\.global\S*add\S*\.f32", found.asm["ptx"])
     both = {"w_stride_o": 1, "v_stride_o": 1, **sides, "K_TILE": max(16, t.depth // 2)}
-    check(compiled(triton_ffn.add_products, capability, constants=both, **options), **expected)
+    check(compiled(triton_pairs.add_products, capability, constants=both, **options), **expected)
     sides = {"R_TILE": t.depth, "N_TILE": t.neurons, "D_TILE": t.outputs, **common}
     for bias in ({}, without("bias_ptr")):
         total = {"x_stride_d": 1, "out_stride_d": 1, **sides, **bias}
-        check(compiled(triton_ffn.sum_pairs, capability, constants=total, **options), **expected)
+        check(compiled(triton_backward.sum_pairs, capability, constants=total, **options), **expected)
+
+
+@TARGETS
+@pytest.mark.parametrize("T", [1, 8])
+def test_the_routers_hidden_layer_compiles_and_is_not_rounded_to_tf32(compiled, capability, T, dtype):
+    from moeify.kernels import triton_router
+
+    t = router_tiles(d_model=D, width=128, num_tokens=T, num_units=132)
+    sides = {"T_TILE": t.tokens, "W_TILE": t.rows, "K_TILE": t.channels, "x_stride_d": 1}
+    options = {"pointers": {**pointers("fp32"), "x_ptr": f"*{dtype}", "hidden_ptr": "*fp32"}, "odd": ODD}
+    found = compiled(triton_router.sum_hidden, capability, constants=sides, **options)
+    check(found, capability=capability, dtype="fp32", products=True, wide=t.rows * t.channels // 4 // 128 if T == 1 else 0)
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_the_hidden_layer_of_many_tokens_compiles_to_matrix_instructions(compiled, capability):
+    from moeify.kernels import triton_router
+
+    given = {"pointers": {"x_ptr": "*bf16", "hidden_ptr": "*fp32", "sums_ptr": "*fp32"}, "odd": ODD, "num_warps": 8}
+    found = compiled(triton_router.sum_hidden_of_many, capability, constants={**triton_router.MANY, "x_stride_d": 1}, **given)
+    check(found, capability=capability, dtype="bf16", products=True)
+    assert "tf32" not in found.asm["ptx"]
+
+
+@pytest.mark.parametrize(("rule", "capability"), list(zip(gpu_routed.RULES, (80, 90, 100, 90, 100), strict=True)))
+def test_every_rule_compiles(compiled, rule, capability):
+    from moeify.kernels import triton_router
+
+    always = (3, 100) if rule == "topk" else None
+    sides = {
+        "IS_EXP": True,
+        "RULE": rule,
+        "ALWAYS": always,
+        "E_ALL": 256 if rule == "norm_budget" else 128,
+        "S_ALL": 4,
+        "W_ALL": 128,
+        "W_TILE": 32,
+    }
+    floats = dict.fromkeys(("sums_ptr", "hidden_bias_ptr", "out_ptr", "out_bias_ptr"), "*fp32")
+    given = {"pointers": {**floats, "mask_ptr": "*u8", "knob": "fp32"}, "odd": (*ODD, "splits", "knob"), "num_warps": 8}
+    check(compiled(triton_router.choose_experts, capability, constants=sides, **given), capability=capability, dtype="fp32", products=False)
+
+
+def test_int8_weights_of_many_tokens_compile(compiled):
+    from moeify.kernels import triton_pairs
+
+    t = tiles_of(4096, "bf16")
+    given = {
+        **pointers("bf16"),
+        **dict.fromkeys(("up_ptr", "gate_ptr", "w_ptr"), "*i8"),
+        **dict.fromkeys(("up_scale_ptr", "gate_scale_ptr"), "*fp32"),
+    }
+    options = {"num_warps": t.num_warps, "num_stages": t.num_stages, "pointers": given, "odd": ODD}
+    one = dict.fromkeys(("x_stride_d", "up_stride_d", "gate_stride_d", "mask_stride_e"), 1)
+    sides = {"T_TILE": t.tokens, "N_TILE": t.neurons, "K_TILE": t.channels, "BY_TOKEN": False, "RUN": t.neurons, **EXPERTS, **FUNCTION}
+    first = {**one, **sides, **without("kept_ptr", "up_bias_ptr", "gate_bias_ptr")}
+    check(compiled(triton_pairs.hidden_of_pairs, 90, constants=first, **options), capability=90, dtype="bf16", products=True)
+    sides = {"R_TILE": t.tokens, "K_TILE": t.depth, "O_TILE": t.outputs, **EXPERTS, **without("b_ptr", "v_ptr"), "w_stride_f": 1}
+    check(compiled(triton_pairs.add_products, 90, constants=sides, **options), capability=90, dtype="bf16", products=True)
 
 
 @pytest.mark.parametrize("capability", [80, 100])
 @pytest.mark.parametrize("name", ["count_pairs", "place_pairs"])
 def test_the_plan_on_the_device_compiles(compiled, capability, name):
-    from moeify.kernels import triton_ffn
+    from moeify.kernels import triton_plan
 
-    found = compiled(getattr(triton_ffn, name), capability, pointers=pointers("fp32"), constants={"T_TILE": 1024}, odd=ODD)
+    found = compiled(getattr(triton_plan, name), capability, pointers=pointers("fp32"), constants={"T_TILE": 1024}, odd=ODD)
     check(found, capability=capability, dtype="fp32", products=False)
     assert not re.search(r"\b(atom|red)\.", found.asm["ptx"]), "the order of pairs would differ from run to run"
 
 
 @pytest.mark.parametrize("function", gpu_ffn.FUNCTIONS)
 def test_every_activation_compiles_forward_and_backward(compiled, function):
-    from moeify.kernels import triton_ffn
+    from moeify.kernels import triton_backward, triton_neurons, triton_pairs
 
-    assert gpu_ffn.FUNCTIONS == triton_ffn.FUNCTIONS
+    assert gpu_ffn.FUNCTIONS == triton_neurons.FUNCTIONS
     named = {"ACTIVATION": function, "THRESHOLD": 0.5 if function == "shifted_relu" else 0.0}
     sides = {"T_TILE": 16, "N_TILE": 16, "K_TILE": 16, "BY_TOKEN": False, **EXPERTS, **named}
     options = {"pointers": pointers("bf16"), "odd": ODD}
     none = without("gate_ptr", "up_bias_ptr", "gate_bias_ptr", "up_scale_ptr", "gate_scale_ptr")
-    first = {**none, **sides, "IS_RAGGED": True, "RUN": 16}
-    assert compiled(triton_ffn.first_products, 90, constants=first, **options).asm["cubin"]
-    assert compiled(triton_ffn.through_activation, 90, constants={**without("gate_ptr", "energy_ptr"), **sides}, **options).asm["cubin"]
+    first = {**none, **sides, "RUN": 16}
+    assert compiled(triton_pairs.hidden_of_pairs, 90, constants=first, **options).asm["cubin"]
+    assert compiled(triton_backward.through_activation, 90, constants={**without("gate_ptr", "energy_ptr"), **sides}, **options).asm[
+        "cubin"
+    ]
+
+
+def test_nothing_is_of_one_vendor(compiled):
+    """Kernels of each kind compile for AMD's GPUs, and none has inline assembly; nobody has run them there."""
+    from moeify.kernels import triton_pairs, triton_router, triton_union
+
+    for file in Path(triton_union.__file__).parent.glob("triton_*.py"):
+        assert not re.search(r"inline_asm|tl\.extra|libdevice", file.read_text()), file
+    few, many = tiles_of(8, "bf16"), tiles_of(4096, "bf16")
+    second = {"T_TILE": few.tokens, "K_TILE": few.depth, "O_TILE": few.outputs, "RUN": 64, **EXPERTS, "down_stride_f": 1}
+    added = {"R_TILE": many.tokens, "K_TILE": many.depth, "O_TILE": many.outputs, **EXPERTS, "w_stride_f": 1}
+    chosen = {"IS_EXP": True, "RULE": "topk", "ALWAYS": None, "E_ALL": 32, "S_ALL": 4, "W_ALL": 128, "W_TILE": 32}
+    floats = dict.fromkeys(("hidden_bias_ptr", "out_ptr", "out_bias_ptr"), "*fp32") | {"knob": "fp32"}
+    for kernel, constants in (
+        (triton_union.outputs_of_few, {**second, **without("scale_ptr", "bias_ptr")}),
+        (triton_pairs.add_products, {**added, **without("b_ptr", "v_ptr")}),
+        (triton_router.choose_experts, chosen),
+    ):
+        types = pointers("bf16") | (floats if kernel is triton_router.choose_experts else {})
+        found = compiled(kernel, "gfx942", pointers=types, constants=constants, odd=(*ODD, "splits", "knob"), num_stages=2)
+        assert found.asm["hsaco"] and found.metadata.shared <= 64 << 10
 
 
 def test_tuned_tiles_name_known_fields():

@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -32,12 +33,18 @@ def test_in_the_interpreter_the_kernels_compute_what_the_definition_says():
     assert done.returncode == 0 and " passed" in done.stdout, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize("num_tokens", [1, 5])
-@pytest.mark.parametrize(("x", "weight"), [("bf16", "bf16"), ("bf16", "i8"), ("fp16", "fp16"), ("fp32", "fp32")])
+@pytest.mark.parametrize(
+    ("x", "weight", "num_tokens", "capability"),
+    [
+        *product(("bf16", "fp16", "fp32"), (None,), (1, 5), (80, 90)),
+        *(("bf16", "i8", num_tokens, capability) for num_tokens, capability in ((1, 80), (5, 90), (1, 100), (5, 80))),
+        ("bf16", None, 1, 100),
+    ],
+)
 def test_sums_compile_to_wide_loads_and_fit_any_gpu(compiled, capability, num_tokens, x, weight):
     from moeify.kernels import triton_linear
 
+    weight = weight or x
     tiles = linear_tiles(2048, 8192, num_tokens=num_tokens, weight_bytes=BYTES[weight], num_units=132)
     constants = {"x_stride_k": 1, "T_TILE": tiles.tokens, "K_TILE": tiles.channels, "N_TILE": tiles.outputs}
     pointers = {"x_ptr": f"*{x}", "weight_ptr": f"*{weight}", "level_ptr": "*fp32", "sums_ptr": "*fp32"}
