@@ -712,6 +712,16 @@ def set_impl(model: nn.Module, impl: str) -> None:
             executor.impl = impl
 
 
+def store_by_shape(model: nn.Module) -> None:
+    """Give every parameter the order in memory of its shape, in place: what ``fully_shard`` (FSDP2) asks for; values and identity stay.
+
+    A converted model's down projections lie by neuron, as the kernels read them (`MoEFFN.lay_out`). Loading and ``convert`` order them so
+    again; ``moeify.train`` calls this itself.
+    """
+    for parameter in model.parameters():
+        parameter.data = parameter.data.contiguous()
+
+
 @contextmanager
 def record_active(model: nn.Module, recorder: ActiveRecorder | None = None) -> Iterator[ActiveRecorder]:
     """Count the active fraction of every forward inside the ``with``, or whatever ``recorder`` counts."""
