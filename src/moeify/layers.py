@@ -153,6 +153,9 @@ class MoEFFN(nn.Module):
         reach the router. The projections then run as they are, at dense cost; not for torch.compile."""
         self.dispatch: Dispatch | None = None
         """In training: takes the place of `kernels.moe_ffn` where the kernels would run (`train.expert_parallel`)."""
+        self.graph: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
+        """While the model is traced for a format that knows no kernels of ours: y and mask_TE of x, in what that format has
+        (`moeify.export`)."""
         self.is_taught = False
         """In training: whether the router learns from the selected experts alone, through 1 + p - stopgrad(p) with p = s / (sum of the
         selected s); see `DispatchPlan.probs_TE`. By the kernels; x gets no gradient by way of the router."""
@@ -315,6 +318,8 @@ class MoEFFN(nn.Module):
         """What computes the forward that begins with ``x``."""
         if self.selector is not None:
             return _Call(x, first, None)
+        if self.graph is not None:
+            return _Call(x, first, self._stand_in(x), self.graph)
         is_native = self._is_native(x)
         if is_recorded(x):
             if self.masked_reason() is not None:
