@@ -50,11 +50,13 @@ from .layers import record_active as record_active
 from .layers import set_impl as set_impl
 from .layers import set_mode as set_mode
 from .layers import set_rule as set_rule
+from .layers import store_by_shape as store_by_shape
 from .layers import token_mask as token_mask
 from .pipeline import CalibrationConfig as CalibrationConfig
 from .pipeline import ProjectionsConfig as ProjectionsConfig
 from .pipeline import convert_checkpoint as convert_checkpoint
 from .pipeline import convert_model as convert_model
+from .pipeline import export_checkpoint as export_checkpoint
 from .pipeline import generate_text as generate_text
 from .pipeline import profile_checkpoint as profile_checkpoint
 from .pipeline import quantize_checkpoint as quantize_checkpoint

@@ -25,6 +25,7 @@ from ._terminal import make_progress, show
 from .convert import ConvertConfig
 from .data import AugmentConfig, DataConfig
 from .errors import ConfigError, MoeifyError, StoppedError, is_out_of_memory
+from .export import OnnxConfig
 from .pipeline import METHODS, STAGES, TASKS, CalibrationConfig, ChannelMethod, NeuronConfig, ProjectionsConfig
 from .routers import ROUTERS, GateRouterConfig, LowRankRouterConfig, NormRouterConfig
 from .select import RULES, RuleConfig
@@ -509,6 +510,35 @@ def quantize(
     from .pipeline import quantize_checkpoint
 
     return quantize_checkpoint(directory, out, dtype=dtype, overwrite=overwrite, progress=make_progress())
+
+
+@command()
+@takes("data", DataConfig, skip=("seed",), optional=("data",), build=_data_or_none, split="data_split")
+@takes("onnx", OnnxConfig, skip=("batch_size",))
+def export(
+    directory: Converted,
+    *,
+    to: Annotated[str, typer.Option(metavar="onnx|dense|qwen2-moe|mixtral", help="What to write.")],
+    out: Annotated[Path, typer.Option(help="New folder for it.")],
+    data: DataConfig | None,
+    onnx: OnnxConfig,
+    k: Annotated[
+        int | None, typer.Option("--k", min=1, help="Of qwen2-moe and mixtral: experts per token; by default that of the rule topk.")
+    ] = None,
+    shared: Annotated[
+        int | None, typer.Option(min=1, help="Of qwen2-moe: experts among them that always run; by default what holds most on the data.")
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option(metavar="auto|float32|bfloat16|float16", help="Type of the weights; auto keeps the checkpoint's.")
+    ] = "auto",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export in the output folder.")] = False,
+) -> Any:
+    """Write a converted model for those who have no moeify: ONNX with dynamic k, dense, or a fixed-k mixture that other engines run."""
+    from .pipeline import export_checkpoint
+
+    return export_checkpoint(
+        directory, out, to=to, k=k, shared=shared, data=data, onnx=onnx, dtype=dtype, overwrite=overwrite, progress=make_progress()
+    )
 
 
 @command(resumes=lambda values: values["out"] is not None)

@@ -158,6 +158,9 @@ class MoEFFN(nn.Module):
         """In training: takes the place of `kernels.moe_ffn` where the kernels would run (`train.expert_parallel`)."""
         self.fetch: Callable[[DispatchPlan], None] | None = None
         """Told what will run, before it does, where weights are read from somewhere first (`hf.offload`)."""
+        self.graph: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
+        """While the model is traced for a format that knows no kernels of ours: y and mask_TE of x, in what that format has
+        (`moeify.export`)."""
         self.is_taught = False
         """In training: whether the router learns from the selected experts alone, through 1 + p - stopgrad(p) with p = s / (sum of the
         selected s); see `DispatchPlan.probs_TE`. By the kernels; x gets no gradient by way of the router."""
@@ -330,6 +333,8 @@ class MoEFFN(nn.Module):
         """What computes the forward that begins with ``x``."""
         if self.selector is not None:
             return _Call(x, first, None)
+        if self.graph is not None:
+            return _Call(x, first, self._stand_in(x), self.graph)
         is_native = self._is_native(x)
         if is_recorded(x):
             if self.masked_reason() is not None:
@@ -801,6 +806,16 @@ def set_impl(model: nn.Module, impl: str) -> None:
     if impl in ("auto", *LINEAR_IMPLS):
         for executor in inputs.values():
             executor.impl = impl
+
+
+def store_by_shape(model: nn.Module) -> None:
+    """Give every parameter the order in memory of its shape, in place: what ``fully_shard`` (FSDP2) asks for; values and identity stay.
+
+    A converted model's down projections lie by neuron, as the kernels read them (`MoEFFN.lay_out`). Loading and ``convert`` order them so
+    again; ``moeify.train`` calls this itself.
+    """
+    for parameter in model.parameters():
+        parameter.data = parameter.data.contiguous()
 
 
 @contextmanager

@@ -485,7 +485,7 @@ def expert_grams(down_FD: Tensor, bounds: tuple[int, ...]) -> Tensor:
 
     Cost: E * G^2 * D multiply-adds, once a layer.
     """
-    rows_EGD = _pad_experts(down_FD if down_FD.dtype is torch.float64 else down_FD.float(), bounds)
+    rows_EGD = pad_experts(down_FD if down_FD.dtype is torch.float64 else down_FD.float(), bounds)
     return rows_EGD @ rows_EGD.transpose(1, 2)
 
 
@@ -502,7 +502,7 @@ def expert_norms(h_TF: Tensor, grams_EGG: Tensor, bounds: tuple[int, ...]) -> Te
 
     Cost: T * G * F multiply-adds and T * F numbers, against T * D * F and E * T * D for the outputs themselves.
     """
-    h_ETG = _pad_experts(h_TF.to(grams_EGG.dtype).t(), bounds).transpose(1, 2)
+    h_ETG = pad_experts(h_TF.to(grams_EGG.dtype).t(), bounds).transpose(1, 2)
     return (h_ETG @ grams_EGG).mul_(h_ETG).sum(2).clamp_min_(0).sqrt_().t()
 
 
@@ -510,12 +510,12 @@ def norms_over_experts(rows_TF: Tensor, bounds: tuple[int, ...]) -> Tensor:
     """Root of the sum of squares over each expert's neurons: norms_TE; of experts of one neuron the absolute values."""
     if len(bounds) - 1 == rows_TF.shape[1]:
         return rows_TF.abs()
-    return _pad_experts(rows_TF.t(), bounds).square().sum(1).sqrt().t()
+    return pad_experts(rows_TF.t(), bounds).square().sum(1).sqrt().t()
 
 
 def expert_sums(h_TF: Tensor, bounds: tuple[int, ...]) -> Tensor:
     """Sum of |h| over each expert's neurons: sums_TE. The label of MoEfication's classifier, where h >= 0; |.| serves GLU and GELU."""
-    return _pad_experts(h_TF.abs().t(), bounds).sum(1).t()
+    return pad_experts(h_TF.abs().t(), bounds).sum(1).t()
 
 
 def expert_means(rows_FD: Tensor, bounds: tuple[int, ...]) -> Tensor:
@@ -545,7 +545,7 @@ def _floored(mean_F: Tensor) -> Tensor:
     return mean_F.clamp_min(0.01 * mean) if bool(mean > 0) else torch.ones_like(mean_F)
 
 
-def _pad_experts(rows_FK: Tensor, bounds: tuple[int, ...]) -> Tensor:
+def pad_experts(rows_FK: Tensor, bounds: tuple[int, ...]) -> Tensor:
     """(F, K) rows as (E, G, K), the smaller experts padded with zero rows (neutral in every sum here)."""
     num_experts, size = len(bounds) - 1, bounds[1]
     larger = rows_FK.shape[0] % num_experts

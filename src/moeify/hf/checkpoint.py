@@ -38,7 +38,10 @@ PRETRAINING_FILE = "pretrain.json"
 
 _MOST_JSON = 2**28
 """Bytes of a JSON file of a checkpoint; tens of megabytes are the knobs and presets of a model of thousands of layers."""
-_MARKERS = (MANIFEST_FILE, TRAINING_FILE, PRETRAINING_FILE)
+EXPORT_FILE = "export.json"
+"""What an export is of and how it was checked, beside the files that export writes."""
+
+_MARKERS = (MANIFEST_FILE, TRAINING_FILE, PRETRAINING_FILE, EXPORT_FILE)
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model")
 _PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
@@ -235,6 +238,19 @@ def save_pretrained_run(
             for path in beside:
                 (shutil.copytree if path.is_dir() else shutil.copy)(path, partial / path.name)
         task.advance(1)
+
+
+@contextmanager
+def exported_folder(out: Path, *, overwrite: bool) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """A folder to write an export into, and the record of it, which becomes ``export.json``; all of it takes the name ``out``, or nothing.
+
+    Raises:
+        CheckpointError: as in `save_checkpoint`.
+    """
+    with whole_folder(out, overwrite=overwrite, marker=EXPORT_FILE) as partial:
+        record: dict[str, Any] = {}
+        yield partial, record
+        (partial / EXPORT_FILE).write_text(json.dumps({**record, "versions": library_versions()}, indent=2) + "\n")
 
 
 def check_output(out: Path, *, overwrite: bool) -> None:

@@ -1,13 +1,13 @@
 """The command line's verbs as functions: source checkpoint in, converted checkpoint or measurement out.
 
 `sparsify` trains a dense checkpoint, `convert` makes a converted one, `quantize` one with int8 weights of it, `thin` one that skips
-channels or neurons; `project` replaces projections before either of the first two; `work` keeps what an interrupted run has done,
-`heldout` measures the result, `preset` makes named operating points, `measure` holds the other verbs, `panels` what a report runs a
-checkpoint for, `reports` writes it, `inputs` reads batches of each kind of model, `tasks` knows what a model is trained for, `names` knows
-types and devices by name, `decode` has a checkpoint draft for itself. `recipe`, `stages`, `run_recipe` and `results` carry out whole
-experiments, from the model that `start` loads or builds. `pretrain`
-trains a model from random weights: `pretrain_recipe` is what its file may say, `pretrain_data` what it reads, `pretrain_log` what it tells,
-`pretrain_result` what it leaves, `training_cost` what it costs, `stopping` how a signal ends it.
+channels or neurons, `export` what runs without moeify; `project` replaces projections before either of the first two; `stream` converts
+what does not fit into memory, `work` keeps what an interrupted run has done, `heldout` measures the result, `preset` makes named
+operating points, `harness` runs lm-eval, `measure` holds the other verbs, `reports` writes a report, `panels` runs a checkpoint for it,
+`inputs` reads batches of each kind of model, `tasks` knows what a model is trained for, `names` knows types and devices by name, `decode`
+has a checkpoint draft for itself. `recipe`, `stages`, `run_recipe` and `results` carry out whole experiments, from the model that `start`
+loads or builds. `pretrain` trains a model from random weights: `pretrain_recipe` is what its file may say, `pretrain_data` what it reads,
+`pretrain_log` what it tells, `pretrain_result` what it leaves, `training_cost` what it costs, `stopping` how a signal ends it.
 """
 
 from ..train.calibration import TARGETS as TARGETS
@@ -17,6 +17,7 @@ from .convert import convert_checkpoint as convert_checkpoint
 from .convert import convert_model as convert_model
 from .decode import DraftedText as DraftedText
 from .decode import speculate_text as speculate_text
+from .export import export_checkpoint as export_checkpoint
 from .inputs import calibration_batches as calibration_batches
 from .inputs import evaluation_batches as evaluation_batches
 from .measure import generate_text as generate_text

@@ -52,6 +52,11 @@ def _is_shifted(name: str) -> bool:
         return False
 
 
+def shift_of(name: str) -> float | None:
+    """t of ``shifted_relu:t``; None of any other name."""
+    return float(name.removeprefix(_SHIFTED)) if _is_shifted(name) else None
+
+
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = _Activations(
     {
         "relu": F.relu,

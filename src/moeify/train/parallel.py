@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from .._dist import ALONE, Ranks, is_spread, part_of, whole
 from ..channels import kept
 from ..errors import ConfigError, MoeifyError, TrainingError
-from ..layers import moe_layers
+from ..layers import moe_layers, store_by_shape
 from .expert_parallel import ExpertGroup, expert_group
 
 ParallelKind = Literal["auto", "none", "ddp", "fsdp"]
@@ -265,8 +265,7 @@ def shard(model: nn.Module, *, compute: torch.dtype = torch.float32) -> None:
 
     ranks, device = Ranks.present(), next(model.parameters()).device
     _take_from_first(model, ranks)
-    for parameter in model.parameters():
-        parameter.data = parameter.data.contiguous()  # fully_shard takes no other; moeify's kernels had asked for them
+    store_by_shape(model)
     mesh = init_device_mesh(device.type, (ranks.size,))
     low = None if compute is torch.float32 else compute
     # Inputs are not cast, and what is outside of blocks stays as it is: so that the loop's autocast finds what it would without sharding,

@@ -249,8 +249,11 @@ def one_layer_more(folder):
         (not_finite, "NaN or infinite"),
         (other_shape, "has shape"),
         (one_layer_more, "lacks 9 tensors"),
-        (lambda folder: with_index(folder, lambda names: names.update({"x": "../other.safetensors"})), "no safetensors file of this folder"),
-        (lambda folder: with_index(folder, lambda names: names.update({"x": "/etc/x.safetensors"})), "no safetensors file of this folder"),
+        (
+            lambda folder: with_index(folder, lambda names: names.update({"x": "../other.safetensors"})),
+            "no safetensors file",
+        ),
+        (lambda folder: with_index(folder, lambda names: names.update({"x": "/etc/x.safetensors"})), "no safetensors file"),
         (lambda folder: with_index(folder, lambda names: names.update({"x": "model.bin"})), "no safetensors file"),
     ],
     ids=["missing shard", "cut shard", "NaN", "shape", "missing tensors", "outside", "absolute", "pickle"],
