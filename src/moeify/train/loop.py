@@ -143,8 +143,6 @@ class TrainConfig:
             raise ConfigError(f"min_lr_frac must be in [0, 1], got {self.min_lr_frac}.")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ConfigError(f"betas must be in [0, 1), got {self.betas}.")
-        if self.compile and self.gradient_checkpointing:
-            raise ConfigError("compile and gradient_checkpointing do not go together; compiled code chooses what it keeps by itself.")
 
     def epochs(self, sequences: int) -> float:
         """Passes over a data set of this many sequences; far more than 1 on a small one is learning by heart."""
@@ -284,7 +282,7 @@ class _Loop:
     ) -> None:
         self.model, self.data, self.config, self.parts, self.compute, self.folder = model, data, config, parts, compute, state
         self.device = next(model.parameters()).device
-        _check_parts(parts, config)
+        _check_together(parts, config)
         self.parallel = Parallel(config.parallel, model, compute=compute, experts=config.expert_parallel)
         self.forward = torch.compile(self.parallel.model) if config.compile else self.parallel.model
         self.ranks = self.parallel.ranks
@@ -442,10 +440,12 @@ class _Log:
         )
 
 
-def _check_parts(parts: Sequence[Part], config: TrainConfig) -> None:
+def _check_together(parts: Sequence[Part], config: TrainConfig) -> None:
     def lacks(attribute: str, wanted: bool) -> str | None:
         return next((type(part).__name__ for part in parts if getattr(part, attribute, False) is not wanted), None)
 
+    if config.compile and config.gradient_checkpointing:
+        raise ConfigError("compile and gradient_checkpointing do not go together; compiled code chooses what it keeps by itself.")
     if config.compile and (name := lacks("compiles", True)):
         raise ConfigError(f"compile does not go with {name}, whose hooks compiled code would not see; leave it out.")
     if config.parallel == "none" and Ranks.present().size > 1 and (name := lacks("is_collective", False)):

@@ -241,6 +241,8 @@ def test_compiling_is_refused_with_hooks_that_it_would_not_see():
 
     with pytest.raises(ConfigError, match="compile does not go with Hooks"):
         train(tiny_gpt(), Counting(), replace(STEPS, compile=True), parts=[Hooks()])
+    with pytest.raises(ConfigError, match="compile and gradient_checkpointing do not go together"):
+        train(tiny_gpt(), Counting(), replace(STEPS, compile=True, gradient_checkpointing=True))
 
 
 def test_processes_that_do_not_know_of_each_other_are_refused(monkeypatch):

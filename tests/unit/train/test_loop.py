@@ -394,7 +394,6 @@ def test_train_when_the_model_cannot_be_checkpointed_says_so():
         ({"lr": math.nan}, "lr must be finite"),
         ({"clip": -1.0}, "clip must be"),
         ({"min_lr_frac": 1.5}, "min_lr_frac"),
-        ({"compile": True, "gradient_checkpointing": True}, "compile and gradient_checkpointing"),
         ({"betas": (0.9, 1.0)}, "betas"),
     ],
 )
