@@ -80,8 +80,8 @@ def layers_of(shape: Shape, *, dtype: torch.dtype, device: str) -> list[FFNWeigh
 
 
 def random_mask(T: int, E: int, fraction: float, *, device: str) -> Tensor:
-    """Every token draws its own experts: the worst case for whoever shares them."""
-    return torch.rand(T, E, device=device) < fraction
+    """Every token draws its own experts, the same number, at least one: the worst case for whoever shares them."""
+    return torch.rand(T, E, device=device).argsort(dim=1) < max(1, round(fraction * E))
 
 
 def medians_us(sides: Mapping[str, Call], *, num_layers: int, device: str, graphs: bool, rounds: int, seconds: float) -> dict[str, float]:
