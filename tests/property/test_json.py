@@ -18,6 +18,7 @@ from moeify._config import from_dict, from_tagged, to_dict
 from moeify.convert import SCHEMA, ConvertConfig, Manifest, SiteRecord
 from moeify.data import AugmentConfig, DataConfig
 from moeify.errors import CheckpointError, ConfigError, DataError
+from moeify.evaluate import METRICS
 from moeify.evaluate.sweep import Curve, CurvePoint, DenseQuality
 from moeify.pipeline import CalibrationConfig
 from moeify.presets import Preset
@@ -215,14 +216,19 @@ def test_policy_with_whole_configs_is_those_configs_after_json(config, data):
     assert f"unknown option {key!r}" in str(caught.value)
 
 
+OWN_KEYS = {"schema", "model", "metric", "dense", "points", "calibrated", "cost", "versions"}
 curves = st.builds(
     Curve,
     model=st.text(max_size=8),
-    metric=st.text(max_size=8),
+    metric=st.sampled_from(sorted(METRICS)),
     dense=configs(DenseQuality),
     points=st.lists(configs(CurvePoint), max_size=3).map(tuple),
     extra=st.dictionaries(
-        st.text(max_size=8).filter(lambda key: key not in ("schema", "model", "metric", "dense", "points")), json_values, max_size=3
+        st.text(max_size=8).filter(
+            lambda key: key not in ("schema", "model", "metric", "dense", "points", "calibrated", "cost", "versions")
+        ),
+        json_values,
+        max_size=3,
     ),
 )
 

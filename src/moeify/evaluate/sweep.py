@@ -23,7 +23,7 @@ from ..errors import ConfigError, DataError
 from ..layers import MoEFFN, moe_layers, record_active, set_mode, set_rule, with_modes
 from ..select import Rule
 from ..sites import FFNSite, find_ffn_sites
-from .quality import Batch, DenseReference, measure_quality
+from .quality import METRICS, Batch, DenseReference, measure_quality
 
 SCHEMA = 1
 """Version of ``curve.json``."""
@@ -63,6 +63,12 @@ class DenseQuality:
     """What the curve's metric says."""
     flops_per_token: float
     """Multiply and add are 2."""
+
+
+_EXTRA: dict[str, tuple[type, ...]] = {"calibrated": (str, int, float), "cost": (int, float), "versions": (str,)}
+"""Objects among a curve's further keys, and the types of their values."""
+_COST = {"ffn_dense", "ffn_unconverted", "experts", "router", "attention_proj", "attention_scores", "head", "other"}
+_FINITE = ("value", "active_fraction", "ffn_flops_fraction", "flops_fraction")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,11 +171,18 @@ class Curve:
             raise DataError(f"'{path}' is not JSON ({error}), so not a curve; moeify sweep writes one.") from None
         if not isinstance(data, dict) or not {"schema", "model", "metric", "dense", "points"} <= set(data):
             raise DataError(f"'{path}' is not a curve of moeify; moeify sweep writes one.")
-        if not isinstance(data["schema"], int) or data["schema"] > SCHEMA:
+        if not isinstance(data["schema"], int) or not 1 <= data["schema"] <= SCHEMA:
             raise DataError(f"'{path}' has schema {data['schema']!r}, this moeify reads up to {SCHEMA}; upgrade moeify.")
         known = {"schema", "model", "metric", "dense", "points"}
+        if data["metric"] not in METRICS:
+            raise DataError(f"'{path}' is measured by {str(data['metric'])[:80]!r}; this moeify knows {', '.join(METRICS)}.")
+        for key, kind in _EXTRA.items():
+            if not isinstance(data.get(key) or {}, Mapping) or not all(isinstance(v, kind) for v in (data.get(key) or {}).values()):
+                raise DataError(f"'{path}' is not a curve of moeify: {key!r} has another shape; moeify sweep writes one.")
+        if (cost := data.get("cost")) and (missing := _COST - set(cost)):
+            raise DataError(f"'{path}' is not a curve of moeify: 'cost' lacks {min(missing)!r}; moeify sweep writes one.")
         try:
-            return cls(
+            curve = cls(
                 model=str(data["model"]),
                 metric=str(data["metric"]),
                 dense=from_dict(DenseQuality, data["dense"], where="dense"),
@@ -178,6 +191,12 @@ class Curve:
             )
         except (ConfigError, TypeError) as error:
             raise DataError(f"'{path}' is not a curve of moeify: {error}") from None
+        numbers = {f"points[{i}].{name}": getattr(point, name) for i, point in enumerate(curve.points) for name in _FINITE}
+        numbers |= {"dense.quality": curve.dense.quality, "dense.flops_per_token": curve.dense.flops_per_token}
+        numbers |= {f"cost.{name}": value for name, value in (cost or {}).items()}
+        if bad := next((name for name, value in numbers.items() if not math.isfinite(value)), None):
+            raise DataError(f"'{path}' is not a curve of moeify: {bad} is {numbers[bad]}; moeify sweep writes one.")
+        return curve
 
 
 CostAxis = Literal["ffn_flops_fraction", "flops_fraction"]

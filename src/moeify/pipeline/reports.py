@@ -1,5 +1,6 @@
 """The report of a checkpoint: one HTML page, and its parts as files."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,7 @@ from ..report import (
     check_plots,
     cost_markdown,
     curve_markdown,
+    has_plots,
     layers_markdown,
     plot_curve,
     report_html,
@@ -103,6 +105,7 @@ def report_checkpoint(
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise CheckpointError(f"cannot make the folder '{out}': {error.strerror}; choose another --out.") from error
+    manifest = read_manifest(directory)
     drawn: dict[str, str] = {}
     sections, panels, table = "", Panels(), None
     if request:
@@ -111,16 +114,20 @@ def report_checkpoint(
         drawn, sections = write_panels(panels, out, title=directory.name)
     files, page = {"html": str(out / "report.html"), "page": str(out / "report.md")}, f"# {directory.name}\n\n"
     if measured is not None:
-        files |= {"png": str(out / "curve.png"), "svg": str(out / "curve.svg")}
-        plot_curve(measured, files["png"])
-        plot_curve(measured, files["svg"])
+        if draws := has_plots():  # the HTML page draws its own
+            files |= {"png": str(out / "curve.png"), "svg": str(out / "curve.svg")}
+            plot_curve(measured, files["png"])
+            plot_curve(measured, files["svg"])
         cost = f"## Cost\n\n{parts}\n" if (parts := cost_markdown(measured)) else ""
-        page += f"![quality against cost](curve.png)\n\n{curve_markdown(measured)}\n{cost}"
+        page += f"{'![quality against cost](curve.png)' if draws else ''}\n\n{curve_markdown(measured)}\n{cost}"
     if measured is not None and others:
-        files["compare"] = str(out / "compare.png")
         table = _compared({directory.name: measured, **others}, within=within)
-        plot_curve({directory.name: measured, **others}, files["compare"])
-        page += f"## Methods at equal cost\n\n![methods at equal cost](compare.png)\n\n{ablation_markdown(table)}\n"
+        page += "## Methods at equal cost\n\n"
+        if has_plots():
+            files["compare"] = str(out / "compare.png")
+            plot_curve({directory.name: measured, **others}, files["compare"])
+            page += "![methods at equal cost](compare.png)\n\n"
+        page += f"{ablation_markdown(table)}\n"
     files, page = files | drawn, page + sections
     scores = {name: {key: f"{value:.4f}" for key, value in row.items()} for name, row in calibration.router_scores.items()}
     skipped = {name: {"skipped": f"{share:.4f}"} for name, share in calibration.skipped.items()}
@@ -128,24 +135,30 @@ def report_checkpoint(
         page += f"## {title}\n\n{layers_markdown(rows)}" if rows else ""
     shown = Report(
         title=directory.name,
-        subtitle=_what(read_manifest(directory)),
+        subtitle=_what(manifest),
+        skips_channels=not manifest.sites,
         curve=measured,
         others=others,
         table=table,
-        presets=read_manifest(directory).presets,
+        presets=manifest.presets,
         experts=panels.experts,
         tokens=panels.tokens,
         text_costs=panels.text_costs,
         patches=Path(files["patches"]) if "patches" in files else None,
         layers={"Routers": calibration.router_scores, "Skipped channels": {n: {"skipped": v} for n, v in calibration.skipped.items()}},
-        facts=_facts(directory, read_calibration(directory), measured),
-        commands=commands,
+        facts=_facts(directory, manifest, read_calibration(directory), measured),
+        commands=[without_folders(command) for command in commands],
     )
     for path, text in ((Path(files["page"]), page), (Path(files["html"]), report_html(shown))):
         temporary = path.with_suffix(".new")
         temporary.write_text(text, encoding="utf-8")
         temporary.replace(path)
     return files
+
+
+def without_folders(text: str) -> str:
+    """A text whose absolute paths are names alone: a report is shown to others, and folders say whose machine it was."""
+    return re.sub(r"(?<![\w:/.~])~?/(?:[^\s'\"/]+/)*", "", text)
 
 
 def _what(manifest: Manifest) -> str:
@@ -188,10 +201,11 @@ def _compared(curves: Mapping[str, Curve], *, within: float | None) -> AblationT
     return ablation(rows, metric=first.metric, dense=first.dense.quality, within=within)
 
 
-def _facts(directory: Path, calibration: Mapping[str, Any], curve: Curve | None) -> dict[str, str]:
-    """What a reader needs to believe a report: words and numbers alone, as they are stored."""
-    manifest = read_manifest(directory)
-    facts = {"checkpoint": directory.name, "MoE layers": str(len(manifest.sites)), "layers that skip channels": str(len(manifest.channels))}
+def _facts(directory: Path, manifest: Manifest, calibration: Mapping[str, Any], curve: Curve | None) -> dict[str, str]:
+    """What a reader needs to believe a report: words and numbers alone, as they are stored, files by their names alone."""
+    facts = {"checkpoint": directory.name}
+    facts |= {"MoE layers": str(len(manifest.sites))} if manifest.sites else {}
+    facts |= {"layers that skip channels": str(len(manifest.channels))} if manifest.channels else {}
     facts |= {
         f"calibration: {key.replace('_', ' ')}": str(value) for key, value in calibration.items() if isinstance(value, str | int | float)
     }
@@ -199,16 +213,26 @@ def _facts(directory: Path, calibration: Mapping[str, Any], curve: Curve | None)
         kept = {
             key: curve.extra[key] for key in ("data", "split", "column", "window", "tokens", "seed") if curve.extra.get(key) is not None
         }
-        facts |= {f"curve: {key}": str(value) for key, value in kept.items()}
+        facts |= {f"curve: {key}": without_folders(str(value)) for key, value in kept.items()}
         facts |= {f"version of {name}": str(version) for name, version in (curve.extra.get("versions") or {}).items()}
     return facts | {f"report by {name}": version for name, version in library_versions().items()}
 
 
 def _curve_of(directory: Path, curve: Path | None, *, is_needed: bool) -> Curve | None:
-    """The curve that is named, or the one in or beside the folder; None where there is none and none is needed."""
-    choices = [curve] if curve is not None else [directory / "curve.json", directory.parent / "curve.json"]
-    found = next((path for path in choices if path.exists()), choices[0])
-    return Curve.read(found) if is_needed or curve is not None or found.exists() else None
+    """The curve that is named, or the one in the folder or, if it is of this checkpoint, beside it; None where there is none and none is
+    needed."""
+    if curve is not None:
+        return Curve.read(curve)
+    inside, beside = directory / "curve.json", directory.parent / "curve.json"
+    if inside.exists():
+        return Curve.read(inside)
+    if beside.exists():
+        found = Curve.read(beside)
+        if Path(found.model).name == directory.resolve().name:
+            return found
+    if is_needed:
+        raise DataError(f"no curve.json in '{directory}', nor one of it beside; moeify sweep writes one, and --curve names one.")
+    return None
 
 
 def _panel_settings(directory: Path, targets: Sequence[float]) -> dict[str, Rule | Mapping[str, Rule]]:

@@ -4,6 +4,7 @@ from .html import token_costs_html as token_costs_html
 from .page import Report as Report
 from .page import report_html as report_html
 from .plots import check_plots as check_plots
+from .plots import has_plots as has_plots
 from .plots import plot_active_by_layer as plot_active_by_layer
 from .plots import plot_curve as plot_curve
 from .plots import plot_executed_experts as plot_executed_experts

@@ -72,19 +72,21 @@ def chart(lines: Sequence[Line], *, x_label: str, y_label: str, level: float, le
         f'<text x="{_LEFT + 6}" y="{py(level) - 6}" class="axis">{escape(level_name)}</text>',
     ]
     for i, line in enumerate(lines):
-        colour = f"c{i % 6}"
+        colour = f"c{i % 6} d{i % 6}"
         if line.shape == "circle" and len(line.marks) > 1:
             path = "L".join(f"{px(mark.x)} {py(mark.y)}" for mark in line.marks)
             out.append(f'<path class="line {colour}" d="M{path}"/>')
         for mark in line.marks:
-            out.append(_drawn(line, mark, px(mark.x), py(mark.y), colour, is_cut=not low <= mark.y <= high))
+            beyond = 1 if mark.y > high else -1 if mark.y < low else 0
+            out.append(_drawn(line, mark, px(mark.x), py(mark.y), colour, beyond=beyond))
     return Markup("".join([*out, "</svg>"]))
 
 
-def _drawn(line: Line, mark: Mark, x: float, y: float, colour: str, *, is_cut: bool) -> str:
+def _drawn(line: Line, mark: Mark, x: float, y: float, colour: str, *, beyond: int) -> str:
+    """One mark; ``beyond`` 1 or -1: it is above or below the axis, and an arrow in its place."""
     said = f"<title>{escape(mark.text)}</title>"
-    if is_cut:
-        return f'<path class="mark {colour}" d="M{x} {y + 2}l-5 9h10z">{said}</path>'
+    if beyond:
+        return f'<path class="mark {colour}" d="M{x} {y + 2 * beyond}l-5 {9 * beyond}h10z">{said}</path>'
     if line.shape == "diamond":
         name = escape(mark.text.partition(":")[0])
         diamond = f'<path class="mark {colour}" d="M{x} {y - 7}l7 7l-7 7l-7 -7z">{said}</path>'

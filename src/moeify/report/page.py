@@ -4,6 +4,7 @@ The page is `page.html.j2`; colours, light and dark, are its own. Below are the 
 """
 
 import base64
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,7 +15,7 @@ from ..errors import CheckpointError, DataError
 from ..evaluate import METRICS, AblationTable, Curve, CurvePoint, ExecutedExperts, TokenCosts
 from ..presets import Preset
 from .html import tokens_html
-from .text import PARTS
+from .text import PARTS, token_shares
 
 AXES = {
     "flops_fraction": "FLOPs of the whole model",
@@ -34,6 +35,8 @@ class Report:
     """Name of the checkpoint."""
     subtitle: str = ""
     """What it is, in a line."""
+    skips_channels: bool = False
+    """Whether input channels are skipped and not experts: what an active fraction is of."""
     curve: Curve | None = None
     """Its points."""
     others: Mapping[str, Curve] = field(default_factory=dict)
@@ -128,8 +131,9 @@ def _tiles(report: Report) -> list[tuple[str, str]]:
     point = None if curve is None else curve.calibrated_point()
     if curve is None or point is None:
         return []
+    ran = "of the input channels are read" if report.skips_channels else "of the neurons run"
     tiles = [
-        (_percent(point.active_fraction), "of the neurons run, at the checkpoint's own rules"),
+        (_percent(point.active_fraction), f"{ran}, at the checkpoint's own rules"),
         (_percent(point.flops_fraction), "of the dense FLOPs"),
         (f"{point.quality:.4g}", f"{_words(curve.metric)}; dense {curve.dense.quality:.4g}"),
     ]
@@ -182,7 +186,7 @@ def _preset_marks(report: Report, metric: str, attribute: str) -> list[tuple[flo
     marks = []
     for preset in report.presets:
         x = getattr(preset, attribute)
-        if preset.metric == metric and preset.quality is not None and x is not None:
+        if preset.metric == metric and preset.quality is not None and math.isfinite(preset.quality) and x is not None:
             marks.append((x, preset.quality, f"{preset.name}: {_words(metric)} {preset.quality:.4g} at {_percent(x)}"))
     return marks
 
@@ -313,8 +317,12 @@ def _text(tokens: Sequence[str] | None, costs: TokenCosts | None) -> _Section | 
     if tokens is None or costs is None:
         return None
     painted, scale = tokens_html(tokens, costs)
-    text = "Each token by the FLOPs of its MoE layers, a share of the dense FFNs'; the number is under the pointer."
-    return _Section(id="text", title="What each token of a text costs", texts=[text], tokens=painted, scale=scale)
+    text = "Each token by the FLOPs of its MoE layers, a share of the dense FFNs'; the number is under the pointer, the dearest are below."
+    shares = [(i, share) for i, share in enumerate(token_shares(tokens, costs)) if not math.isnan(share)]
+    dearest = sorted(shares, key=lambda found: -found[1])[:10]
+    rows = [_Row(cells=[str(i), json.dumps(tokens[i], ensure_ascii=False), f"{share:.3f}"]) for i, share in dearest]
+    table = _Table(caption="The dearest tokens.", header=["position", "token", "cost over dense"], rows=rows, texts=["token"])
+    return _Section(id="text", title="What each token of a text costs", texts=[text], tokens=painted, scale=scale, tables=[table])
 
 
 def _image(picture: Path | None) -> _Section | None:

@@ -3,6 +3,7 @@
 Letters: B batch, H and W rows and columns of an image, S position.
 """
 
+import importlib.util
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -331,6 +332,11 @@ def check_plots() -> None:
         import matplotlib.figure  # noqa: F401
     except ImportError:
         raise DataError("plots need matplotlib; pip install 'moeify[report]'.") from None
+
+
+def has_plots() -> bool:
+    """Whether pictures can be drawn."""
+    return importlib.util.find_spec("matplotlib") is not None
 
 
 @contextmanager

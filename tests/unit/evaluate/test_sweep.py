@@ -1,6 +1,8 @@
 """Points, resuming, state after errors, curve files."""
 
 import json
+import math
+import re
 from dataclasses import replace
 
 import pytest
@@ -268,3 +270,22 @@ def test_on_line_of_a_single_point_is_known_there_alone():
     assert on_line([(0.5, 2.0)], 0.5) == 2.0
     assert on_line([(0.5, 2.0)], 0.4) is None
     assert on_line([], 0.5) is None
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"metric": "bleu"}, "measured by 'bleu'; this moeify knows"),
+        ({"schema": 0}, "schema 0"),
+        ({"dense": {"quality": math.nan, "flops_per_token": 1.0}}, "dense.quality is nan"),
+        ({"calibrated": "topk"}, "'calibrated' has another shape"),
+        ({"versions": ["torch"]}, "'versions' has another shape"),
+        ({"cost": {"experts": 1.0}}, "'cost' lacks"),
+        ({"cost": "much"}, "'cost' has another shape"),
+    ],
+)
+def test_foreign_curves_are_refused_in_a_line(tmp_path, change, named):
+    curve = {"schema": 1, "model": "m", "metric": "perplexity", "dense": {"quality": 8.0, "flops_per_token": 1.0}, "points": []}
+    (tmp_path / "curve.json").write_text(json.dumps({**curve, **change}))
+    with pytest.raises(DataError, match=re.escape(named)):
+        Curve.read(tmp_path / "curve.json")

@@ -8,7 +8,8 @@ import tiny
 from moeify.data import DataConfig
 from moeify.errors import CheckpointError, ConfigError, DataError
 from moeify.evaluate import Curve, CurvePoint, DenseQuality
-from moeify.pipeline import generate_text, measure, profile_checkpoint, report_checkpoint
+from moeify.pipeline import generate_text, measure, profile_checkpoint, report_checkpoint, reports
+from moeify.pipeline.reports import without_folders
 
 COST = {
     "ffn_dense": 4e6,
@@ -70,3 +71,29 @@ def test_profile_refuses_bad_eps_and_bad_data_before_loading(tmp_path, monkeypat
         profile_checkpoint("m", data=DataConfig(data="builtin:pydoc"), eps=float("nan"))
     with pytest.raises(DataError, match="no such file or folder"):
         profile_checkpoint("m", data=DataConfig(data=str(tmp_path / "typo.txt")))
+
+
+def test_report_takes_no_curve_of_a_neighbour(tmp_path):
+    for name in ("a", "b"):
+        tiny.save_converted_tiny(tmp_path / name)
+        (tmp_path / name / "moeify.json").write_text(json.dumps({"schema": 1, "sites": [], "calibration": {}}))
+    dense = DenseQuality(quality=10.0, flops_per_token=9e6)
+    Curve(model=str(tmp_path / "a"), metric="perplexity", dense=dense, points=(POINT,)).write(tmp_path / "curve.json")
+    assert "html" in report_checkpoint(tmp_path / "a")
+    with pytest.raises(DataError, match=r"no curve\.json in '.*b', nor one of it beside"):
+        report_checkpoint(tmp_path / "b")
+
+
+def test_paths_in_a_report_are_names_alone():
+    command = "moeify report /home/ann/clients/moe --data '/home/ann/x y/a.txt' --out ~/out/page --model org/name --flops 1/2"
+    assert without_folders(command) == "moeify report moe --data 'x y/a.txt' --out page --model org/name --flops 1/2"
+
+
+def test_report_without_matplotlib_is_the_page_alone(tmp_path, monkeypatch):
+    tiny.save_converted_tiny(tmp_path)
+    (tmp_path / "moeify.json").write_text(json.dumps({"schema": 1, "sites": [], "calibration": {}}))
+    dense = DenseQuality(quality=10.0, flops_per_token=9e6)
+    Curve(model="m", metric="perplexity", dense=dense, points=(POINT,)).write(tmp_path / "curve.json")
+    monkeypatch.setattr(reports, "has_plots", lambda: False)
+    assert set(report_checkpoint(tmp_path)) == {"html", "page"}
+    assert "![" not in (tmp_path / "report" / "report.md").read_text()

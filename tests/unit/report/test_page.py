@@ -143,6 +143,8 @@ def test_page_can_be_used_by_keyboard_and_read_aloud():
         assert set(attributes.get("aria-labelledby", "").split()) <= ids
         if tag == "label":
             assert attributes["for"] in ids
+        if tag == "fieldset":
+            assert page.elements[page.elements.index((tag, attributes)) + 1][0] == "legend"
         if tag == "svg":
             assert attributes.get("aria-label") or attributes.get("aria-hidden") == "true"
         if tag == "th":
@@ -189,6 +191,9 @@ def test_far_points_are_cut_off_with_an_arrow():
     assert svg.count("<circle") == 8
     assert "l-5 9h10z" in svg
     assert ">1000<" not in svg
+    falls = Line(name="a", marks=(*marks, Mark(x=0.05, y=-1000.0, text="far")))
+    svg = chart([falls], x_label="x", y_label="y", level=8, level_name="dense", title="t", lower=False)
+    assert "l-5 -9h10z" in svg, "beyond the lower end it points down"
 
 
 def test_pages_beyond_two_megabytes_are_refused(tmp_path):
