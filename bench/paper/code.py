@@ -15,7 +15,7 @@ _SHOWN_ONLY = (
     "__init__.py",
     "_progress.py",
     "_terminal.py",
-    "cli.py",
+    "cli/*.py",
     "demo.py",
     "doctor.py",
     "errors.py",

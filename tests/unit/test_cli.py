@@ -36,7 +36,7 @@ COMMANDS = ("profile", "sparsify", "convert", "thin", "quantize", "sweep", "gene
 
 @pytest.fixture(autouse=True)
 def _quiet(monkeypatch):
-    monkeypatch.setattr(cli, "make_progress", lambda: NO_PROGRESS)  # which a slow machine would print
+    monkeypatch.setattr("moeify._terminal.make_progress", lambda: NO_PROGRESS)  # which a slow machine would print
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
