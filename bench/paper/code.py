@@ -20,6 +20,7 @@ _SHOWN_ONLY = (
     "doctor.py",
     "errors.py",
     "hf/card.py",
+    "pipeline/info.py",
     "pipeline/panels.py",
     "pipeline/results.py",
     "report/*.py",

@@ -31,6 +31,8 @@ def run(arguments: Sequence[str]) -> int:
         return app(args=list(arguments) or ["--help"], prog_name="moeify", standalone_mode=False) or 0
     except click_exception as error:
         return _fail(error.format_message(), BAD_INPUT)
+    except SystemExit as error:  # what typer ends --show-completion and the shell's questions with
+        return error.code if isinstance(error.code, int) else BUG * (error.code is not None)
     except StoppedError as error:
         return 128 + error.signum if error.is_echo else _fail(str(error), 128 + error.signum, kind="stopped")
     except Interrupted as error:

@@ -9,6 +9,7 @@ import typer
 
 from .._terminal import show
 from ..errors import MoeifyError, is_out_of_memory
+from ._help import Command, Group
 from .options import signed
 
 _MEMORY_OPTIONS = ("micro_sequences", "batch_size", "window", "max_tokens", "max_new_tokens")
@@ -17,7 +18,7 @@ _RECIPE_MEMORY = ("train.micro_sequences=1", "train.gradient_checkpointing=true"
 app = typer.Typer(
     name="moeify",
     help="Turn dense Transformers into dynamic-k mixtures of experts.",
-    add_completion=False,
+    cls=Group,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
@@ -54,7 +55,7 @@ def command(
             inspect.Parameter("json_", kind, default=False, annotation=as_json),
             inspect.Parameter("debug", kind, default=False, annotation=debug),
         ]
-        app.command()(signed(run_command, like=function, add=flags))
+        app.command(cls=Command)(signed(run_command, like=function, add=flags))
         return function
 
     return add

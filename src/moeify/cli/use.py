@@ -1,4 +1,4 @@
-"""Commands that look at what there is, and that use it: doctor, generate, serve, export, demo."""
+"""Commands that look at what there is, and that use it: doctor, info, generate, serve, export, demo."""
 
 import dataclasses
 import sys
@@ -23,6 +23,20 @@ def doctor() -> Any:
     from ..doctor import doctor as examine
 
     return examine()
+
+
+def _info_text(result: Mapping[str, Any]) -> Any:
+    from ..pipeline.info import info_text
+
+    return info_text(result)
+
+
+@command(text=_info_text)
+def info(directory: Annotated[Path, typer.Argument(help="Folder of any checkpoint: dense, converted, thinned, int8, pre-trained.")]) -> Any:
+    """Say what a checkpoint is without loading its weights: sizes, what was converted and how, presets, what it was made of."""
+    from ..pipeline.info import checkpoint_info
+
+    return checkpoint_info(directory)
 
 
 def _generated_text(result: Any) -> Any:
