@@ -3,11 +3,12 @@
 `sparsify` trains a dense checkpoint, `convert` makes a converted one, `quantize` one with int8 weights of it, `thin` one that skips
 channels or neurons, `export` what runs without moeify; `project` replaces projections before either of the first two; `stream` converts
 what does not fit into memory, `work` keeps what an interrupted run has done, `heldout` measures the result, `preset` makes named
-operating points, `harness` runs lm-eval, `info` says what a checkpoint is, `measure` holds the other verbs, `reports` writes a report, `panels` runs a checkpoint for it,
+operating points, `harness` runs lm-eval, `measure` holds the other verbs, `reports` writes a report, `panels` runs a checkpoint for it,
 `inputs` reads batches of each kind of model, `tasks` knows what a model is trained for, `names` knows types and devices by name, `decode`
 has a checkpoint draft for itself. `recipe`, `stages`, `run_recipe` and `results` carry out whole experiments, from the model that `start`
 loads or builds. `pretrain` trains a model from random weights: `pretrain_recipe` is what its file may say, `pretrain_data` what it reads,
 `pretrain_log` what it tells, `pretrain_result` what it leaves, `training_cost` what it costs, `stopping` how a signal ends it.
+`info` says what a checkpoint is.
 """
 
 from ..train.calibration import TARGETS as TARGETS

@@ -225,14 +225,15 @@ def _preset_line(preset: Mapping[str, Any]) -> str:
 
 
 def _training(trained: Mapping[str, Any] | None, pretrained: Mapping[str, Any] | None) -> dict[str, Any]:
-    found = {}
-    if trained is not None:
-        keys = ("task", "metric", "quality", "tokens", "epochs", "data")
-        found["sparsified"] = {key: trained[key] for key in keys if trained.get(key) is not None}
-    if pretrained is not None:
-        keys = ("name", "task", "data", "tokens", "epochs", "evaluation", "run")
-        found["pretrained"] = {key: pretrained[key] for key in keys if pretrained.get(key) is not None}
-    return found
+    records = {
+        "sparsified": (trained, ("task", "metric", "quality", "tokens", "epochs", "data")),
+        "pretrained": (pretrained, ("name", "task", "data", "tokens", "epochs", "evaluation", "run")),
+    }
+    return {
+        title: {key: record[key] for key in keys if record.get(key) is not None}
+        for title, (record, keys) in records.items()
+        if record is not None
+    }
 
 
 def _scalars(record: Mapping[str, Any]) -> dict[str, Any]:

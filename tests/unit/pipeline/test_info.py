@@ -15,12 +15,8 @@ from moeify.presets import Preset, presets, store
 from moeify.quantize import quantize
 from moeify.select import DynKMax
 
-CALIBRATION = {
-    "rule": "dynk_max",
-    "active_fraction": 0.5,
-    "source": "org/base",
-    "measured": {"metric": "perplexity", "quality": 9.0, "kl": None},
-}
+MEASURED = {"metric": "perplexity", "quality": 9.0, "kl": None}
+CALIBRATION = {"rule": "dynk_max", "active_fraction": 0.5, "source": "org/base", "measured": MEASURED}
 
 
 def save(model, out, **calibration):
@@ -99,6 +95,16 @@ def test_int8_weights_have_no_dense_equal(folders):
     assert set(info["dtypes"]) == {"float32", "int8"}
     assert "int8" in info["dense_equal"]
     assert info["measured_float"]["quality"] == 9.0 and "measured" not in info
+
+
+def test_replaced_projections_have_no_dense_equal(tmp_path):
+    model = tiny.replaced_llama()
+    stamp(model)
+    save(model, tmp_path / "replaced")
+    info = checkpoint_info(tmp_path / "replaced")
+    assert info["kind"] == "dense, projections replaced"
+    assert info["projections"] == {"replaced": 8, "roles": {"q": 2, "k": 2, "v": 2, "o": 2}}
+    assert "replaced by MLPs" in info["dense_equal"]
 
 
 def test_records_of_training_are_shown(folders, tmp_path):
