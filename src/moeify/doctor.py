@@ -1,9 +1,13 @@
 """What is installed here and what would run: the first thing to look at when something is slow or missing."""
 
 import dataclasses
-import importlib.util
+import importlib.metadata
 import os
 import platform
+import re
+import shlex
+import shutil
+import subprocess
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -13,14 +17,14 @@ import torch
 from . import kernels
 from .evaluate import measure_ms
 from .hf.checkpoint import library_versions
-from .kernels import gpu_ffn, gpu_routed
+from .kernels import gpu_ffn, gpu_linear, gpu_routed
 from .kernels.cpu_linear import LinearWeights, gated_refusal
 from .kernels.cpu_neurons import MOST_TOKENS, NeuronRouterWeights, neurons_refusal
 from .kernels.linear import explain_linear
 from .sites import FFNWeights
 
-EXTRAS = {"data": ("pyarrow", "datasets"), "gguf": ("gguf", "accelerate"), "report": ("matplotlib",)}
-"""Packages that each optional extra of the distribution brings."""
+_NOT_SHOWN = ("autoload", "bench", "dev", "docs")  # extras that nobody needs in order to use the library
+_COMPILERS = ("c++", "g++", "clang++", "nvcc")
 
 _CPU_FLAGS = ("avx2", "fma", "f16c", "avx512f", "avx512_bf16", "avx512_vnni", "amx_tile", "amx_bf16", "asimd", "sve", "bf16")
 
@@ -28,10 +32,12 @@ _CPU_FLAGS = ("avx2", "fma", "f16c", "avx512f", "avx512_bf16", "avx512_vnni", "a
 def doctor() -> dict[str, Any]:
     """Versions, processor, threads, speed, kernels with the reason for each choice, extras and cache folders; JSON values only."""
     return {
-        "versions": {"python": platform.python_version(), **library_versions()},
+        "versions": {"python": platform.python_version(), **library_versions(), **_optional_versions()},
         "platform": platform.platform(),
         "cpu": _cpu(),
         "cuda": _cuda(),
+        "triton": gpu_linear.unavailable() or f"{_version('triton') or 'unknown version'}{_interpreted()}",
+        "compilers": _compilers(),
         "speed": _speed(),
         "compiled_kernels": kernels.cpu.describe(),
         "kernels": _kernels(),
@@ -39,8 +45,8 @@ def doctor() -> dict[str, Any]:
         "linear_ffn": _linear_ffn(),
         "neuron_ffn": _neuron_ffn(),
         "gpu_ffn": _gpu_ffn(),
-        "extras": {extra: _missing(packages) or "installed" for extra, packages in EXTRAS.items()},
-        "caches": {"hub": _cache("HF_HUB_CACHE", "hub"), "datasets": _cache("HF_DATASETS_CACHE", "datasets")},
+        "extras": {extra: _missing(packages) or "installed" for extra, packages in extras().items()},
+        "caches": _caches(),
         "offline": os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"),
     }
 
@@ -66,8 +72,13 @@ def _cpu_field(*names: str) -> str:
 def _cuda() -> str:
     if torch.version.cuda is None:
         return "torch is built without CUDA"
-    count = torch.cuda.device_count()
-    return f"{count} device(s), CUDA {torch.version.cuda}" if count else f"no device (torch is built for CUDA {torch.version.cuda})"
+    if count := torch.cuda.device_count():
+        names = ", ".join(torch.cuda.get_device_name(i) for i in range(count))
+        return f"{count} device(s), CUDA {torch.version.cuda}: {names}"
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
+    why = "" if hidden is None else f"; CUDA_VISIBLE_DEVICES is {hidden!r}"
+    driver = "" if Path("/proc/driver/nvidia/version").exists() else "; no NVIDIA driver is loaded"
+    return f"no device (torch is built for CUDA {torch.version.cuda}{why}{driver})"
 
 
 def _speed() -> dict[str, float]:
@@ -139,11 +150,73 @@ def _gpu_ffn() -> str:
     return "; ".join(f"{gpu}: {why_not or runs}" for gpu, why_not in reasons.items())
 
 
+def extras() -> dict[str, tuple[str, ...]]:
+    """Packages that each optional extra of the distribution brings, as its metadata says; empty where it is not installed."""
+    try:
+        wanted = importlib.metadata.requires("moeify") or []
+    except importlib.metadata.PackageNotFoundError:  # run from a source tree
+        return {}
+    found: dict[str, list[str]] = {}
+    for line in wanted:
+        name, extra = re.match(r"[A-Za-z0-9._-]+", line), re.search(r"""extra\s*==\s*['"]([^'"]+)""", line)
+        if name and extra and extra[1] not in _NOT_SHOWN:
+            found.setdefault(extra[1], []).append(name[0])
+    return {extra: tuple(names) for extra, names in sorted(found.items())}
+
+
+def _optional_versions() -> dict[str, str]:
+    """Of the installed packages of all extras."""
+    names = sorted({name for packages in extras().values() for name in packages})
+    return {name: version for name in names if (version := _version(name)) is not None}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
 def _missing(packages: tuple[str, ...]) -> str | None:
-    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    missing = [name for name in packages if _version(name) is None]
     return f"missing: {', '.join(missing)}" if missing else None
 
 
-def _cache(variable: str, name: str) -> str:
-    home = os.environ.get("HF_HOME", str(Path.home() / ".cache" / "huggingface"))
-    return os.environ.get(variable, str(Path(home) / name))
+def _interpreted() -> str:
+    return ", kernels run in its interpreter (TRITON_INTERPRET)" if gpu_linear.is_interpreted() else ""
+
+
+def _compilers() -> dict[str, str]:
+    """First line of what each says of itself: those that an installation from source and torch.compile look for."""
+    asked = {"CXX": os.environ["CXX"]} if os.environ.get("CXX") else {}
+    return {name: _compiler(command) for name, command in {**asked, **{name: name for name in _COMPILERS}}.items()}
+
+
+def _compiler(command: str) -> str:
+    words = shlex.split(command)
+    if not words or shutil.which(words[0]) is None:
+        return "not found"
+    try:
+        said = subprocess.run([*words, "--version"], capture_output=True, text=True, timeout=10, check=True).stdout.strip().splitlines()
+    except (OSError, subprocess.SubprocessError) as error:
+        return f"does not run ({type(error).__name__})"
+    return next((line for line in said if "release" in line), said[0]) if said else "says nothing of itself"
+
+
+def _caches() -> dict[str, str]:
+    """Folders that downloads and compiled kernels go to."""
+    hub = Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface"))
+    folders = {
+        "hub": os.environ.get("HF_HUB_CACHE", hub / "hub"),
+        "datasets": os.environ.get("HF_DATASETS_CACHE", hub / "datasets"),
+        "triton": os.environ.get("TRITON_CACHE_DIR", Path.home() / ".triton" / "cache"),
+    }
+    if "TORCHINDUCTOR_CACHE_DIR" in os.environ:
+        folders["inductor"] = os.environ["TORCHINDUCTOR_CACHE_DIR"]
+    return {name: f"{path}{_state(Path(path))}" for name, path in folders.items()}
+
+
+def _state(folder: Path) -> str:
+    if not folder.exists():
+        return " (not there yet)"
+    return "" if folder.is_dir() and os.access(folder, os.W_OK) else " (cannot be written)"

@@ -26,7 +26,7 @@ DATA = ["--data", "builtin:pydoc"]
 
 @pytest.fixture(autouse=True)
 def _quiet(monkeypatch):
-    monkeypatch.setattr(cli, "make_progress", lambda: NO_PROGRESS)  # which a slow machine would print beside the error
+    monkeypatch.setattr("moeify._terminal.make_progress", lambda: NO_PROGRESS)  # which a slow machine would print beside the error
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # for the processes; this one has read it already
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     transformers.logging.set_verbosity_error()

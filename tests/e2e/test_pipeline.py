@@ -381,7 +381,7 @@ def test_profile_of_a_converted_checkpoint_equals_that_of_the_dense_one(folder):
 
 
 def run_python(code, *arguments, check=True):
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(cli.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(cli.__file__).parents[2]), os.environ.get("PYTHONPATH", "")])}
     return subprocess.run([sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, check=check, env=environment)
 
 

@@ -227,7 +227,7 @@ run(Path(sys.argv[1]), sys.argv[2], progress=Killed("sparsify.relu] train"))
 
 
 def test_recipe_killed_in_and_between_stages_continues_to_the_same_result(folder):
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(cli.__file__).parents[1]), *sys.path])}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(cli.__file__).parents[2]), *sys.path])}
     command = [sys.executable, "-c", SCRIPT, str(folder), "killed", str(Path(__file__).parent)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=environment)
     assert done.returncode == -signal.SIGKILL, done.stderr

@@ -59,7 +59,7 @@ def converted(tmp_path_factory):
 
 def test_sweep_killed_and_run_again_measures_the_rest_and_writes_the_same_file(converted, tmp_path):
     options = ["--data", "builtin:pydoc", "--window", "32", "--max-tokens", "128", "--values", ",".join(map(str, VALUES)), "--json"]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(cli.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(cli.__file__).parents[2]), os.environ.get("PYTHONPATH", "")])}
 
     def process(*, dies_at):
         command = [sys.executable, "-c", SCRIPT, str(dies_at), "sweep", str(converted), "--out", str(tmp_path / "curve.json"), *options]

@@ -14,11 +14,13 @@ import pytest
 import tiny
 import torch
 import transformers
+from typer.main import get_command
 from typer.testing import CliRunner
 
 from moeify import cli
 from moeify._config import field_docs
 from moeify._progress import NO_PROGRESS
+from moeify.cli._help import HEADINGS, _Formatter
 from moeify.data import AugmentConfig, DataConfig
 from moeify.errors import CheckpointError, TrainingError
 from moeify.evaluate import ExecutedExperts, TokenCosts
@@ -31,12 +33,12 @@ from moeify.train.loop import TrainConfig
 from moeify.train.sparsify import SparsifyConfig
 
 SMALL = ["--window", "32", "--max-tokens", "640", "--data", "builtin:pydoc"]
-COMMANDS = ("profile", "sparsify", "convert", "thin", "quantize", "sweep", "generate", "report", "doctor", "demo")
+COMMANDS = tuple(get_command(cli.app).commands)
 
 
 @pytest.fixture(autouse=True)
 def _quiet(monkeypatch):
-    monkeypatch.setattr(cli, "make_progress", lambda: NO_PROGRESS)  # which a slow machine would print
+    monkeypatch.setattr("moeify._terminal.make_progress", lambda: NO_PROGRESS)  # which a slow machine would print
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -83,6 +85,53 @@ def test_run_without_arguments_lists_the_commands(capsys):
     code, out, _ = run(capsys)
     assert code == 0
     assert all(f"  {command}" in out for command in COMMANDS)
+
+
+def test_help_tells_commands_in_order_under_headings(capsys):
+    _, out, _ = run(capsys)
+    shown = re.findall(r"^(?:([A-Z]\w+):|  ([a-z]+)\b)", out[out.index("Look:") :], flags=re.MULTILINE)
+    assert [name for _, name in shown if name] == [name for names in HEADINGS.values() for name in names]
+    assert [heading for heading, _ in shown if heading] == list(HEADINGS)  # and so no "Other": every command has its place
+    assert set(COMMANDS) == {name for names in HEADINGS.values() for name in names}
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_help_fits_80_columns_without_colour_and_breaks_no_word(monkeypatch, capsys, command):
+    monkeypatch.setenv("COLUMNS", "10000")
+    assert cli.run([command, "--help"] if command else ["--help"]) == 0
+    whole = capsys.readouterr().out
+    monkeypatch.setenv("COLUMNS", "80")
+    assert cli.run([command, "--help"] if command else ["--help"]) == 0
+    text = capsys.readouterr().out
+    assert max(map(len, text.splitlines())) <= 80
+    assert "\x1b" not in text
+    words = set(whole.split())
+    broken = [word for word in text.split() if word not in words and "|" not in word]
+    assert not broken
+
+
+def test_a_long_choice_is_broken_after_a_bar_and_a_long_word_not_at_all():
+    formatter = _Formatter(width=40)
+    formatter.write_dl([("--method " + "|".join(["alpha"] * 8), "see --data-split of other-commands"), ("-x", "y" * 60)])
+    lines = formatter.getvalue().splitlines()
+    assert [line.endswith("|") for line in lines if "alpha" in line][:-1] == [True] * (sum("alpha" in line for line in lines) - 1)
+    assert any("--data-split" in line for line in lines)
+    assert any("y" * 60 in line for line in lines)
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh"])
+def test_the_shell_is_told_commands_and_options(monkeypatch, capsys, shell):
+    def asked(line):
+        words = {"COMP_WORDS": line, "COMP_CWORD": str(len(line.split(" ")) - 1), "_TYPER_COMPLETE_ARGS": line}
+        for name, value in {**words, "_MOEIFY_COMPLETE": f"complete_{shell}"}.items():
+            monkeypatch.setenv(name, value)
+        assert cli.run([]) == 0
+        return capsys.readouterr().out
+
+    assert re.findall(r"(?<![\w-])(?:sparsify|serve|sweep)(?![\w-])", asked("moeify s"))
+    assert all(name in asked("moeify ") for name in COMMANDS)
+    options = asked("moeify thin --me")
+    assert "--method" in options and "--out" not in options
 
 
 @pytest.mark.parametrize("command", ["profile", "convert", "sweep", "report"])
@@ -718,7 +767,10 @@ def test_doctor_names_every_kernel_and_its_reason(capsys):
     report = json.loads(out)
     assert {row["name"] for row in report["kernels"]} == set(IMPLS)
     assert all(row["reason"] for row in report["kernels"])
-    assert set(report["extras"]) == {"data", "gguf", "report"}
+    assert {"compilers", "triton", "cuda", "caches", "versions"} <= set(report)
+    assert set(report["compilers"]) >= {"c++", "g++", "clang++", "nvcc"}
+    assert set(report["caches"]) >= {"hub", "datasets", "triton"}
+    assert {"torch", "transformers"} <= set(report["versions"])
     assert report["cpu"]["torch_threads"] >= 1
     assert run(capsys, "doctor")[0] == 0
 

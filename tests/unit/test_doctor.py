@@ -63,3 +63,44 @@ def test_doctor_says_that_a_gated_ffn_is_one_call_and_else_why_not(monkeypatch):
     assert "one call; activations: relu, silu" in doctor.doctor()["linear_ffn"]
     monkeypatch.setattr(doctor, "gated_refusal", lambda *_, **__: "the compiled library is missing")
     assert doctor.doctor()["linear_ffn"] == "the compiled library is missing"
+
+
+def test_extras_are_those_of_the_metadata_and_name_what_is_missing(monkeypatch):
+    lines = [
+        "torch>=2",
+        'lm-eval>=0.4; extra == "eval"',
+        "no-such-package; extra == 'odd'",
+        'lm-eval; extra == "odd"',
+        'ruff; extra == "dev"',
+    ]
+    monkeypatch.setattr(doctor.importlib.metadata, "requires", lambda _: lines)
+    assert doctor.extras() == {"eval": ("lm-eval",), "odd": ("no-such-package", "lm-eval")}
+    assert "no-such-package" in doctor._missing(doctor.extras()["odd"])
+    assert doctor._missing(("torch",)) is None
+
+
+def test_compilers_say_which_they_are_or_that_there_is_none(monkeypatch, tmp_path):
+    compiler = tmp_path / "odd"
+    compiler.write_text("#!/bin/sh\necho odd 7; echo more\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", f"{compiler} -x")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert doctor._compilers() == {"CXX": "odd 7", "c++": "not found", "g++": "not found", "clang++": "not found", "nvcc": "not found"}
+    compiler.write_text("#!/bin/sh\nexit 3\n")
+    assert doctor._compilers()["CXX"] == "does not run (CalledProcessError)"
+
+
+def test_a_gpu_that_is_hidden_is_said_to_be(monkeypatch):
+    monkeypatch.setattr(doctor.torch.version, "cuda", "13.0")
+    monkeypatch.setattr(doctor.torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert doctor._cuda().startswith("no device (torch is built for CUDA 13.0; CUDA_VISIBLE_DEVICES is ''")
+    monkeypatch.setattr(doctor.torch.version, "cuda", None)
+    assert doctor._cuda() == "torch is built without CUDA"
+
+
+def test_caches_are_where_the_variables_say(monkeypatch, tmp_path):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "no"))
+    assert doctor._caches()["triton"] == str(tmp_path)
+    assert doctor._caches()["hub"] == f"{tmp_path / 'no'} (not there yet)"

@@ -8,6 +8,7 @@ operating points, `harness` runs lm-eval, `measure` holds the other verbs, `repo
 has a checkpoint draft for itself. `recipe`, `stages`, `run_recipe` and `results` carry out whole experiments, from the model that `start`
 loads or builds. `pretrain` trains a model from random weights: `pretrain_recipe` is what its file may say, `pretrain_data` what it reads,
 `pretrain_log` what it tells, `pretrain_result` what it leaves, `training_cost` what it costs, `stopping` how a signal ends it.
+`info` says what a checkpoint is.
 """
 
 from ..train.calibration import TARGETS as TARGETS
