@@ -8,7 +8,7 @@ what came before. Backward passes that run layers again (gradient checkpointing)
 
 import inspect
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache, partial
 from typing import Any
 
@@ -72,7 +72,7 @@ class Positions:
         stack = self._now.setdefault(threading.get_ident(), [])
         # An interrupt (no Exception) leaves forwards behind that have ended.
         del stack[next((i for i, (other, _) in enumerate(stack) if other is module), len(stack)) :]
-        stack.append((module, _forward_of(dict(zip(_names(type(module)), args, strict=False)) | kwargs)))
+        stack.append((module, _forward_of(dict(zip(_names(type(module).forward), args, strict=False)) | kwargs)))
 
     def _leave(self, module: nn.Module, _args: object, output: object) -> None:
         if torch.compiler.is_compiling():
@@ -101,14 +101,14 @@ class Positions:
 
 
 @cache
-def _names(kind: type[nn.Module]) -> tuple[str, ...]:
-    """Parameters of a module's forward, in order."""
-    return tuple(inspect.signature(kind.forward).parameters)[1:]
+def _names(forward: Callable[..., Any]) -> tuple[str, ...]:
+    """Parameters of a class' forward, in order."""
+    return tuple(inspect.signature(forward).parameters)[1:]
 
 
 def _is_watched(kind: type[nn.Module]) -> bool:
     """Whether modules of a class read tokens and are told where these stand."""
-    names = _names(kind)
+    names = _names(kind.forward)
     return ("input_ids" in names or "inputs_embeds" in names) and ("position_ids" in names or "past_key_values" in names)
 
 
