@@ -91,7 +91,7 @@ class Positions:
 
     def _recall(self, forward: "_Forward | None", _grad: Tensor) -> None:
         self._again = forward
-        torch.autograd.Variable._execution_engine.queue_callback(self._forget)  # type: ignore[attr-defined, no-untyped-call]
+        torch.autograd.Variable._execution_engine.queue_callback(self._forget)
 
     def _forget(self) -> None:
         self._again = None
