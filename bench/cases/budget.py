@@ -2,7 +2,8 @@
 
 Several calibration sets, windows of the data's that share none, each give their own rules; all are measured on the same windows that no set
 has. A last row for each budget holds the margin (KL of the better uniform way minus ours, mean over sets) against its spread over the sets.
-With ``--latency`` the rules are found for a share of the dense model's time and then timed anew, with a clock that the search had not.
+With ``--latency`` the rules are found for a share of the dense model's time and then timed anew, with a clock that the search had not:
+"asked", "reached" (median of 5 readings, each of several runs in turns with the dense model) and whether that is "within" 5 %.
 
 Without ``--converted`` the model is that of `moeify demo`, pre-trained here in minutes; with ``--quick`` a random one, whose numbers say
 nothing.
@@ -22,12 +23,16 @@ from bench.common import numbers
 from bench.tiny import convert_tiny
 from moeify import DataConfig, load_model, model_cost, record_active, set_rule
 from moeify.budget import AllocateConfig, Allocation, Clock, allocate
+from moeify.budget.search import LATENCY_TOLERANCE
 from moeify.demo import run_demo
 from moeify.errors import ConfigError
 from moeify.evaluate import DenseReference, default_metric, measure_quality
 from moeify.layers import moe_layers
 from moeify.pipeline import calibration_batches
 from moeify.select import Rule
+
+_READINGS = 5  # of a clock of the case's own
+_COMPARED = (("kl", "loss"), ("calibrated", "reached"))
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -153,17 +158,21 @@ def _timed(model: nn.Module, batches: Sequence[Mapping[str, Any]], share: float,
     try:
         ours = allocate(model, batches, AllocateConfig(unit="latency", fraction=share, passes=passes), inputs=inputs)
     except ConfigError as error:  # this machine, or this model, cannot be so fast: that is a result
-        return {"asked": share, "tokens": tokens, "refused": str(error)}
+        return {"asked": share, "tokens": tokens, "within": False, "refused": str(error)}
     with set_rule(model, ours.rules):
-        ratios = [Clock(model, inputs)()[0] for _ in range(3)]
+        clock = Clock(model, inputs)
+        ratios = [clock()[0] for _ in range(_READINGS)]
     ratio = statistics.median(ratios)
     return {
         "asked": share,
         "calibrated": ours.reached,
-        "measured": ratio,
+        "reached": ratio,
+        "readings": ratios,
         "off": ratio / share - 1,
+        "within": abs(ratio / share - 1) <= LATENCY_TOLERANCE,
         "spread": max(ratios) - min(ratios),
         "kl": ours.loss,
+        **{f"{key}_{name}": getattr(way, field) for name, way in ours.compared.items() for key, field in _COMPARED},
         "tokens": tokens,
         "active_fraction": ours.active_fraction,
     }

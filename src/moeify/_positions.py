@@ -3,11 +3,13 @@
 Letters: B batch, S tokens of the forward.
 
 A linear layer sees (B, S, K) and not whether these are the first S tokens. The model does: it is told positions, or has a cache that holds
-what came before.
+what came before. Backward passes that run layers again (gradient checkpointing) find what their forward knew.
 """
 
 import inspect
 import threading
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -17,13 +19,16 @@ _ATTRIBUTE = "_moeify_positions"
 
 
 class Positions:
-    """Watches the forwards of one model, in each thread its own."""
+    """Watches the forwards of one model, in each thread its own; also of the models within it, which may be called alone."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._now: dict[int, _Forward] = {}
-        # no handles: that of a hook with keywords cannot be copied
-        model.register_forward_pre_hook(self._enter, with_kwargs=True)
-        model.register_forward_hook(self._leave, always_call=True)
+        self._now: dict[int, list[tuple[nn.Module, _Forward | None]]] = {}
+        self._again: _Forward | None = None
+        for module in model.modules():
+            if module is model or _is_watched(type(module)):
+                # no handles: that of a hook with keywords cannot be copied
+                module.register_forward_pre_hook(self._enter, with_kwargs=True)
+                module.register_forward_hook(self._leave, always_call=True)
 
     @classmethod
     def of(cls, model: nn.Module) -> "Positions | None":
@@ -41,41 +46,94 @@ class Positions:
         """Watch ``model`` no more."""
         if (old := model.__dict__.pop(_ATTRIBUTE, None)) is None:
             return
-        tables = (
-            (model._forward_pre_hooks, (model._forward_pre_hooks_with_kwargs,)),
-            (model._forward_hooks, (model._forward_hooks_with_kwargs, model._forward_hooks_always_called)),
-        )
-        for hooks, notes in tables:
-            for key in [key for key, hook in hooks.items() if getattr(hook, "__self__", None) is old]:
-                for table in (hooks, *notes):
-                    table.pop(key, None)
+        for module in model.modules():
+            tables = (
+                (module._forward_pre_hooks, (module._forward_pre_hooks_with_kwargs,)),
+                (module._forward_hooks, (module._forward_hooks_with_kwargs, module._forward_hooks_always_called)),
+            )
+            for hooks, notes in tables:
+                for key in [key for key, hook in hooks.items() if getattr(hook, "__self__", None) is old]:
+                    for table in (hooks, *notes):
+                        table.pop(key, None)
 
     def start(self, num_tokens: int, first: int) -> "int | Tensor":
         """Which of the forward's S = ``num_tokens`` stand at the first ``first`` positions of their sequence: so many at the beginning of
-        every row, or a mask (B, S) or (1, S). Where nothing is known the forward is taken for one of whole sequences.
+        every row, or a mask (B, S) or (1, S). Where nothing is known, as in compiled code, the forward is taken for one of whole sequences.
         """
-        now = None if torch.compiler.is_compiling() else self._now.get(threading.get_ident())
+        if torch.compiler.is_compiling():
+            return first
+        stack = self._now.get(threading.get_ident())
+        now = stack[-1][1] if stack else self._again
         return first if now is None else now.start(num_tokens, first)
 
-    def _enter(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if torch.compiler.is_compiling():
             return
-        self._now.pop(threading.get_ident(), None)
-        tokens = next((t for t in (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args[:1]) if isinstance(t, Tensor)), None)
-        if tokens is None or tokens.dim() < 2 or tokens.shape[1] == 1:
-            return  # a layer that gets one token does not ask
-        positions, cache = kwargs.get("position_ids"), kwargs.get("past_key_values")
-        if isinstance(positions, Tensor) and positions.dim() == 2:
-            self._now[threading.get_ident()] = _Forward(positions)
-        elif cache is not None and hasattr(cache, "get_seq_length"):
-            self._now[threading.get_ident()] = _Forward(int(cache.get_seq_length()))
+        stack = self._now.setdefault(threading.get_ident(), [])
+        # An interrupt (no Exception) leaves forwards behind that have ended.
+        del stack[next((i for i, (other, _) in enumerate(stack) if other is module), len(stack)) :]
+        stack.append((module, _forward_of(dict(zip(_names(type(module).forward), args, strict=False)) | kwargs)))
 
-    def _leave(self, *_: object) -> None:
-        if not torch.compiler.is_compiling():
-            self._now.pop(threading.get_ident(), None)
+    def _leave(self, module: nn.Module, _args: object, output: object) -> None:
+        if torch.compiler.is_compiling():
+            return
+        stack = self._now.get(threading.get_ident())
+        if not stack or stack[-1][0] is not module:  # a hook before ours has failed
+            return
+        _, now = stack.pop()
+        if not stack:
+            del self._now[threading.get_ident()]
+        if torch.is_grad_enabled():
+            # Checkpointing runs layers again while gradients flow back from here, maybe in a thread of autograd's.
+            for tensor in _tensors(output):
+                if tensor.grad_fn is not None:
+                    tensor.register_hook(partial(self._recall, now))
+
+    def _recall(self, forward: "_Forward | None", _grad: Tensor) -> None:
+        self._again = forward
+        torch.autograd.Variable._execution_engine.queue_callback(self._forget)
+
+    def _forget(self) -> None:
+        self._again = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_now": {}}  # of this process' threads
+        return {**self.__dict__, "_now": {}, "_again": None}  # of this process' threads
+
+
+@cache
+def _names(forward: Callable[..., Any]) -> tuple[str, ...]:
+    """Parameters of a class' forward, in order."""
+    return tuple(inspect.signature(forward).parameters)[1:]
+
+
+def _is_watched(kind: type[nn.Module]) -> bool:
+    """Whether modules of a class read tokens and are told where these stand."""
+    names = _names(kind.forward)
+    return ("input_ids" in names or "inputs_embeds" in names) and ("position_ids" in names or "past_key_values" in names)
+
+
+def _forward_of(given: Mapping[str, Any]) -> "_Forward | None":
+    """What is known of a forward with these arguments."""
+    tokens = next((t for name in ("input_ids", "inputs_embeds") if isinstance(t := given.get(name), Tensor)), None)
+    if tokens is None:  # some family's own name, in front
+        tokens = next((t for t in given.values() if isinstance(t, Tensor)), None)
+    if tokens is None or tokens.dim() < 2 or tokens.shape[1] == 1:
+        return None  # a layer that gets one token does not ask
+    positions, before = given.get("position_ids"), given.get("past_key_values")
+    if isinstance(positions, Tensor) and positions.dim() == 2:
+        return _Forward(positions)
+    if before is not None and hasattr(before, "get_seq_length"):
+        return _Forward(int(before.get_seq_length()))
+    return None
+
+
+def _tensors(output: object) -> Iterator[Tensor]:
+    """Of what a model returns: a tensor, or fields or a tuple of such; not of caches."""
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, (tuple, list, Mapping)):
+        for part in output.values() if isinstance(output, Mapping) else output:
+            yield from _tensors(part)
 
 
 class _Forward:

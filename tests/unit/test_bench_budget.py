@@ -3,9 +3,13 @@
 import json
 
 import pytest
+import tiny
 from numpy.testing import assert_allclose
 
 from bench import run as bench_run
+from bench.cases import budget
+from moeify.budget import Allocation
+from moeify.layers import moe_layers
 
 
 def test_rows_hold_every_set_and_the_margin_over_them(tmp_path):
@@ -21,6 +25,27 @@ def test_rows_hold_every_set_and_the_margin_over_them(tmp_path):
     assert_allclose(margin["margin_knob"], sum(differences) / 2)
     assert_allclose(margin["least_margin_knob"], min(differences))
     assert_allclose(margin["noise_knob"], abs(differences[0] - differences[1]) / 2**0.5)
+
+
+def test_a_share_of_time_is_read_anew_by_a_clock_of_the_cases_own(monkeypatch):
+    class Readings:
+        left = iter([0.71, 0.9, 0.72, 0.5, 0.74])
+
+        def __init__(self, *_):
+            pass
+
+        def __call__(self):
+            return next(self.left), 1.0
+
+    model = tiny.convert_tiny(tiny.tiny_llama())
+    rules = {name: layer.rule for name, layer in moe_layers(model).items()}
+    ours = Allocation(rules=rules, active={}, active_fraction=0.5, reached=0.69, costs={}, loss=0.1)
+    monkeypatch.setattr(budget, "allocate", lambda *_, **__: ours)
+    monkeypatch.setattr(budget, "Clock", Readings)
+    row = budget._timed(model, [tiny.tiny_inputs()], 0.7, tokens=4, passes=0)
+    assert (row["asked"], row["calibrated"], row["reached"], row["within"]) == (0.7, 0.69, 0.72, True)
+    Readings.left = iter([0.74] * 5)
+    assert not budget._timed(model, [tiny.tiny_inputs()], 0.7, tokens=4, passes=0)["within"]
 
 
 @pytest.mark.parametrize("options", [["--unit", "latency"], ["--sets", "-1"]])

@@ -165,6 +165,32 @@ def test_a_latency_budget_is_met_by_the_clock_that_it_was_given(model):
         allocate(model, BATCHES, AllocateConfig(unit="latency", fraction=0.2), clock=clock)
 
 
+def test_candidates_are_compared_at_measured_time_and_not_at_what_was_predicted(model):
+    """A clock by which what runs in the second layer is nearly all that counts, where FLOPs say that both cost the same."""
+
+    def clock():
+        set_mode(model, "moe")
+        with record_active(model) as active, torch.no_grad():
+            model(**BATCHES[0])
+        share = active.per_layer()
+        return 0.3 + 0.1 * share[FIRST] + 0.6 * share[SECOND], 10.0
+
+    found = allocate(model, BATCHES, AllocateConfig(unit="latency", fraction=0.7, passes=1), clock=clock)
+    for way in (found, *found.compared.values()):
+        with set_rule(model, way.rules):
+            assert_allclose(clock()[0], 0.7, rtol=0.05)
+            assert_allclose(way.reached, clock()[0])
+            assert_allclose(agreement(model, BATCHES).kl, way.loss, rtol=1e-4)
+    assert found.loss <= min(way.loss for way in found.compared.values())
+
+
+def test_a_lucky_reading_is_not_a_result(model):
+    """Two readings in a row say what was asked, whatever runs; most say something else."""
+    readings = itertools.chain([1.0, 0.5], itertools.cycle([0.7, 0.72, 0.9, 0.9]))  # two before anything is searched
+    with pytest.raises(ConfigError, match=r"0.7 of the dense model's latency was not met within 5%: the nearest is 0\.9"):
+        allocate(model, BATCHES, AllocateConfig(unit="latency", fraction=0.7, passes=0), clock=lambda: (next(readings), 10.0))
+
+
 def test_layers_are_timed_alone_and_their_rules_come_back(model):
     before = [layer.rule for layer in moe_layers(model).values()]
     knobs = {fraction: Threshold(theta=1 - fraction) for fraction in TIMED}

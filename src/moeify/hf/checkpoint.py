@@ -556,6 +556,22 @@ def model_class_of(config: Any, source: str) -> Any:
     return transformers.AutoModel
 
 
+def take_generation_config(model: Any, where: str | os.PathLike[str]) -> None:
+    """The ``generation_config.json`` of a checkpoint's folder becomes that of a model that was built from its config alone; without such
+    a file the model keeps its own.
+
+    Raises:
+        CheckpointError: the file is damaged.
+    """
+    from transformers import GenerationConfig
+
+    if model.can_generate() and (path := Path(where).expanduser() / "generation_config.json").is_file():
+        try:
+            model.generation_config = GenerationConfig.from_pretrained(path.parent)
+        except (OSError, ValueError, TypeError) as error:
+            raise CheckpointError(f"'{path}': {_first_line(error)}") from error
+
+
 def check_complete(info: Mapping[str, Any], source: str, cls: str) -> None:
     """transformers fills missing tensors with random numbers and only logs it."""
     for name, found, expected in sorted(info["mismatched_keys"], key=lambda entry: str(entry[0])):

@@ -9,7 +9,7 @@ the other would wait for the disk each time.
 import ctypes
 import json
 import mmap
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,16 @@ from ..kernels import DispatchPlan
 from ..layers import MoEFFN, moe_layers
 from ..sites import linear_weight
 from ..sites.site import is_transposed
-from .checkpoint import load_config, load_processor, locate, model_class_of, read_manifest, weight_files
+from .checkpoint import (
+    check_finite_tensor,
+    load_config,
+    load_processor,
+    locate,
+    model_class_of,
+    read_manifest,
+    take_generation_config,
+    weight_files,
+)
 from .registration import register
 from .shards import TensorFiles
 from .streamed import StreamedModel, skeleton
@@ -67,9 +76,9 @@ def load_offloaded(source: str | Path, folder: str | Path, *, dtype: torch.dtype
     dtype = dtype or _dtype_of(config)
     model: Any = skeleton(model_class_of(config, name), config, dtype=dtype).eval()
     quantizer = MoeifyQuantizer(MoeifyConfig(manifest))
-    quantizer._process_model_before_weight_loading(model, checkpoint_files=[str(path) for path in paths])
-    for layer in moe_layers(model).values():
-        layer.router.to("meta")
+    take_generation_config(model, where)
+    with torch.device("meta"):  # routers are as large as the manifest says, until the files' headers are compared with it
+        quantizer._process_model_before_weight_loading(model, checkpoint_files=[str(path) for path in paths])
     streamed = StreamedModel(model, TensorFiles(paths), dtype=None, source=name)
     state = {
         "dtype": str(dtype),
@@ -77,12 +86,17 @@ def load_offloaded(source: str | Path, folder: str | Path, *, dtype: torch.dtype
         "sites": [layer.site.name for layer in moe_layers(model).values()],
     }
     is_there = _open(folder, state)
+    owned = {part: streamed.own_tensors(part).keys() for part in streamed.parts()}
+    ties = streamed.ties()
     try:
-        for part in streamed.parts():
-            _load_part(streamed, part, folder, dtype=dtype, write=not is_there)
+        for part, own in owned.items():
+            if own:
+                _load_part(streamed, part, folder, own, dtype=dtype, write=not is_there)
         (folder / _MARK).write_text(json.dumps(state))
     except OSError as error:
         raise CheckpointError(f"cannot write '{folder}': {error.strerror or error}; free space or choose another folder.") from error
+    for slot, owner in ties:
+        getattr(slot.module, slot.table)[slot.name] = getattr(owner.module, owner.table)[owner.name]
     model.hf_quantizer = quantizer
     quantizer._process_model_after_weight_loading(model)
     for layer in moe_layers(model).values():
@@ -90,15 +104,18 @@ def load_offloaded(source: str | Path, folder: str | Path, *, dtype: torch.dtype
     return model, processor
 
 
-def _load_part(streamed: StreamedModel, part: str, folder: Path, *, dtype: torch.dtype, write: bool) -> None:
-    """Keep a part's tensors in memory but the matrices of FFNs, which are written, if need be, and mapped."""
+def _load_part(streamed: StreamedModel, part: str, folder: Path, own: Container[str], *, dtype: torch.dtype, write: bool) -> None:
+    """Keep a part's ``own`` tensors in memory but the matrices of FFNs, which are written, if need be, and mapped."""
     model = streamed.model
     names = {path: (i, layer) for i, layer in enumerate(moe_layers(model).values()) for path in (*layer.site.first, layer.site.down)}
     kept: list[tuple[nn.Module, str, str, Tensor]] = []
     with streamed.loaded(part):
         for slot in streamed.slots(part):
+            if slot.path not in own:
+                continue
             path, _, name = slot.path.rpartition(".")
             tensor = getattr(slot.module, slot.table)[slot.name].detach()
+            check_finite_tensor(tensor, slot.path, streamed.source)
             if ".moe.router." not in slot.path and tensor.is_floating_point():
                 tensor = tensor.to(dtype)
             if path in names and name == "weight":

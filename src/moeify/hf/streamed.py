@@ -58,6 +58,8 @@ class StreamedModel:
         self, model: nn.Module, files: TensorFiles, *, dtype: torch.dtype | None, device: torch.device | None = None, source: str
     ) -> None:
         self.model, self._files, self._dtype, self._device = model, files, dtype, device or torch.device("cpu")
+        self.source = source
+        """Name of the checkpoint."""
         self.blocks = block_names(model)
         """Module paths of the blocks, in module order."""
         self._slots = self._find_slots(source)
@@ -94,6 +96,12 @@ class StreamedModel:
                 first.setdefault(id(self._skeleton_of(slot)), slot.path)
         own = [slot for slot in self._slots[part] if first[id(self._skeleton_of(slot))] == slot.path]
         return {slot.path: (self._files.infos[slot.key].shape, self._dtype_of(slot)) for slot in own}
+
+    def ties(self) -> list[tuple[Slot, Slot]]:
+        """Slots whose tensor an earlier slot has, too, each with that one; before any tensor is replaced."""
+        first: dict[int, Slot] = {}
+        pairs = [(slot, first.setdefault(id(self._skeleton_of(slot)), slot)) for slots in self._slots.values() for slot in slots]
+        return [(slot, owner) for slot, owner in pairs if slot is not owner]
 
     def saved_name(self, name: str) -> str:
         """The name in a checkpoint's files of a tensor of the model, one that was not read (a router's) included, as ``save_pretrained``
@@ -149,7 +157,7 @@ class StreamedModel:
         for part in self._slots:
             for slot in self._slots[part]:
                 tensor = self._read(slot)
-                check_finite_tensor(tensor, slot.path, self._source)
+                check_finite_tensor(tensor, slot.path, self.source)
                 raw = tensor.contiguous().view(-1).view(torch.uint8).numpy().data
                 checksum = zlib.crc32(raw, checksum)
         return f"{checksum:08x}"
@@ -208,7 +216,6 @@ class StreamedModel:
         return getattr(slot.module, slot.table)[slot.name]  # type: ignore[no-any-return] # of a dict of tensors
 
     def _find_slots(self, source: str) -> dict[str, list[Slot]]:
-        self._source = source
         keys, self._is_renamed = _file_keys(self.model, list(self._files.infos))
         tied = _tied_names(self.model)
         slots: dict[str, list[Slot]] = {}

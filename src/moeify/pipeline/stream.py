@@ -30,7 +30,7 @@ from .._progress import NO_PROGRESS, Progress
 from ..convert import ConvertConfig, Manifest, SiteRecord, apply_site, plan_conversion, record_of_site
 from ..data import DataConfig, check_source
 from ..errors import CheckpointError, ConfigError, TrainingError, UnsupportedModelError
-from ..hf.checkpoint import MANIFEST_FILE, check_apart, check_output, library_versions, recover, whole_folder
+from ..hf.checkpoint import MANIFEST_FILE, check_apart, check_output, library_versions, recover, take_generation_config, whole_folder
 from ..hf.inputs import example_inputs
 from ..hf.shards import TensorFiles, TensorWriter
 from ..hf.streamed import StreamedModel, checkpoint_numbers, open_streamed
@@ -444,17 +444,14 @@ def _tensor(model: nn.Module, name: str) -> Tensor:
 
 def _write_config(model: Any, manifest: Manifest, processor: Any, folder: Path, *, source: str, dtype: str) -> None:
     """All that ``save_pretrained`` writes beside the weights."""
-    from transformers import GenerationConfig
-
     from ..hf.quantizer import MoeifyConfig
 
     model.config.architectures = [type(model).__name__]
     model.config.dtype = dtype
     model.config.quantization_config = MoeifyConfig(manifest)
     model.config.save_pretrained(folder)
+    take_generation_config(model, source)
     if model.can_generate():
-        if (Path(source).expanduser() / "generation_config.json").is_file():
-            model.generation_config = GenerationConfig.from_pretrained(source)
         model.generation_config.save_pretrained(folder)
     if processor is not None:
         processor.save_pretrained(folder)

@@ -1,6 +1,7 @@
 """Checkpoints of somebody who means harm: sizes, paths and names that reach further than the folder and the model, in one clear line."""
 
 import json
+import sys
 
 import pytest
 import tiny
@@ -10,6 +11,8 @@ from moeify.convert import Manifest, manifest_of
 from moeify.errors import CheckpointError
 from moeify.hf import checkpoint
 from moeify.hf.checkpoint import load_model, read_manifest
+from moeify.hf.offload import load_offloaded
+from moeify.routers import build_router
 
 
 @pytest.fixture
@@ -50,10 +53,12 @@ def other_layer(config):
         pytest.param(other_layer, "has the projection 'model.layers.1.mlp.up_proj', which lies outside it", id="another layer's"),
     ],
 )
-def test_manifests_that_reach_too_far_are_refused(folder, change, message):
+@pytest.mark.parametrize("load", [load_model, lambda folder: load_offloaded(folder, folder.parent / "offload")], ids=["memory", "disk"])
+def test_manifests_that_reach_too_far_are_refused(folder, load, change, message):
     tiny.edit_config(folder, change)
     with pytest.raises(CheckpointError, match=message) as refused:
-        load_model(folder)
+        load(folder)
+    assert not (folder.parent / "offload").exists()
     assert "\n" not in str(refused.value)
 
 
@@ -89,3 +94,18 @@ def test_json_of_a_million_brackets_is_not_json(folder):
     (folder / "config.json").write_text("[" * 1_000_000)
     with pytest.raises(CheckpointError, match="is not JSON: it is nested too deeply"):
         load_model(folder)
+
+
+def test_a_router_takes_no_memory_before_the_files_are_known_to_hold_one(folder, tmp_path, monkeypatch):
+    tiny.edit_config(folder, lambda c: first_site(c)["router"].update(width=2**20))
+    taken = []
+
+    def build(*args, **options):
+        router = build_router(*args, **options)
+        taken.append(sum(parameter.nbytes for parameter in router.parameters() if not parameter.is_meta))
+        return router
+
+    monkeypatch.setattr(sys.modules["moeify.convert"], "build_router", build)
+    with pytest.raises(CheckpointError, match="router tensors"):
+        load_offloaded(folder, tmp_path / "offload")
+    assert taken == [0, 0]

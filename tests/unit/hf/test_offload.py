@@ -78,6 +78,37 @@ def test_experts_on_the_disk_give_the_outputs_of_those_in_memory(dtype, saved, t
         assert layer.weights().down_FD.stride(-1) == 1
 
 
+def test_tied_weights_and_how_to_generate_are_those_of_the_model_in_memory(tmp_path):
+    model = tiny.convert_tiny(tiny.tiny_llama())
+    model.config.tie_word_embeddings = True
+    model.tie_weights()
+    model.generation_config.max_new_tokens = 3
+    model.generation_config.repetition_penalty = 1.7
+    model.save_pretrained(tmp_path / "moe")
+    loaded, _ = load_offloaded(tmp_path / "moe", tmp_path / "offload")
+    expected, _ = load_model(tmp_path / "moe")
+    assert torch.equal(logits(loaded), logits(expected))
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+    assert sum(p.numel() for p in loaded.parameters()) == sum(p.numel() for p in expected.parameters())
+    assert loaded.generation_config.to_diff_dict() == expected.generation_config.to_diff_dict()
+    ids = torch.arange(5)[None]
+    assert torch.equal(loaded.generate(ids), expected.generate(ids))
+    (tmp_path / "moe" / "generation_config.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"generation_config\.json"):
+        load_offloaded(tmp_path / "moe", tmp_path / "offload")
+
+
+@pytest.mark.parametrize(
+    "name", ["model.norm.weight", "model.layers.1.mlp.down_proj.weight", "model.layers.0.mlp.moe.router.hidden.weight"]
+)
+def test_numbers_that_are_none_are_refused_with_the_tensors_name(name, saved, tmp_path):
+    broken = shutil.copytree(saved, tmp_path / "broken")
+    tiny.edit_tensors(broken, lambda tensors: tensors[name].view(-1)[3:4].fill_(torch.nan))
+    for _ in range(2):  # nothing half-written is taken for whole
+        with pytest.raises(CheckpointError, match=f"'{name}' has NaN or infinite values"):
+            load_offloaded(broken, tmp_path / "offload")
+
+
 def cached(rows_FD):
     """Pages of a mapped matrix that are in the system's page cache, and how many it has."""
     pages = -(-rows_FD.nbytes // mmap.PAGESIZE)
