@@ -33,13 +33,11 @@ from .._config import did_you_mean
 from ..errors import CheckpointError, ConfigError, MoeifyError
 from ..hf.checkpoint import model_class
 from ..pipeline.names import torch_device, torch_dtype
+from ..presets import RESERVED
 from ..presets import presets as presets_of
 from ..select import Rule
 from .config import ServeConfig
 from .rules import PresetRules
-
-DEFAULT = "default"
-"""The preset of the rules that the checkpoint was saved with."""
 
 _HEADER = "x-moeify-preset"
 _HANDLERS = ("_chat_handler", "_completion_handler", "_response_handler", "_systemone_handler")
@@ -217,7 +215,7 @@ def _with_presets(serve: Any, path: Path, config: ServeConfig) -> Served:
             raise MoeifyError(_unknown_version(transformers.__version__, f"{type(owner).__name__}.{name}"))
 
     model = next(iter(manager.loaded_models.values())).model
-    stored: dict[str, Mapping[str, Rule]] = {DEFAULT: {}}
+    stored: dict[str, Mapping[str, Rule]] = {RESERVED: {}}  # what the checkpoint was saved with
     stored |= {name: preset.rules for name, preset in presets_of(model).items()}
     chosen = {name: _config.lookup(stored, name, where="presets") for name in config.presets} or stored
     default = next(iter(chosen))
