@@ -29,7 +29,7 @@ class Preset:
     """One operating point. Fractions are of the dense model; what was not measured is None."""
 
     name: str
-    """Letters, digits, '.', '_' and '-', 64 at most, a letter or digit first; no number, and not "default", which is the model's own rules."""
+    """Letters, digits, '.', '_' and '-', 64 at most, a letter or digit first; no number, and not "default", the model's own rules."""
     rules: dict[str, RuleConfig]
     """Rule by layer: FFNs by the names of their sites, linear layers that skip input channels by theirs."""
     active_fraction: float
