@@ -93,10 +93,12 @@ class _Native(NamedTuple):
     tensors: tuple[tuple[nn.Module, str, str, Tensor | None, int, tuple[int, ...]], ...]
     """(module, its table of parameters or of buffers, name, the tensor that was there, where its values lay, and its strides)."""
 
-    def holds(self, moe: "MoEFFN", dtype: torch.dtype, on_gpu: bool) -> bool:
+    def fits(self, moe: "MoEFFN", dtype: torch.dtype, on_gpu: bool) -> bool:
+        """Whether it is for such a forward; of the same rule object, for comparing rules costs more than a decoded token has to spare."""
+        return self.rule is moe.rule and self.always_on is moe.always_on and self.dtype is dtype and self.on_gpu is on_gpu
+
+    def holds(self) -> bool:
         """Whether nothing of it has changed. Flat loops, for every token of every layer asks, and calls of our own cost as much again."""
-        if self.rule is not moe.rule or self.always_on is not moe.always_on or self.dtype is not dtype or self.on_gpu is not on_gpu:
-            return False
         for parent, name, module in self.places:
             if parent._modules.get(name) is not module:
                 return False
@@ -117,6 +119,8 @@ class _Replacement(NamedTuple):
     hook: RemovableHandle
 
 
+_MOST_NATIVES = 16
+"""Native calls that a layer keeps: one for each preset in use."""
 _FOLLOW = threading.Lock()
 """Held while hooks are moved: two threads must not put two of them on one module."""
 
@@ -167,6 +171,9 @@ class MoEFFN(nn.Module):
         # Input of the call in flight, one a thread: the same model may be called from several.
         self._calls: dict[int, _Call] = {}
         self._native: _Native | None = None
+        """Of the last forward."""
+        self._natives: dict[tuple[object, ...], _Native] = {}
+        """By what it was made for, so that requests which take turns with other presets find theirs again."""
 
     def extra_repr(self) -> str:
         return f"{self.site.name!r}, {self.num_experts} experts of {self.bounds[1]}, {self.rule}, mode={self.mode!r}, impl={self.impl!r}"
@@ -247,7 +254,7 @@ class MoEFFN(nn.Module):
 
         `attach` does this; after loading into a skeleton, moving to another device or changing the weights' type, it is done again.
         """
-        self._native = None  # it would keep the weights that were there in memory
+        self._forget_natives()  # they would keep the weights that were there in memory
         if self.masked_reason() is None and reads_rows(self.weights().up_FD):
             store_by_neuron(self.host, self._local)
 
@@ -341,11 +348,12 @@ class MoEFFN(nn.Module):
                 return _Call(x, first, None)
             return _Call(x, first, self._stand_in(x), self._operator(x) if is_native else None)
         native = self._native if is_native else None
-        if native is None or not native.holds(self, x.dtype, gpu_routed.is_for(x, impl=self.impl)):
-            if self.masked_reason() is not None:
+        if native is None or not native.fits(self, x.dtype, gpu_routed.is_for(x, impl=self.impl)) or not native.holds():
+            native = self._find_native(x) if is_native else None
+            if native is None and self.masked_reason() is not None:
                 return _Call(x, first, None)
-            if is_native:
-                native = self._native = self._make_native(x)
+            if native is None and is_native:
+                native = self._add_native(x)
         if native is None or native.routed is None:
             return _Call(x, first, self._stand_in(x))
         if self.fetch is not None:  # between selection and computation
@@ -375,6 +383,36 @@ class MoEFFN(nn.Module):
     def projection_parameters(self) -> Iterator[nn.Parameter]:
         """The parameters of the FFN itself; the router's are not among them."""
         return (p for leaf in self._leaves.values() for p in leaf._parameters.values() if p is not None)
+
+    def _native_key(self, x: Tensor) -> tuple[object, ...]:
+        return self.rule, self.always_on, x.dtype, gpu_routed.is_for(x, impl=self.impl)
+
+    def _find_native(self, x: Tensor) -> _Native | None:
+        """The native call that was made for such a forward, where it still holds."""
+        if not self._is_rule_known():
+            return None
+        found = self._natives.get(self._native_key(x))
+        if found is None or not found.holds():
+            return None
+        self._native = found = found._replace(rule=self.rule, always_on=self.always_on)  # equal, maybe other objects
+        return found
+
+    def _add_native(self, x: Tensor) -> _Native | None:
+        """`_make_native`, kept; what no longer holds goes, for it keeps weights in memory."""
+        if not self._is_rule_known():
+            return None  # a rule for one forward, say: the others' calls stay
+        kept = [(key, native) for key, native in self._natives.items() if native.holds()]
+        self._natives = dict(kept[-_MOST_NATIVES + 1 :])
+        self._native = made = self._make_native(x)
+        if made is not None:
+            self._natives[self._native_key(x)] = made
+        return made
+
+    def _is_rule_known(self) -> bool:
+        return type(self.rule) is RULES.get(self.rule.name)
+
+    def _forget_natives(self) -> None:
+        self._native, self._natives = None, {}
 
     def _make_native(self, x: Tensor) -> _Native | None:
         """The native call for the modules and tensors that are there now; None where the router or the rule is not one that it knows."""
@@ -508,12 +546,12 @@ class MoEFFN(nn.Module):
         return NeuronRouterWeights(scale_F=scale_F, rule=self.rule.name, knob=self.rule.value, low_rank=low_rank, always_on=self.always_on)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "MoEFFN":
-        self._native = None  # it would keep the weights from before the move or cast in memory
+        self._forget_natives()  # they would keep the weights from before the move or cast in memory
         super()._apply(fn, recurse)
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_native": None}  # pointers are of this process and these tensors
+        return {**self.__dict__, "_native": None, "_natives": {}}  # pointers are of this process and these tensors
 
     def _begin(self, first: nn.Module, x: Tensor) -> _Call:
         thread = _thread()

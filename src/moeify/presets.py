@@ -18,6 +18,9 @@ from .select import RuleConfig
 MOST = 64
 """Presets of one model."""
 
+RESERVED = "default"
+"""The checkpoint's own rules, where presets are named: of a server, say."""
+
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
@@ -26,7 +29,7 @@ class Preset:
     """One operating point. Fractions are of the dense model; what was not measured is None."""
 
     name: str
-    """Letters, digits, '.', '_' and '-', 64 at most, a letter or digit first."""
+    """Letters, digits, '.', '_' and '-', 64 at most, a letter or digit first; no number, and not "default", the model's own rules."""
     rules: dict[str, RuleConfig]
     """Rule by layer: FFNs by the names of their sites, linear layers that skip input channels by theirs."""
     active_fraction: float
@@ -64,12 +67,19 @@ def check_name(name: str) -> None:
     """Refuse what cannot be a preset's name.
 
     Raises:
-        ConfigError: other characters than letters, digits, '.', '_' and '-', none, or more than 64.
+        ConfigError: other characters than letters, digits, '.', '_' and '-', none, or more than 64; "default", or a number.
     """
     if not _NAME.fullmatch(name):
         raise ConfigError(
             f"a preset cannot be named {name[:80]!r}: letters, digits, '.', '_' and '-' only, at most 64, a letter or digit first."
         )
+    if name == RESERVED:
+        raise ConfigError(f"a preset cannot be named {name!r}, which names the checkpoint's own rules; choose another name.")
+    try:
+        float(name)
+    except ValueError:
+        return
+    raise ConfigError(f"a preset cannot be named {name!r}: where a preset may stand, a number is an active fraction; add a letter.")
 
 
 def check_presets(presets: Iterable[Preset], layers: Iterable[str]) -> None:

@@ -76,7 +76,7 @@ def preset(
         list[str] | None,
         typer.Option(metavar="NAME=FRACTION", help="A preset and its active fraction; by default quality=0.75, balanced=0.5, fast=0.25."),
     ] = None,
-    latency: Annotated[bool, typer.Option("--latency", help="Time each, too, in turns with the dense model.")] = False,
+    latency: Annotated[bool, typer.Option("--latency/--no-latency", help="Time each, too, in turns with the dense model.")] = True,
     latency_tokens: LatencyTokens = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Windows per forward.")] = 1,
     dtype: DType = "float32",
@@ -173,7 +173,10 @@ def eval(
     limit: Annotated[int | None, typer.Option(min=1, help="Most examples of each task.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Sequences per forward; above 1 padding counts in the active fraction.")] = 1,
     trust_tasks: Annotated[
-        bool, typer.Option("--trust-tasks", help="Let task files run Python code (!function) and any template; read them first.")
+        bool,
+        typer.Option(
+            "--trust-tasks", help="Let task files run Python code (functions, scripts, data sets) and any template; read them first."
+        ),
     ] = False,
     dtype: DType = "float32",
     device: Device = "cpu",

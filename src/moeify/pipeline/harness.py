@@ -1,8 +1,9 @@
 """A checkpoint through lm-evaluation-harness, offline, with what it cost beside the results.
 
 Tasks are lm-eval's own by name, YAML files of its format, or files of multiple-choice questions, of which tasks are made here. YAML from
-others can run code (``!function``, and templates, which lm-eval renders without a sandbox): here functions are refused and templates are
-rendered in Jinja's sandbox, unless the caller trusts them.
+others can run code: by functions (``!function``), by templates, which lm-eval renders without a sandbox, by metrics that are paths of
+scripts, and by data sets with scripts or pickles. Unless the caller trusts them, templates are rendered in Jinja's sandbox here, and files
+may name nothing but lm-eval's own metrics and data in formats that are read as data.
 """
 
 import hashlib
@@ -49,6 +50,11 @@ _FORMATS: dict[frozenset[str], dict[str, Any]] = {
     },
 }
 """Columns of a file of questions, and what lm-eval makes of them."""
+_FORMATS_OF_DATA = ("json", "parquet", "csv", "text")
+"""Readers of `datasets` that run nothing of what they read; "pandas" unpickles, and any other name is a folder or of the Hub."""
+_KEYS_OF_DATA = ("data_files", "split", "name")
+_RUN_CODE = ("class", "custom_dataset", "use_prompt", "group", "task_list", "unsafe_code")
+"""Keys by which lm-eval calls what they name, renders templates of other files, or reads other tasks."""
 _MOST_YAML = 1_000_000
 """Bytes of a task file."""
 
@@ -78,7 +84,7 @@ def evaluate_checkpoint(
         dense: evaluate the model's dense mode, too.
         limit: most examples of each task.
         batch_size: sequences of a forward. Above 1 shorter ones are padded, and padding counts in the active fraction.
-        trust_tasks: let YAML files call Python functions, and their templates anything.
+        trust_tasks: let YAML files call Python functions and scripts, and their templates anything.
         dtype: of the weights.
         device: where the model runs.
         out: where the result is written as JSON.
@@ -102,12 +108,14 @@ def evaluate_checkpoint(
     if out is not None:
         check_writable(next(p for p in out.absolute().parents if p.exists()), out)
     files, names = find_tasks(tasks)
+    _check_installed()
+    if not trust_tasks:
+        _check_datasets()
     with _offline():
         configs = {path: task_config(path, trust=trust_tasks) for path in files}
         titles = [str(config["task"]) for config in configs.values()] + names
         if len(set(titles)) < len(titles):
             raise ConfigError(f"there are two tasks named {next(t for t in titles if titles.count(t) > 1)!r}; rename a file.")
-        _check_installed()
         model, tokenizer = load_model(directory, dtype=torch_dtype(dtype))
         if tokenizer is None or not model.can_generate():
             raise DataError(f"'{directory}' is no language model with a tokenizer; lm-eval's tasks are of text.")
@@ -183,15 +191,17 @@ def task_config(path: Path, *, trust: bool = False) -> dict[str, Any]:
 
     Args:
         path: of the file. Relative paths of data in a YAML file are from its folder.
-        trust: let YAML name Python functions.
+        trust: let YAML name what runs code.
 
     Raises:
-        DataError: unknown columns, no YAML of one task, or a function that is not trusted.
+        DataError: unknown columns, no YAML of one task, or something that can run code and is not trusted.
     """
     if path.suffix in _YAML:
         config = _read_yaml(path, trust=trust, seen=())
         if not isinstance(config.get("task"), str):
             raise DataError(f"'{path}' is not the configuration of one task (it has no 'task' with a name); groups are not read.")
+        if not trust and (what := _untrusted(config)):
+            raise DataError(f"'{path}': {what}, which can run code; --trust-tasks lets it, if you have read the file and what it names.")
         kwargs = config.get("dataset_kwargs")
         if isinstance(kwargs, dict) and isinstance(kwargs.get("data_files"), dict):
             config["dataset_kwargs"] = {**kwargs, "data_files": {k: _beside(path, v) for k, v in kwargs["data_files"].items()}}
@@ -212,6 +222,47 @@ def task_config(path: Path, *, trust: bool = False) -> dict[str, Any]:
         "metadata": {"version": 1.0},
         **options,
     }
+
+
+def _untrusted(config: Mapping[str, Any]) -> str | None:
+    """What of a task can run code, or read data that does; None if nothing. Functions and templates are seen to elsewhere."""
+    if key := next((key for key in _RUN_CODE if config.get(key)), None):
+        return f"it has the key {key!r}"
+    kind, options = config.get("dataset_path"), config.get("dataset_kwargs") or {}
+    if kind is not None and kind not in _FORMATS_OF_DATA:
+        return f"dataset_path {str(kind)[:200]!r} is none of {', '.join(_FORMATS_OF_DATA)}"
+    if not isinstance(options, dict) or set(options) - set(_KEYS_OF_DATA):
+        return f"dataset_kwargs have other keys than {', '.join(_KEYS_OF_DATA)}"
+    if address := next((text for text in _texts(options) if "::" in text or "://" in text), None):
+        return f"its data is at the address {address[:200]!r}"
+    entries = config.get("metric_list") or []
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        return "metric_list is no list of metrics"
+    if not entries:
+        return None
+    import lm_eval.api.metrics  # noqa: F401 - fills the tables
+    from lm_eval.api.registry import AGGREGATION_REGISTRY, METRIC_REGISTRY
+
+    for entry in entries:
+        if "hf_evaluate" in entry:
+            return "a metric has the key 'hf_evaluate'"
+        for key, known in (("metric", METRIC_REGISTRY), ("aggregation", AGGREGATION_REGISTRY)):
+            name = entry.get(key)
+            if (name is not None or key == "metric") and (not isinstance(name, str) or name not in known):
+                return f"the {key} {str(name)[:200]!r} is not lm-eval's own"
+    return None
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """All strings in lists and dicts, keys among them."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for pair in value.items():
+            yield from _texts(list(pair))
+    elif isinstance(value, list):
+        for one in value:
+            yield from _texts(one)
 
 
 def _columns(path: Path) -> frozenset[str]:
@@ -280,6 +331,13 @@ def _check_installed() -> None:
         importlib.import_module("lm_eval.models.huggingface")
     except ImportError as error:
         raise MoeifyError(f"evaluation needs lm-evaluation-harness ({error}); pip install 'moeify[eval]'.") from error
+
+
+def _check_datasets() -> None:
+    """Data sets of lm-eval's own tasks come from the cache; before version 4 `datasets` runs scripts that it finds there."""
+    version = importlib.metadata.version("datasets")
+    if int(version.partition(".")[0]) < 4:
+        raise MoeifyError(f"datasets {version} can run scripts of data sets; pip install 'datasets>=4', or --trust-tasks.")
 
 
 def _run(

@@ -55,7 +55,7 @@ def preset_checkpoint(
     *,
     data: DataConfig,
     fractions: Mapping[str, float] | None = None,
-    latency: bool = False,
+    latency: bool = True,
     latency_tokens: int | None = None,
     batch_size: int = 1,
     dtype: str = "float32",

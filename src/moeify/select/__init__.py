@@ -7,6 +7,7 @@ from .dynk_max import DynKMax as DynKMax
 from .norm_budget import NormBudget as NormBudget
 from .per_token import PerToken as PerToken
 from .rule import Rule as Rule
+from .rule import Selection as Selection
 from .threshold import Threshold as Threshold
 from .topk import TopK as TopK
 

@@ -41,6 +41,10 @@ class PerToken:
         if num_tokens != self.num_tokens:
             raise ValueError(f"the rules are for {self.num_tokens} tokens, the layer got {num_tokens}.")
 
+    def runs_all(self, num_experts: int) -> bool:
+        """Whether every token's rule does."""
+        return all(rule.runs_all(num_experts) for rule, rows_N in self.parts if len(rows_N))
+
     def __call__(self, scores_TE: Tensor) -> Tensor:
         """mask_TE.
 

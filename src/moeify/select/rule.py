@@ -7,7 +7,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +15,20 @@ from torch import Tensor
 from .._config import from_dict
 
 R = TypeVar("R", bound="Rule")
+
+
+class Selection(Protocol):
+    """All that a forward asks of what stands in the place of a layer's rule: a `Rule`, or for one forward `PerToken`."""
+
+    @property
+    def name(self) -> str:
+        """Key of native calls that know it."""
+
+    def __call__(self, scores_TE: Tensor, /) -> Tensor:
+        """mask_TE of ``scores_TE``."""
+
+    def runs_all(self, num_experts: int) -> bool:
+        """Whether every expert of every token runs whatever the scores."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,8 @@ transformers builds the server: model, handlers, routes. What is ours is put aro
     handle_request   reads the preset off the request, gives the request an id that begins with it
     one at a time    the thread that runs the model puts the preset's rules in place before each request
     packed batches   a hook before the model's forward reads off the requests' ids which tokens are whose
-    /v1/models       this model and its presets; /load_model and /reset are closed: whoever may ask may not choose what is loaded
+    /v1/models       this model and its presets
+    routes           those of `_ROUTES` alone are left; the rest answer 403: whoever may ask may not choose what is loaded
 
 Presets must not disturb each other where requests share more than a forward, either: keys and values are made under a preset's rules, so
 packed batches share no prefixes where there are several presets, and no CUDA graph, which holds the rules' numbers.
@@ -32,16 +33,17 @@ from .._config import did_you_mean
 from ..errors import CheckpointError, ConfigError, MoeifyError
 from ..hf.checkpoint import model_class
 from ..pipeline.names import torch_device, torch_dtype
+from ..presets import RESERVED
 from ..presets import presets as presets_of
 from ..select import Rule
 from .config import ServeConfig
 from .rules import PresetRules
 
-DEFAULT = "default"
-"""The preset of the rules that the checkpoint was saved with."""
-
 _HEADER = "x-moeify-preset"
 _HANDLERS = ("_chat_handler", "_completion_handler", "_response_handler", "_systemone_handler")
+_ROUTES = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/systemone", "/health")
+"""Of transformers, and left open: each is of one of `_HANDLERS`, which are told the model, or reads nothing from the request."""
+_METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 _GRACE_S = 10
 """Seconds that requests in flight have to finish after a signal."""
 _PRESET: contextvars.ContextVar[str | None] = contextvars.ContextVar("moeify_preset", default=None)
@@ -136,7 +138,7 @@ def serve(
 
         host, port = listener.getsockname()[:2]
         if is_loopback(config.host):
-            _trust_own_host_only(served.app, config.host)
+            served.app.add_middleware(_LoopbackHosts)
         bracketed = f"[{host}]" if ":" in host else host
         settings = uvicorn.Config(
             served.app, host=host, port=port, log_level="warning", access_log=False, timeout_graceful_shutdown=_GRACE_S
@@ -154,9 +156,10 @@ def serve(
 def is_loopback(host: str) -> bool:
     """Whether only this machine reaches an address."""
     try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
+        address = ipaddress.ip_address(host.strip("[]"))
     except ValueError:
-        return host == "localhost"
+        return host.lower() == "localhost"
+    return (getattr(address, "ipv4_mapped", None) or address).is_loopback
 
 
 # -- what is put around transformers' server -----------------------------------------------------------------------------------------
@@ -212,7 +215,7 @@ def _with_presets(serve: Any, path: Path, config: ServeConfig) -> Served:
             raise MoeifyError(_unknown_version(transformers.__version__, f"{type(owner).__name__}.{name}"))
 
     model = next(iter(manager.loaded_models.values())).model
-    stored: dict[str, Mapping[str, Rule]] = {DEFAULT: {}}
+    stored: dict[str, Mapping[str, Rule]] = {RESERVED: {}}  # what the checkpoint was saved with
     stored |= {name: preset.rules for name, preset in presets_of(model).items()}
     chosen = {name: _config.lookup(stored, name, where="presets") for name in config.presets} or stored
     default = next(iter(chosen))
@@ -271,14 +274,15 @@ def _with_presets(serve: Any, path: Path, config: ServeConfig) -> Served:
         return JSONResponse({"object": "list", "data": data})
 
     def closed() -> Any:
-        """What would change or unload the model for everybody."""
+        """What would load another model, or unload this one for everybody."""
         return JSONResponse({"detail": "this server serves one model; start another to serve another."}, status_code=403)
 
-    taken = ("/v1/models", "/load_model", "/reset")
-    app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", None) not in taken]
+    routes = list(app.router.routes)
+    app.router.routes[:] = [route for route in routes if getattr(route, "path", None) in _ROUTES]
     app.get("/v1/models")(list_models)
-    app.post("/load_model")(closed)
-    app.post("/reset")(closed)
+    # An unknown route may load whatever its requests name, as that of transcriptions does; later versions may bring more of them.
+    for path_of_route in {getattr(route, "path", None) for route in routes} - {None, "/v1/models", *_ROUTES}:
+        app.api_route(path_of_route, methods=list(_METHODS), include_in_schema=False)(closed)
     return Served(app=app, names=names, presets=tuple(chosen), stop=runner.stop)
 
 
@@ -407,12 +411,30 @@ def _cb_config(given: Any, options: Mapping[str, Any]) -> Any:
     return config
 
 
-def _trust_own_host_only(app: Any, host: str) -> None:
-    """Refuse requests that reached this machine's own address under another name: a web page in the user's browser (DNS rebinding)."""
-    if ":" not in host:
-        from starlette.middleware.trustedhost import TrustedHostMiddleware
+class _LoopbackHosts:
+    """Refuses requests that reached a loopback address under another name: of a web page in the user's browser (DNS rebinding).
 
-        app.add_middleware(TrustedHostMiddleware, allowed_hosts=list({host, "127.0.0.1", "localhost"}))
+    Starlette's own check of hosts cuts ``[::1]:8000`` at the first colon.
+    """
+
+    def __init__(self, app: Any) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] in ("http", "websocket"):
+            named = [value.decode("latin-1") for key, value in scope["headers"] if key == b"host"]
+            if len(named) != 1 or not is_loopback(_without_port(named[0])):
+                from starlette.responses import PlainTextResponse
+
+                await PlainTextResponse("Invalid host header", status_code=400)(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+
+def _without_port(host: str) -> str:
+    """Of a Host header: ``127.0.0.1:8000``, ``localhost`` or ``[::1]:8000``."""
+    name, colon, port = host.rpartition(":")
+    return name if colon and port.isdecimal() and not host.endswith("]") else host
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..channels import SparseInput, sparse_inputs
 from ..layers import MoEFFN, moe_layers
-from ..select import PerToken, Rule
+from ..select import PerToken, Rule, Selection
 
 
 class PresetRules:
@@ -63,11 +63,11 @@ class PresetRules:
             choice_T = torch.tensor(choices, device=positions_T.device)
             mixes: dict[tuple[Rule, ...], PerToken] = {}  # layers whose rules are alike share one, and its search for rows
 
-            def mixed(layer: str) -> Rule:
+            def mixed(layer: str) -> Selection:
                 rules = tuple(self._rules[preset][layer] for preset in used)
                 if rules not in mixes:
                     mixes[rules] = PerToken(rules, choice_T)
-                return rules[0] if len(set(rules)) == 1 else cast(Rule, mixes[rules])
+                return rules[0] if len(set(rules)) == 1 else mixes[rules]
 
             self._put(mixed)
             self._current = None
@@ -88,6 +88,6 @@ class PresetRules:
             if isinstance(layer, SparseInput):
                 layer.start_T = None
 
-    def _put(self, rule_of: Callable[[str], Rule]) -> None:
+    def _put(self, rule_of: Callable[[str], Selection]) -> None:
         for name, layer in self._layers.items():
-            layer.rule = rule_of(name)
+            layer.rule = cast(Rule, rule_of(name))  # forwards ask no more of it, and nobody else sees it

@@ -95,6 +95,11 @@ def test_programs_that_do_not_import_moeify_find_the_hook(tmp_path):
     assert "moeify cannot be imported (OSError: libgomp.so.1: cannot open shared object file)" in done.stderr
 
 
+def test_no_extra_names_the_distribution_which_is_on_no_registry():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert not [wanted for extra in extras.values() for wanted in extra if wanted.startswith("moeify-")]
+
+
 @pytest.fixture
 def autoload(monkeypatch):
     """The module, and an import system whose changes are undone."""

@@ -16,6 +16,7 @@ from moeify.kernels import build_plan, cpu, gpu_ffn, gpu_routed, masked
 from moeify.layers import moe_layers, set_impl, set_rule
 from moeify.routers import NormRouterConfig, build_router
 from moeify.select import RULES, DynKMass, DynKMax, NormBudget, Threshold, TopK
+from moeify.serving.rules import PresetRules
 from moeify.sites import FFNSite
 from moeify.sites.int8 import quantize_rows
 
@@ -115,6 +116,24 @@ def test_operator_passes_torchs_own_checks():
     torch.library.opcheck(gpu_routed._routed_ffn_gpu, args)
     with torch.enable_grad(), pytest.raises(KernelError, match="routed_ffn_gpu has no gradient"):
         gpu_routed._routed_ffn_gpu(args[0].requires_grad_(), *args[1:])
+
+
+def test_a_packed_batch_of_several_presets_runs_on_it():
+    model = convert_tiny(tiny_llama(), rule=TopK(k=6)).eval()
+    layers = tuple(moe_layers(model))
+    presets = {
+        "fast": dict.fromkeys(layers, TopK(k=1)),
+        "half": dict.fromkeys(layers, TopK(k=3)),
+        "whole": {},
+        "all": {layers[0]: TopK(k=7)},
+    }
+    rules, mlp, x = PresetRules(model, presets), model.model.layers[0].mlp, torch.randn(1, 3, 32)
+    for requests in ([("fast", 1), ("half", 2)], [("whole", 2), ("all", 1)]):
+        rules.apply_batch(requests, torch.arange(3))
+        set_impl(model, "masked")
+        expected = mlp(x)
+        set_impl(model, "triton")
+        torch.testing.assert_close(mlp(x), expected)
 
 
 def test_a_model_decodes_by_it_eagerly_and_compiled_with_a_static_cache(monkeypatch):

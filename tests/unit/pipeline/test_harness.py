@@ -118,6 +118,44 @@ def test_files_that_are_no_tasks_are_refused(tmp_path, name, text, message):
         task_config(path)
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("metric_list: [{metric: METRIC}]", "the metric '.*evil.py' is not lm-eval's own"),
+        ("metric_list: [{metric: [METRIC]}]", "the metric .* is not lm-eval's own"),
+        ("metric_list: [{aggregation: mean}]", "the metric 'None' is not lm-eval's own"),
+        ("metric_list: {metric: METRIC}", "metric_list is no list of metrics"),
+        ("metric_list: [{metric: acc, aggregation: METRIC}]", "the aggregation '.*evil.py' is not lm-eval's own"),
+        ("metric_list: [{metric: acc, hf_evaluate: true}]", "a metric has the key 'hf_evaluate'"),
+        ("dataset_path: pandas", "dataset_path 'pandas' is none of json, parquet, csv, text"),
+        ("dataset_path: ./folder", "dataset_path './folder' is none of json, parquet, csv, text"),
+        ("dataset_path: [json]", "dataset_path .* is none of json, parquet, csv, text"),
+        ("dataset_kwargs: {trust_remote_code: true}", "dataset_kwargs have other keys than data_files, split, name"),
+        ("dataset_kwargs: {data_files: {test: ['https://example.com/x']}}", "its data is at the address 'https://example.com/x'"),
+        ("dataset_kwargs: {data_files: 'zip::a.zip'}", "its data is at the address 'zip::a.zip'"),
+        ("class: os.getcwd", "it has the key 'class'"),
+        ("use_prompt: 'other.yaml:x'", "it has the key 'use_prompt'"),
+    ],
+)
+def test_what_can_run_code_is_refused_unless_trusted(tmp_path, text, message):
+    pytest.importorskip("lm_eval")
+    (tmp_path / "evil.py").write_text("raise SystemExit('ran')")
+    path = tmp_path / "x.yaml"
+    path.write_text("task: x\n" + text.replace("METRIC", str(tmp_path / "evil.py")))
+    with pytest.raises(DataError, match=f"{message}, which can run code; --trust-tasks"):
+        task_config(path)
+    assert task_config(path, trust=True)["task"] == "x"
+    (tmp_path / "outer.yaml").write_text("include: x.yaml\ntask: y")
+    with pytest.raises(DataError, match="which can run code"):
+        task_config(tmp_path / "outer.yaml")
+
+
+def test_old_datasets_which_run_scripts_are_refused(monkeypatch):
+    monkeypatch.setattr(harness.importlib.metadata, "version", lambda _name: "3.6.0")
+    with pytest.raises(moeify.MoeifyError, match=r"datasets 3.6.0 can run scripts of data sets; pip install 'datasets>=4'"):
+        harness._check_datasets()
+
+
 def test_a_function_hidden_in_an_included_file_is_refused_too(tmp_path):
     (tmp_path / "base.yaml").write_text("process_docs: !function os.getcwd")
     (tmp_path / "x.yaml").write_text("include: base.yaml\ntask: x")

@@ -32,7 +32,7 @@ def folder(made, tmp_path_factory):
     """The checkpoint with presets, one of them from a budget; and what making them returned."""
     path = tmp_path_factory.mktemp("with") / "moe"
     shutil.copytree(made, path)
-    first = preset_checkpoint(path, data=DATA, fractions={"half": 0.5, "few": 0.3}, latency=True)
+    first = preset_checkpoint(path, data=DATA, fractions={"half": 0.5, "few": 0.3})
     config = AllocateConfig(unit="ffn_flops", fraction=0.6, passes=1)
     second = budget_checkpoint(path, data=DATA, config=config, preset="six")
     return path, first, second
@@ -100,6 +100,9 @@ def test_generate_takes_a_preset_and_names_those_there_are(folder):
     ("fractions", "message"),
     [
         pytest.param({"a b": 0.5}, "cannot be named 'a b'", id="name"),
+        pytest.param({"default": 0.5}, "cannot be named 'default', which names the checkpoint's own rules", id="reserved"),
+        pytest.param({"0.5": 0.5}, "cannot be named '0.5': where a preset may stand, a number is an active fraction", id="number"),
+        pytest.param({"1e3": 0.5}, "cannot be named '1e3': where", id="number with an exponent"),
         pytest.param({"none": 0.0}, r"active fraction of preset 'none' must be in \(0, 1\], got 0.0", id="fraction"),
     ],
 )
@@ -142,8 +145,9 @@ def test_the_command_line_makes_presets(made, tmp_path, capsys):
     path = tmp_path / "moe"
     shutil.copytree(made, path)
     data = ["--data", "builtin:pydoc", "--window", "64", "--max-tokens", "256"]
-    assert run(["preset", str(path), *data, "--at", "a=0.5", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["a"]["asked"] == {"active_fraction": 0.5}
+    assert run(["preset", str(path), *data, "--at", "a=0.5", "--no-latency", "--json"]) == 0
+    made_by_it = json.loads(capsys.readouterr().out)["a"]
+    assert (made_by_it["asked"], made_by_it.get("latency_fraction")) == ({"active_fraction": 0.5}, None)
     assert run(["budget", str(path), *data, "--ffn-flops", "0.7", "--passes", "0", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["preset"]["name"] == "ffn-flops-0.7"
     assert list(read_presets(path)) == ["a", "ffn-flops-0.7"]

@@ -1,5 +1,6 @@
 """The server in process: presets by request, one at a time and in packed batches; what it refuses; a real one that ends."""
 
+import contextlib
 import json
 import os
 import signal
@@ -16,10 +17,11 @@ import moeify
 from moeify.errors import CheckpointError, ConfigError, MoeifyError
 from moeify.presets import Preset
 from moeify.select import TopK
-from moeify.serving import ServeConfig
+from moeify.serving import ServeConfig, app
 from moeify.serving.app import build, is_loopback, requested_preset
 
 pytest.importorskip("fastapi")
+from fastapi import FastAPI
 from starlette.testclient import TestClient
 
 LAYERS = ("model.layers.0.mlp", "model.layers.1.mlp")
@@ -113,10 +115,14 @@ def test_bad_requests_are_one_line(client, fields, message):
     assert (answer.status_code, answer.json()) == (400, {"detail": message})
 
 
-def test_models_health_and_what_is_closed(client, monkeypatch):
+def test_models_health_and_what_is_closed(client):
     assert [m["id"] for m in client.get("/v1/models").json()["data"]] == ["tiny", "tiny@default", "tiny@balanced", "tiny@fast"]
     assert client.get("/health").json() == {"status": "ok"}
     assert [client.post(path, json={"model": "gpt2"}).status_code for path in ("/load_model", "/reset")] == [403, 403]
+    spoken = client.post("/v1/audio/transcriptions", data={"model": "openai/whisper-tiny"}, files={"file": ("a.wav", b"RIFF")})
+    assert (spoken.status_code, client.get("/docs").status_code) == (403, 403)
+    left = {route.path for route in client.app.routes if route.endpoint.__name__ != "closed"}
+    assert left == {"/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/systemone", "/v1/models", "/health"}
 
 
 def test_a_server_of_one_preset_runs_it_for_everybody(checkpoint, texts):
@@ -171,8 +177,51 @@ def test_options_out_of_range(options, message):
 
 
 def test_addresses_that_only_this_machine_reaches():
-    assert all(map(is_loopback, ("127.0.0.1", "127.8.8.8", "localhost", "::1", "[::1]")))
+    assert all(map(is_loopback, ("127.0.0.1", "127.8.8.8", "localhost", "LOCALHOST", "::1", "[::1]", "::ffff:127.0.0.1")))
     assert not any(map(is_loopback, ("0.0.0.0", "::", "192.168.0.2", "example.com")))
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "::1", "[::1]"])
+def test_on_this_machine_alone_other_names_for_it_are_refused(monkeypatch, host):
+    class Listener:
+        def getsockname(self):
+            return ("127.0.0.1", 8000)
+
+        def listen(self, _backlog):
+            pass
+
+    asked = {}
+
+    def run(server, **_):
+        client = TestClient(server.config.app)
+        hosts = (
+            "127.0.0.1:8000",
+            "localhost",
+            "localhost:8000",
+            "[::1]:8000",
+            "[::1]",
+            "evil.example",
+            "[::1].evil.example",
+            "evil.example:1",
+            "",
+        )
+        asked.update({name: client.get("/", headers={"host": name}).status_code for name in hosts})
+
+    page = FastAPI()
+    page.get("/")(lambda: "served")
+    served = app.Served(app=page, names=("tiny",), presets=("default",), stop=lambda: None)
+    monkeypatch.setattr(app, "build", lambda *_, **__: served)
+    monkeypatch.setattr(app, "_listening", lambda *_: contextlib.nullcontext(Listener()))
+    monkeypatch.setattr("uvicorn.Server.run", run)
+    assert app.serve("tiny", ServeConfig(host=host), say=lambda _: None) == 0
+    assert {name for name, status in asked.items() if status == 200} == {
+        "127.0.0.1:8000",
+        "localhost",
+        "localhost:8000",
+        "[::1]:8000",
+        "[::1]",
+    }
+    assert set(asked.values()) == {200, 400}
 
 
 def test_a_real_server_says_where_it_listens_and_ends_at_sigterm(checkpoint, texts):

@@ -7,7 +7,7 @@ from torch import Tensor
 
 import moeify
 from moeify.channels import sparse_inputs
-from moeify.layers import moe_layers
+from moeify.layers import MoEFFN, moe_layers
 from moeify.select import PerToken, Threshold, TopK
 from moeify.serving.rules import PresetRules
 
@@ -21,6 +21,34 @@ def test_per_token_gives_each_token_its_rules_mask(rng):
     assert torch.equal(mixed[[0, 3, 4]], TopK(k=4)(scores_TE)[[0, 3, 4]])
     with pytest.raises(ValueError, match="for 5 tokens, the layer got 4"):
         PerToken((TopK(k=1),), torch.zeros(5, dtype=torch.long))(scores_TE[:4])
+
+
+def test_per_token_runs_all_where_the_rule_of_every_token_does():
+    mixed = PerToken((TopK(k=4), TopK(k=6), TopK(k=1)), torch.tensor([1, 0, 1]))
+    assert mixed.runs_all(4), "no token has the third rule"
+    assert not mixed.runs_all(5)
+
+
+@torch.no_grad()
+def test_presets_in_turns_and_mixed_batches_keep_each_presets_native_call(monkeypatch):
+    model, made = convert_tiny(tiny_llama(), rule=TopK(k=6)), []
+    make = MoEFFN._make_routed
+    monkeypatch.setattr(MoEFFN, "_make_routed", lambda moe, dtype, **options: made.append(moe.rule) or make(moe, dtype, **options))
+    rules = PresetRules(model, {"half": {FIRST: TopK(k=3)}, "fast": {FIRST: TopK(k=1)}})
+    mlp, x_TD = model.model.layers[0].mlp, torch.randn(1, 2, 32)
+    found = {}
+    for _ in range(3):
+        for preset in ("half", "fast"):
+            rules.apply(preset)
+            assert torch.equal(mlp(x_TD), found.setdefault(preset, mlp(x_TD)))
+        rules.apply_batch([("half", 1), ("fast", 1)], torch.arange(2))
+        torch.testing.assert_close(mlp(x_TD), torch.cat((found["half"][:, :1], found["fast"][:, 1:]), dim=1))
+    assert made == [TopK(k=3), TopK(k=1)]
+    moe = moe_layers(model)[FIRST]
+    mlp.down_proj.weight.data = mlp.down_proj.weight * 2
+    rules.apply("half")
+    torch.testing.assert_close(mlp(x_TD), 2 * found["half"])
+    assert [rule for rule, *_ in moe._natives] == [TopK(k=3)], "calls of the old weights are kept in memory"
 
 
 def alone(model, rules: PresetRules, preset: str, ids_S: Tensor) -> Tensor:
