@@ -88,7 +88,7 @@ projections = st.sampled_from(
 SPECIAL = {
     Manifest: {"schema": st.integers(1, SCHEMA), "projections": st.lists(projections, max_size=2).map(tuple), "presets": st.just(())},
     Preset: {  # within a manifest its layers must be there, too: tests/unit/test_presets.py
-        "name": st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,8}", fullmatch=True),
+        "name": st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,8}-x", fullmatch=True),  # no number, nor a reserved word
         "rules": st.dictionaries(st.text(max_size=5), st.sampled_from([TopK(k=2), Threshold(theta=0.5)]), min_size=1, max_size=3),
         "asked": st.dictionaries(st.text(max_size=5), finite, max_size=2),
     },

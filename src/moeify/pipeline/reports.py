@@ -231,7 +231,7 @@ def _curve_of(directory: Path, curve: Path | None, *, is_needed: bool) -> Curve 
         if Path(found.model).name == directory.resolve().name:
             return found
     if is_needed:
-        raise DataError(f"no curve.json in '{directory}', nor one of it beside; moeify sweep writes one, and --curve names one.")
+        raise DataError(f"no such file: '{inside}', nor a curve of this checkpoint beside it; moeify sweep writes one, --curve names one.")
     return None
 
 

@@ -80,7 +80,7 @@ def test_report_takes_no_curve_of_a_neighbour(tmp_path):
     dense = DenseQuality(quality=10.0, flops_per_token=9e6)
     Curve(model=str(tmp_path / "a"), metric="perplexity", dense=dense, points=(POINT,)).write(tmp_path / "curve.json")
     assert "html" in report_checkpoint(tmp_path / "a")
-    with pytest.raises(DataError, match=r"no curve\.json in '.*b', nor one of it beside"):
+    with pytest.raises(DataError, match=r"no such file: '.*b/curve\.json', nor a curve of this checkpoint beside it"):
         report_checkpoint(tmp_path / "b")
 
 
