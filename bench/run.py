@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers.utils.logging import disable_progress_bar
 
+from moeify.doctor import cpu_name
 from moeify.errors import MoeifyError
 
 from . import cases
@@ -47,7 +48,7 @@ def environment() -> dict[str, Any]:
         "commit": _git("rev-parse", "HEAD"),
         "dirty": _git("status", "--porcelain", "--", ":(top,exclude)bench/results") != "",
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "cpu": _cpu_model(),
+        "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "load": round(os.getloadavg()[0], 2),
@@ -146,14 +147,6 @@ def _git(*arguments: str) -> str:
     except FileNotFoundError:
         return "unknown: no git"
     return done.stdout.strip() if done.returncode == 0 else f"unknown: {done.stderr.strip().splitlines()[-1:]}"
-
-
-def _cpu_model() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
-    return next(
-        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor() or platform.machine()
-    )
 
 
 if __name__ == "__main__":

@@ -53,12 +53,19 @@ def doctor() -> dict[str, Any]:
 
 def _cpu() -> dict[str, Any]:
     return {
-        "name": _cpu_field("model name") or platform.processor() or platform.machine(),
+        "name": cpu_name(),
         "flags": sorted(set(_cpu_field("flags", "Features").split()) & set(_CPU_FLAGS)),
         "torch_capability": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
     }
+
+
+def cpu_name() -> str:
+    """What the processor calls itself, with family and model, for virtual machines often give a brand alone."""
+    name = _cpu_field("model name") or platform.processor() or platform.machine()
+    family, model = _cpu_field("cpu family"), _cpu_field("model")
+    return f"{name} (family {family}, model {model})" if family and model else name
 
 
 def _cpu_field(*names: str) -> str:
