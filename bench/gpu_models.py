@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, CompileConfig, LlamaConfig
 
-from moeify.convert import SiteRecord, apply_site
+from moeify.convert import apply_site
+from moeify.manifest import SiteRecord
 from moeify.routers import NormRouterConfig
 from moeify.select import TopK
 from moeify.sites import find_ffn_sites

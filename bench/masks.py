@@ -19,7 +19,7 @@ from torch import Tensor
 
 from moeify.data import DataConfig
 from moeify.errors import MoeifyError
-from moeify.hf.checkpoint import load_model
+from moeify.hf.load import load_model
 from moeify.layers import moe_layers
 from moeify.pipeline.inputs import calibration_batches
 from moeify.select import DynKMax

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from moeify import CalibrationConfig, ConvertConfig, DataConfig, convert_checkpoint
-from moeify.hf.checkpoint import save_dense
+from moeify.hf.save import save_dense
 from moeify.hf.tokenizer import byte_tokenizer
 from moeify.routers import NormRouterConfig
 from moeify.train.fit import RouterTrainConfig

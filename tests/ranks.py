@@ -23,9 +23,10 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 from training import F32
 
 from moeify._dist import Ranks, whole
+from moeify.controls import set_mode
 from moeify.errors import MoeifyError
 from moeify.kernels import build_plan, moe_ffn
-from moeify.layers import moe_layers, set_mode
+from moeify.layers import moe_layers
 from moeify.sites import FFNWeights
 from moeify.ssd import SSD, SSDConfig
 from moeify.train import TrainConfig, train

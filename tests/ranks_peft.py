@@ -11,7 +11,8 @@ import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from moeify.layers import moe_layers, record_active, store_by_shape
+from moeify.controls import record_active, store_by_shape
+from moeify.layers import moe_layers
 from moeify.select import TopK
 
 

@@ -30,11 +30,12 @@ from bench.zeroshot import accuracies, read_questions
 from moeify import CalibrationConfig, ConvertConfig, DataConfig, find_ffn_sites, find_linear_sites, model_cost, model_weights, to_dense
 from moeify._config import lookup
 from moeify.channels import record_channels
+from moeify.controls import record_active, set_rule
 from moeify.data import lm_batches, text_windows
 from moeify.errors import ConfigError
 from moeify.evaluate import DenseReference, measure_quality
-from moeify.hf.checkpoint import load_model
-from moeify.layers import moe_layers, record_active, set_rule
+from moeify.hf.load import load_model
+from moeify.layers import moe_layers
 from moeify.pipeline import NeuronConfig, convert_model, thin_model
 from moeify.routers import (
     MLPRouterConfig,

@@ -17,7 +17,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from bench.common import numbers, whole_numbers
 from moeify import DataConfig, example_inputs, find_linear_sites
 from moeify.errors import ConfigError
-from moeify.hf.checkpoint import load_model
+from moeify.hf.load import load_model
 from moeify.pipeline.inputs import calibration_batches
 from moeify.sites import linear_weight, projection_width
 from moeify.train.project import ProjectConfig, capture_layers, project_linear

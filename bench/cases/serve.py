@@ -30,7 +30,7 @@ from bench.common import words
 from bench.tiny import save_tiny
 from moeify import ConvertConfig, convert, example_inputs, find_ffn_sites, load_model, set_presets
 from moeify.errors import ConfigError, MoeifyError
-from moeify.hf.checkpoint import read_manifest
+from moeify.hf.load import read_manifest
 from moeify.presets import Preset
 from moeify.routers import NormRouterConfig
 from moeify.select import TopK

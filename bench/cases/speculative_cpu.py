@@ -52,7 +52,7 @@ from moeify.channels import sparse_inputs
 from moeify.data import text_windows
 from moeify.demo import CONTEXT, RandomWindows
 from moeify.errors import ConfigError
-from moeify.hf.checkpoint import save_dense
+from moeify.hf.save import save_dense
 from moeify.hf.speculate import expected_speedup
 from moeify.hf.tokenizer import byte_tokenizer
 from moeify.pipeline import CalibrationConfig

@@ -30,11 +30,13 @@ from bench.common import p80_over_p20, whole_numbers, words
 from bench.paper.code import check_stages
 from moeify import set_mode
 from moeify._config import from_dict, to_dict
+from moeify.controls import set_rule
 from moeify.data import text_windows
 from moeify.errors import ConfigError
-from moeify.hf.checkpoint import PRETRAINING_FILE, load_model
+from moeify.hf.folders import PRETRAINING_FILE
+from moeify.hf.load import load_model
 from moeify.hf.random import random_model
-from moeify.layers import moe_layers, set_rule
+from moeify.layers import moe_layers
 from moeify.pipeline.pretrain import pretrain
 from moeify.pipeline.pretrain_data import source_id
 from moeify.pipeline.pretrain_recipe import PretrainConfig, read_pretrain

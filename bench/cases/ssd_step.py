@@ -23,10 +23,11 @@ from torch.nn import functional as F
 
 from bench.common import DTYPES, words
 from moeify._config import lookup
-from moeify.convert import SiteRecord, apply_site
+from moeify.convert import apply_site
 from moeify.evaluate import measure_ms
 from moeify.kernels import build_plan, explain, moe_ffn
 from moeify.layers import MoEFFN
+from moeify.manifest import SiteRecord
 from moeify.routers import LinearRouter, LinearRouterConfig
 from moeify.select import TopK
 from moeify.sites import find_ffn_sites

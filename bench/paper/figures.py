@@ -16,8 +16,9 @@ from moeify import find_ffn_sites
 from moeify._config import to_dict
 from moeify.errors import DataError
 from moeify.evaluate import executed_experts, nonzero_activations, rules_at
-from moeify.hf.checkpoint import library_versions, load_model, read_manifest
 from moeify.hf.inputs import example_inputs
+from moeify.hf.load import load_model, read_manifest
+from moeify.hf.save import library_versions
 from moeify.pipeline.inputs import evaluation_batches, take_tokens, tokens_per_image
 from moeify.pipeline.names import torch_device
 from moeify.pipeline.results import source_commit

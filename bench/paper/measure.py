@@ -10,7 +10,7 @@ from typing import Any
 from moeify._config import from_dict
 from moeify._progress import NO_PROGRESS, Progress
 from moeify.evaluate import CurvePoint
-from moeify.hf.checkpoint import read_manifest
+from moeify.hf.load import read_manifest
 from moeify.pipeline.recipe import VALIDATION, ZTW, RecipeConfig
 from moeify.pipeline.run_recipe import run_stages
 from moeify.pipeline.stages import Stage

@@ -472,7 +472,7 @@ class ChannelRecorder:
 
     def __init__(self) -> None:
         self.token_masks: Mapping[str, Tensor | None] = {}
-        """Padding by layer name; set by `moeify.layers.token_mask`."""
+        """Padding by layer name; set by `moeify.controls.token_mask`."""
         self._kept: dict[LinearSite, Tensor] = {}
         self._all: dict[LinearSite, int | Tensor] = {}
 
@@ -570,7 +570,7 @@ def sparse_inputs(model: nn.Module) -> dict[str, SparseInput]:
 
 @contextmanager
 def record_channels(model: nn.Module) -> Iterator[ChannelRecorder]:
-    """Count what the sparse layers of ``model`` skip within the block; padding too, but inside a `moeify.layers.token_mask`."""
+    """Count what the sparse layers of ``model`` skip within the block; padding too, but inside a `moeify.controls.token_mask`."""
     recorder = ChannelRecorder()
     with kept(sparse_inputs(model).values(), "recorder"):
         for executor in sparse_inputs(model).values():

@@ -7,21 +7,21 @@ FFN. Names and shapes of the model's own parameters do not change: a converted c
 router tensors (decision D2).
 """
 
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from . import _config
-from ._bounds import check_bounds
 from ._random import seeded
 from .channels import CHILD, SparseInput, attach_channels, detach_channels, sparse_inputs
 from .errors import CheckpointError, ConfigError, UnsupportedModelError
 from .layers import MoEFFN, MoEProjection, attach, detach, moe_layers
-from .presets import Preset, check_presets, presets, store, with_rules_of
+from .manifest import Manifest, SiteRecord, fingerprint, stamp, weight_norms_of
+from .presets import store
 from .routers import NormRouterConfig, RouterConfig, build_router, check_router
 from .select import RuleConfig, Threshold
 from .sites import (
@@ -29,7 +29,6 @@ from .sites import (
     FFNSite,
     FusedProjection,
     Int8Linear,
-    LinearSite,
     ProjectionMLP,
     ProjectionRecord,
     check_patterns,
@@ -54,9 +53,6 @@ from .sites import (
 )
 from .sparsity.activation import mark, put_module
 from .split import BalancedKMeans, Coactivation, ContiguousSplit, ExpertSplit, SplitConfig, parameter_features, split_neurons
-
-SCHEMA = 1
-"""Schema of the manifest; a reader refuses a newer one and migrates an older one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,95 +110,6 @@ class ConvertConfig:
         if "expert_size" not in named:
             options = replace(options, expert_size=options.projection_expert_size)
         return options if "router" in named else replace(options, router=options.projection_router)
-
-
-@dataclass(frozen=True, kw_only=True)
-class SiteRecord:
-    """One converted FFN, as the manifest stores it."""
-
-    site: FFNSite
-    """Where its weights are."""
-    num_experts: int
-    """E; the experts' slices follow from it (`expert_bounds`)."""
-    router: RouterConfig
-    """Router whose tensors are ``<site>.moe.router.*``."""
-    rule: RuleConfig
-    """Selection rule with its calibrated knob."""
-    always_on: tuple[int, ...] = ()
-    """Experts that run for every token."""
-    weights: Literal["float", "int8"] = "float"
-    """Type of the projections' weights: the model's own, or int8 with a scale for each output."""
-    weight_norms: tuple[tuple[float, float], ...] = field(default=(), metadata=_config.LATER)
-    """Where the router reads its scores off the FFN's own weights: of gate (if there is one), up and down the norm and the signed sum that
-    they were saved with, as a `ChannelRecord` has them."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ChannelRecord:
-    """One linear layer that skips input channels, as the manifest stores it; its levels are the tensor ``<layer>.channels.level_K``."""
-
-    site: LinearSite
-    """The layer."""
-    rule: RuleConfig = field(default_factory=lambda: Threshold(theta=1.0))
-    """Selection rule on |x| / level."""
-    first_dense: int = 0
-    """Positions at the start of a sequence that keep all channels."""
-    weight_norm: float
-    """Norm of the weight that the levels were saved with."""
-    weight_projection: float
-    """Its entries summed up with fixed signs: with the norm, tells other weights from these, rounded."""
-    weights: Literal["float", "int8"] = field(default="float", metadata=_config.LATER)
-    """Type of the weight: the model's own, or int8 with a scale for each output."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Manifest:
-    """All that is needed to build the same structure around a dense skeleton again."""
-
-    schema: int = SCHEMA
-    """Schema of this record."""
-    sites: tuple[SiteRecord, ...]
-    """Converted FFNs in module order."""
-    channels: tuple[ChannelRecord, ...] = field(default=(), metadata=_config.LATER)
-    """Linear layers that skip input channels, in module order."""
-    projections: tuple[ProjectionRecord, ...] = field(default=(), metadata=_config.LATER)
-    """Linear layers that were replaced by MLPs, in module order; then no equal dense checkpoint exists (decision D2)."""
-    presets: tuple[Preset, ...] = field(default=(), metadata=_config.LATER)
-    """Named operating points: rules of these layers, and what was measured with them."""
-
-    def __post_init__(self) -> None:
-        check_presets(self.presets, self.layer_names)
-
-    @property
-    def layer_names(self) -> list[str]:
-        """All layers that have a rule."""
-        return [record.site.name for record in self.sites] + [layer.site.name for layer in self.channels]
-
-    @property
-    def has_int8(self) -> bool:
-        """Whether any FFN or layer has int8 weights; then no equal dense checkpoint exists (decision D2)."""
-        kinds = [record.weights for record in self.sites] + [record.weights for record in self.channels]
-        return "int8" in kinds
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON value."""
-        return _config.to_dict(self)
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any], *, where: str = "manifest") -> "Manifest":
-        """Read a JSON value.
-
-        Raises:
-            CheckpointError: newer schema, sizes out of bounds (`moeify._bounds`), or anything that `_config.from_dict` refuses.
-        """
-        schema = data.get("schema") if isinstance(data, Mapping) else None
-        if isinstance(schema, int) and schema > SCHEMA:
-            raise CheckpointError(f"{where}: schema {schema} is newer than this moeify reads (up to {SCHEMA}); upgrade moeify.")
-        check_bounds(data, where=where)
-        try:
-            return _config.from_dict(cls, data, where=where)
-        except ConfigError as error:
-            raise CheckpointError(str(error)) from error
 
 
 def plan_conversion(model: nn.Module, sites: Sequence[FFNSite], config: ConvertConfig) -> list[tuple[SiteRecord, ConvertConfig]]:
@@ -494,10 +401,10 @@ def check_levels(model: nn.Module, manifest: Manifest) -> None:
         weight_NK = linear_weight(model.get_submodule(record.site.name))
         if weight_NK.is_meta:
             continue
-        _check_fingerprint(f"levels of '{record.site.name}'", (record.weight_norm, record.weight_projection), _fingerprint(weight_NK))
+        _check_fingerprint(f"levels of '{record.site.name}'", (record.weight_norm, record.weight_projection), fingerprint(weight_NK))
     for name, moe in moe_layers(model).items():
         stored = next((record.weight_norms for record in manifest.sites if record.site.name == name), ())
-        for was, found in zip(stored, _weight_norms(moe), strict=False):
+        for was, found in zip(stored, weight_norms_of(moe), strict=False):
             _check_fingerprint(f"router and rule of '{name}'", was, found)
 
 
@@ -508,24 +415,6 @@ def _check_fingerprint(what: str, was: tuple[float, float], found: tuple[float, 
             f"the {what} were calibrated for other weights (of norm {was[0]:.4g}, these have {found[0]:.4g}); calibrate this model itself, "
             "or load the weights that they belong to."
         )
-
-
-def _weight_norms(moe: MoEFFN) -> tuple[tuple[float, float], ...]:
-    """What `SiteRecord.weight_norms` holds of an FFN as it is now; nothing where it must not, or need not, be read."""
-    if not getattr(moe.router, "is_of_weights", False) or moe.masked_reason() is not None:
-        return ()
-    weights = moe.weights().dequantized(torch.float32)
-    matrices = (weights.gate_FD, weights.up_FD, weights.down_FD)
-    return tuple(_fingerprint(W_FD) for W_FD in matrices if W_FD is not None and not W_FD.is_meta)
-
-
-@torch.no_grad()
-def _fingerprint(weight_NK: Tensor) -> tuple[float, float]:
-    """Norm, and the sum of s_n s_k W_nk with signs s that a multiplicative hash gives the indices."""
-    weight_NK = weight_NK.detach().float()
-    rows_N, columns_K = (torch.arange(size, device=weight_NK.device) for size in weight_NK.shape)
-    signs_N, signs_K = (1 - 2 * ((index * 2654435761 >> 7) & 1) for index in (rows_N, columns_K))
-    return float(weight_NK.norm()), float(signs_N.float() @ weight_NK @ signs_K.float())
 
 
 def to_dense(model: nn.Module) -> None:
@@ -554,90 +443,6 @@ def to_dense(model: nn.Module) -> None:
     elif getattr(getattr(model, "config", None), "quantization_config", None) is not None:
         del cast(Any, model).config.quantization_config
         mark(model)
-
-
-def manifest_of(model: nn.Module) -> Manifest:
-    """The manifest of a converted model as it is now, rules included.
-
-    Raises:
-        UnsupportedModelError: the model has no MoE layer, none that skips channels and none that was replaced.
-    """
-    layers, inputs, replaced = moe_layers(model), sparse_inputs(model), replaced_projections(model)
-    if not layers and not inputs and not replaced:
-        raise UnsupportedModelError(f"this {type(model).__name__} is dense; convert it first.")
-    return Manifest(
-        sites=tuple(record_of_site(model, layer) for layer in layers.values()),
-        channels=tuple(_channel_record(model, m) for m in inputs.values()),
-        projections=tuple(record_of(name, module) for name, module in replaced.items()),
-        presets=_presets_of(model, (*inputs, *layers)),
-    )
-
-
-def record_of_site(model: nn.Module, layer: MoEFFN) -> SiteRecord:
-    """What the manifest of ``model`` says of one of its layers as it is now."""
-    return SiteRecord(
-        site=layer.site,
-        num_experts=layer.num_experts,
-        router=layer.router.config,
-        rule=cast(RuleConfig, layer.rule),
-        always_on=layer.always_on,
-        weights="int8" if has_int8(model, layer.site) else "float",
-        weight_norms=_weight_norms(layer),
-    )
-
-
-def _presets_of(model: nn.Module, layers: Iterable[str]) -> tuple[Preset, ...]:
-    """The presets in the model's config, without layers that the model has no more."""
-    names = {name: name for name in layers}
-    found = (with_rules_of(preset, names) for preset in presets(model).values())
-    return tuple(preset for preset in found if preset is not None)
-
-
-def set_presets(model: nn.Module, kept: Iterable[Preset]) -> None:
-    """Give a model these presets in the place of those it has; ``save_pretrained`` writes them.
-
-    Args:
-        model: converted or thinned model with a ``config``, which keeps them.
-        kept: the presets, in the order in which they are to be listed.
-
-    Raises:
-        ConfigError: two of one name, a rule for a layer that the model has not, too many, or nowhere to keep them.
-        UnsupportedModelError: the model is dense.
-    """
-    kept = tuple(kept)
-    if not hasattr(model, "config"):
-        raise ConfigError(f"{type(model).__name__} has no config to keep presets in; set rules by set_rule(model, preset.rules).")
-    check_presets(kept, (*sparse_inputs(model), *moe_layers(model)))
-    if not store(model, kept):
-        stamp(model)
-        store(model, kept)
-
-
-def _channel_record(model: nn.Module, executor: SparseInput) -> ChannelRecord:
-    linear = model.get_submodule(executor.site.name)
-    norm, projection = _fingerprint(linear_weight(linear))
-    return ChannelRecord(
-        site=executor.site,
-        rule=cast(RuleConfig, executor.rule),
-        first_dense=executor.first_dense,
-        weight_norm=norm,
-        weight_projection=projection,
-        weights="int8" if isinstance(linear, Int8Linear) else "float",
-    )
-
-
-def stamp(model: nn.Module) -> Manifest:
-    """Write the current manifest into ``model.config.quantization_config``, where ``save_pretrained`` and ``from_pretrained`` look for
-    it."""
-    manifest = manifest_of(model)
-    if hasattr(model, "config"):
-        cast(Any, model).config.quantization_config = {"quant_method": "moeify", **manifest.to_dict()}
-    return manifest
-
-
-def with_rules(manifest: Manifest, rules: Mapping[str, RuleConfig]) -> Manifest:
-    """The manifest with other rules at the named sites."""
-    return replace(manifest, sites=tuple(replace(r, rule=rules.get(r.site.name, r.rule)) for r in manifest.sites))
 
 
 def _float_dtype(model: nn.Module) -> torch.dtype:

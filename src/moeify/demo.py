@@ -17,7 +17,8 @@ from ._random import seeded
 from .convert import ConvertConfig
 from .data import DataConfig, text_windows
 from .errors import CheckpointError, MoeifyError
-from .hf.checkpoint import check_output, save_dense
+from .hf.folders import check_output
+from .hf.save import save_dense
 from .hf.tokenizer import byte_tokenizer
 from .pipeline import CalibrationConfig, convert_checkpoint, sweep_checkpoint
 from .report.plots import plot_curve

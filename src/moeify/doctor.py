@@ -16,7 +16,7 @@ import torch
 
 from . import kernels
 from .evaluate import measure_ms
-from .hf.checkpoint import library_versions
+from .hf.save import library_versions
 from .kernels import gpu_ffn, gpu_linear, gpu_routed
 from .kernels.cpu_linear import LinearWeights, gated_refusal
 from .kernels.cpu_neurons import MOST_TOKENS, NeuronRouterWeights, neurons_refusal

@@ -1,7 +1,7 @@
 """Named operating points of a converted or thinned model: a rule for each layer, and what was measured there.
 
 They are part of the manifest, so a checkpoint carries them; a model keeps them where its manifest is, in
-``model.config.quantization_config``: as the JSON that `moeify.convert.stamp` wrote, or in the object that ``from_pretrained`` put there.
+``model.config.quantization_config``: as the JSON that `moeify.manifest.stamp` wrote, or in the object that ``from_pretrained`` put there.
 """
 
 import re

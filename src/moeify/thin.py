@@ -16,9 +16,9 @@ from ._config import lookup
 from ._latency import measure_ms
 from ._progress import NO_PROGRESS, Progress
 from .channels import SparseInput, all_channels, attach_channels, check_attachable, detach_channels, sparse_inputs
-from .convert import stamp
 from .errors import ConfigError, DataError, UnsupportedModelError
 from .layers import moe_layers
+from .manifest import stamp
 from .sites import ROLES, FFNSite, LinearSite, Role, find_linear_sites, linear_weight
 from .sparsity.allocation import ALLOCATIONS, Budget
 from .sparsity.blocks import BlockCalls, block_influence

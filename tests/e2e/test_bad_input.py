@@ -17,7 +17,7 @@ import transformers
 
 from moeify import cli
 from moeify._progress import NO_PROGRESS
-from moeify.hf import checkpoint
+from moeify.hf import save
 
 SMALL = ["--window", "32", "--max-tokens", "640"]
 QUICK = ["--expert-size", "8", "--router", "centre", "--split", "contiguous"]
@@ -594,20 +594,20 @@ def test_disk_full_while_saving_is_one_line_and_the_same_command_continues(here,
     """The earlier conversion at the output stays; what was fitted stays in the work folder, so that the second run only saves."""
     _earlier(here)
     before = snapshot(here)
-    save = checkpoint._save
+    write = save._save
 
     def full(model, processor, directory):
-        save(model, processor, directory)
+        write(model, processor, directory)
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(checkpoint, "_save", full)
+    monkeypatch.setattr(save, "_save", full)
     assert cli.run(convert("--overwrite")) == 2
     err = capsys.readouterr().err
     assert err.startswith("error: cannot write")
     assert "the disk is full" in err
     assert err.count("\n") == 1
     assert {k: v for k, v in snapshot(here).items() if not k.startswith("out.work")} == before
-    monkeypatch.setattr(checkpoint, "_save", save)
+    monkeypatch.setattr(save, "_save", write)
     assert cli.run(convert("--overwrite")) == 0
     assert sorted(p.name for p in here.iterdir()) == ["dense", "moe", "out"]
 

@@ -20,12 +20,14 @@ from transformers import AutoModelForCausalLM, T5Config, T5ForConditionalGenerat
 
 from moeify import cli, demo
 from moeify._config import to_dict
-from moeify.convert import ConvertConfig, Manifest, to_dense
+from moeify.controls import record_active, set_mode, set_rule
+from moeify.convert import ConvertConfig, to_dense
 from moeify.data import DataConfig
 from moeify.errors import CheckpointError, ConfigError, DataError
 from moeify.evaluate import Curve, CurvePoint, perplexity
-from moeify.hf.checkpoint import load_model
-from moeify.layers import moe_layers, record_active, set_mode, set_rule
+from moeify.hf.load import load_model
+from moeify.layers import moe_layers
+from moeify.manifest import Manifest
 from moeify.pipeline import TARGETS, CalibrationConfig, convert_checkpoint, measure, profile_checkpoint, sweep_checkpoint
 from moeify.pipeline import convert as conversion
 from moeify.routers import GateRouterConfig, LowRankRouterConfig, NormRouterConfig
@@ -408,7 +410,7 @@ MOMENTS = {
     "rows written, state not": "before(capture, '_write_state', 2)",
     "first site fitted": "after(convert, 'write_fitted', 1)",
     "file of the second site not yet written": "before(work, 'save_file', 2)",
-    "checkpoint half-saved": "after(checkpoint, '_save', 1)",
+    "checkpoint half-saved": "after(save, '_save', 1)",
 }
 # The same, with the checkpoint complete.
 LATE = {
@@ -423,7 +425,7 @@ import torch
 from transformers import LlamaForCausalLM
 from moeify import cli
 from moeify.pipeline import convert
-from moeify.hf import checkpoint
+from moeify.hf import save
 from moeify.train import capture, work
 
 def wrap(owner, name, count, kill_first):

@@ -140,8 +140,8 @@ print(model(input_ids=ids, labels=ids).loss.item())
 """
     done = subprocess.run([sys.executable, "-c", code, str(folder / "whole")], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    from moeify.hf.checkpoint import load_model
-    from moeify.layers import set_mode
+    from moeify.controls import set_mode
+    from moeify.hf.load import load_model
 
     model, tokenizer = load_model(folder / "whole")
     set_mode(model, "dense")

@@ -7,12 +7,14 @@ import tiny
 import torch
 import transformers
 
-from moeify.convert import ConvertConfig, manifest_of
+from moeify.controls import record_active
+from moeify.convert import ConvertConfig
 from moeify.cost import estimate_flops
 from moeify.data import DataConfig
 from moeify.evaluate import Curve
-from moeify.hf.checkpoint import load_model
-from moeify.layers import MoEProjection, moe_layers, record_active
+from moeify.hf.load import load_model
+from moeify.layers import MoEProjection, moe_layers
+from moeify.manifest import manifest_of
 from moeify.pipeline import (
     CalibrationConfig,
     convert_checkpoint,

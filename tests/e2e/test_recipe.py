@@ -19,7 +19,7 @@ from moeify import cli
 from moeify._progress import NO_PROGRESS
 from moeify.errors import ConfigError, DataError
 from moeify.evaluate import CurvePoint, quality_at
-from moeify.hf.checkpoint import load_model, read_calibration
+from moeify.hf.load import load_model, read_calibration
 from moeify.layers import moe_layers
 from moeify.pipeline.recipe import read_recipe
 from moeify.pipeline.run_recipe import run_recipe

@@ -12,7 +12,7 @@ from tiny import byte_tokenizer
 from moeify._progress import NO_PROGRESS
 from moeify.baselines import ztw
 from moeify.errors import UnsupportedModelError
-from moeify.hf.checkpoint import load_model
+from moeify.hf.load import load_model
 from moeify.pipeline.recipe import read_recipe
 from moeify.pipeline.run_recipe import run_recipe
 

@@ -9,9 +9,10 @@ import torch
 from families.models import SUPPORTED, build
 from torch import nn
 
+from moeify.controls import set_impl, set_mode, set_rule
 from moeify.convert import ConvertConfig, convert, to_dense
 from moeify.kernels import impls_for
-from moeify.layers import moe_layers, set_impl, set_mode, set_rule
+from moeify.layers import moe_layers
 from moeify.quantize import quantize
 from moeify.routers import NormRouterConfig
 from moeify.select import DynKMass, DynKMax, TopK

@@ -15,11 +15,12 @@ import torch
 from hypothesis import given, settings
 
 from moeify._config import from_dict, from_tagged, to_dict
-from moeify.convert import SCHEMA, ConvertConfig, Manifest, SiteRecord
+from moeify.convert import ConvertConfig
 from moeify.data import AugmentConfig, DataConfig
 from moeify.errors import CheckpointError, ConfigError, DataError
 from moeify.evaluate import METRICS
 from moeify.evaluate.sweep import Curve, CurvePoint, DenseQuality
+from moeify.manifest import SCHEMA, Manifest, SiteRecord
 from moeify.pipeline import CalibrationConfig
 from moeify.presets import Preset
 from moeify.routers import ROUTERS

@@ -74,7 +74,7 @@ def test_questions_plot_and_table_are_there_and_earlier_rows_are_not_measured_ag
 
 
 def test_scores_of_choices_are_log_probabilities_of_what_follows_the_question(tmp_path):
-    from moeify.hf.checkpoint import load_model
+    from moeify.hf.load import load_model
 
     model, tokenizer = load_model(save_tiny(tmp_path / "dense"), dtype=torch.float32)
     pairs = (("ab", " cd"), ("abc", " d"))

@@ -12,10 +12,11 @@ import moeify
 from moeify.budget import AllocateConfig, Point, allocate, search, spread
 from moeify.budget.curves import around, hull, through
 from moeify.budget.price import TIMED, Clock, timed_prices
+from moeify.controls import record_active, set_mode, set_rule
 from moeify.convert import ConvertConfig, convert
 from moeify.errors import ConfigError, UnsupportedModelError
 from moeify.evaluate import agreement, model_cost
-from moeify.layers import moe_layers, record_active, set_mode, set_rule
+from moeify.layers import moe_layers
 from moeify.routers import OracleRouterConfig
 from moeify.select import Threshold, TopK
 from moeify.sites import find_ffn_sites

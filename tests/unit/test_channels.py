@@ -16,9 +16,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moeify import channels
 from moeify.channels import SparseInput, attach_channels, detach_channels, record_channels, sparse_inputs
+from moeify.controls import set_impl, set_mode, token_mask
 from moeify.errors import ConfigError, KernelError, UnsupportedModelError
 from moeify.kernels.cpu_linear import SparseGated, SparseLinear
-from moeify.layers import set_impl, set_mode, token_mask
 from moeify.select import Threshold, TopK
 from moeify.sites import find_linear_sites
 

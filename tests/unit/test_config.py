@@ -8,9 +8,10 @@ from typing import Any, ClassVar, Literal
 import pytest
 
 from moeify._config import LATER, did_you_mean, field_docs, from_dict, from_tagged, lookup, to_dict
-from moeify.convert import ConvertConfig, Manifest, SiteRecord
+from moeify.convert import ConvertConfig
 from moeify.data import DataConfig
 from moeify.errors import CheckpointError, ConfigError, DataError, KernelError, MoeifyError, TrainingError, UnsupportedModelError
+from moeify.manifest import Manifest, SiteRecord
 from moeify.pipeline import CalibrationConfig
 from moeify.routers import ROUTERS
 from moeify.select import RULES

@@ -10,10 +10,12 @@ from tiny import tiny_inputs, tiny_llama
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from moeify.convert import SCHEMA, ConvertConfig, Manifest, apply_site, convert, manifest_of, plan_conversion, rebuild, to_dense, with_rules
+from moeify.controls import set_rule
+from moeify.convert import ConvertConfig, apply_site, convert, plan_conversion, rebuild, to_dense
 from moeify.errors import CheckpointError, ConfigError, UnsupportedModelError
 from moeify.kernels import cpu
-from moeify.layers import moe_layers, set_rule
+from moeify.layers import moe_layers
+from moeify.manifest import SCHEMA, Manifest, manifest_of, with_rules
 from moeify.routers import CentreRouterConfig, GateRouterConfig, MLPRouterConfig, NormRouterConfig
 from moeify.select import DynKMass, DynKMax, TopK
 from moeify.sites import find_ffn_sites, site_weights

@@ -8,11 +8,10 @@ import tiny
 import torch
 
 from moeify._config import from_dict, to_dict
+from moeify.controls import set_mode
 from moeify.convert import (
     ConvertConfig,
-    Manifest,
     convert,
-    manifest_of,
     plan_conversion,
     rebuild,
     rebuild_projections,
@@ -22,7 +21,8 @@ from moeify.convert import (
 )
 from moeify.errors import CheckpointError, ConfigError, UnsupportedModelError
 from moeify.kernels.plan import neuron_mask
-from moeify.layers import MoEProjection, moe_layers, set_mode
+from moeify.layers import MoEProjection, moe_layers
+from moeify.manifest import Manifest, manifest_of
 from moeify.quantize import quantize
 from moeify.routers import NormRouterConfig
 from moeify.select import TopK

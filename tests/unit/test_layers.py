@@ -18,22 +18,11 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import BertConfig, BertModel, CompileConfig, OPTConfig, OPTModel
 
+from moeify.controls import record_active, set_impl, set_mode, set_rule, token_mask
 from moeify.convert import ConvertConfig, convert, to_dense
 from moeify.errors import ConfigError, KernelError, UnsupportedModelError
 from moeify.kernels import CPU_UNTIL, CPU_UNTIL_INT8, build_plan, cpu, cpu_always, explain, impls_for
-from moeify.layers import (
-    MoEFFN,
-    _dropout_names,
-    _drops_activations,
-    attach,
-    detach,
-    moe_layers,
-    record_active,
-    set_impl,
-    set_mode,
-    set_rule,
-    token_mask,
-)
+from moeify.layers import MoEFFN, _dropout_names, _drops_activations, attach, detach, moe_layers
 from moeify.quantize import quantize
 from moeify.routers import NormRouter, NormRouterConfig, OracleRouterConfig, build_router
 from moeify.select import DynKMass, DynKMax, Threshold, TopK

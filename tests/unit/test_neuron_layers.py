@@ -10,10 +10,11 @@ from tiny import tiny_inputs, tiny_llama
 from torch import nn
 
 from moeify import doctor
+from moeify.controls import record_active, set_impl, set_mode, set_rule
 from moeify.convert import ConvertConfig, convert
 from moeify.kernels import cpu
 from moeify.kernels.cpu_neurons import MOST_TOKENS, RoutedNeurons
-from moeify.layers import MoEFFN, attach, moe_layers, record_active, set_impl, set_mode, set_rule
+from moeify.layers import MoEFFN, attach, moe_layers
 from moeify.quantize import quantize
 from moeify.routers import (
     GateRouter,

@@ -10,9 +10,11 @@ from torch import nn
 from transformers import LlamaForCausalLM, LlamaModel
 
 import moeify
-from moeify.convert import Manifest, convert, manifest_of, rebuild, set_presets, to_dense
+from moeify.controls import set_rule
+from moeify.convert import convert, rebuild, to_dense
 from moeify.errors import CheckpointError, ConfigError
-from moeify.layers import moe_layers, set_rule
+from moeify.layers import moe_layers
+from moeify.manifest import Manifest, manifest_of, set_presets
 from moeify.presets import MOST, Preset, presets
 from moeify.quantize import quantize
 from moeify.select import DynKMax, Threshold, TopK

@@ -13,11 +13,13 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM, LlamaModel
 
 from moeify import kernels
 from moeify.channels import SparseInput, attach_channels, sparse_inputs
-from moeify.convert import ConvertConfig, Manifest, convert, manifest_of, to_dense
+from moeify.controls import record_active, set_impl, set_mode, set_rule
+from moeify.convert import ConvertConfig, convert, to_dense
 from moeify.errors import CheckpointError, UnsupportedModelError
 from moeify.evaluate import model_weights
-from moeify.hf.checkpoint import load_model
-from moeify.layers import moe_layers, record_active, set_impl, set_mode, set_rule
+from moeify.hf.load import load_model
+from moeify.layers import moe_layers
+from moeify.manifest import Manifest, manifest_of
 from moeify.quantize import quantize
 from moeify.routers import NormRouterConfig, OracleRouterConfig
 from moeify.select import DynKMax, Threshold, TopK

@@ -10,7 +10,7 @@ from training import F32, text
 
 from moeify import _random
 from moeify.demo import small_relu_gpt
-from moeify.hf.checkpoint import load_model
+from moeify.hf.load import load_model
 from moeify.hf.random import random_model
 from moeify.pipeline import generate_text
 from moeify.routers import NormRouterConfig

@@ -7,10 +7,11 @@ import torch
 from tiny import silence_ffn, tiny_inputs, tiny_llama
 
 from moeify.channels import record_channels, sparse_inputs
+from moeify.controls import set_mode
 from moeify.convert import ConvertConfig, convert, to_dense
 from moeify.errors import ConfigError, DataError, UnsupportedModelError
 from moeify.evaluate import default_metric
-from moeify.layers import moe_layers, set_mode
+from moeify.layers import moe_layers
 from moeify.sites import find_ffn_sites, find_linear_sites
 from moeify.sparsity.blocks import BlockCalls
 from moeify.sparsity.channel import SCORES

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from .._latency import measure_ms
 from ..channels import SparseInput, kept, sparse_inputs
+from ..controls import set_mode, with_modes
 from ..convert import to_dense
 from ..cost import CostBreakdown, WeightCost
-from ..layers import MoEFFN, moe_layers, set_mode, with_modes
+from ..layers import MoEFFN, moe_layers
 from ..select import Rule
 from ..sites.probe import eval_mode
 from .curves import line

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from .. import _config
 from .._progress import NO_PROGRESS, Progress, Task
 from ..channels import record_channels, sparse_inputs
+from ..controls import record_active, set_mode, set_rule
 from ..errors import ConfigError, UnsupportedModelError
 from ..evaluate import DenseReference, default_metric, measure_quality, model_cost, model_weights
 from ..evaluate.sweep import rules_restored
-from ..layers import MoEFFN, moe_layers, record_active, set_mode, set_rule
+from ..layers import MoEFFN, moe_layers
 from ..select import Rule, RuleConfig
 from ..select.calibrate import Calibrator
 from ..sites import in_decoder, token_mask_of

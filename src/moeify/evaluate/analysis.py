@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from .. import _config
 from .._progress import NO_PROGRESS, Progress
+from ..controls import record_active, set_mode, set_rule
 from ..cost import site_flops_per_token
 from ..errors import ConfigError, DataError
-from ..layers import ActiveRecorder, MoEFFN, moe_layers, record_active, set_mode, set_rule
+from ..layers import ActiveRecorder, MoEFFN, moe_layers
 from ..select import Rule
 from ..sites import FFNSite
 from ..sites.probe import eval_mode

@@ -15,8 +15,8 @@ from torch.nn import functional as F
 
 from .._progress import NO_PROGRESS, Progress
 from ..channels import kept
+from ..controls import set_mode, token_mask, with_modes
 from ..errors import CheckpointError, ConfigError, DataError
-from ..layers import set_mode, token_mask, with_modes
 from ..sites.probe import eval_mode
 
 Batch = Mapping[str, Tensor]

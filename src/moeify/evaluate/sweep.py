@@ -18,9 +18,10 @@ from torch import nn
 from .._config import LATER, from_dict, to_dict
 from .._progress import NO_PROGRESS, Progress
 from ..channels import SparseInput, kept, record_channels, sparse_inputs
+from ..controls import record_active, set_mode, set_rule, with_modes
 from ..cost import CostBreakdown, MoECost, WeightCost, estimate_flops, estimate_weights
 from ..errors import ConfigError, DataError
-from ..layers import MoEFFN, moe_layers, record_active, set_mode, set_rule, with_modes
+from ..layers import MoEFFN, moe_layers
 from ..select import Rule
 from ..sites import FFNSite, find_ffn_sites
 from .quality import METRICS, Batch, DenseReference, measure_quality

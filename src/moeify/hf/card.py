@@ -8,8 +8,8 @@ from typing import Any
 from torch import nn
 
 from ..channels import sparse_inputs
-from ..convert import manifest_of
 from ..layers import MoEProjection, moe_layers
+from ..manifest import manifest_of
 from ..presets import Preset
 from ..sites import replaced_projections
 

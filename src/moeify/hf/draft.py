@@ -7,8 +7,9 @@ from typing import Any, TypeVar
 from torch import nn
 
 from ..channels import sparse_inputs
+from ..controls import set_mode, set_rule, with_modes
 from ..errors import UnsupportedModelError
-from ..layers import moe_layers, set_mode, set_rule, with_modes
+from ..layers import moe_layers
 from ..select import Rule
 
 M = TypeVar("M", bound=nn.Module)

@@ -23,7 +23,7 @@ from ..kernels import DispatchPlan
 from ..layers import MoEFFN, moe_layers
 from ..sites import linear_weight
 from ..sites.site import is_transposed
-from .checkpoint import (
+from .load import (
     check_finite_tensor,
     load_config,
     load_processor,

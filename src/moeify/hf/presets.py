@@ -8,11 +8,11 @@ from pathlib import Path
 
 from .. import _config
 from .._files import sync
-from ..convert import Manifest
 from ..errors import CheckpointError, ConfigError
+from ..manifest import Manifest
 from ..presets import Preset
 from .card import with_presets
-from .checkpoint import read_manifest
+from .load import read_manifest
 
 
 def read_presets(directory: Path) -> dict[str, Preset]:

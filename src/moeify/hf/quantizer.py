@@ -18,9 +18,10 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..channels import CHILD, lay_out_channels, sparse_inputs
-from ..convert import ChannelRecord, Manifest, SiteRecord, check_levels, manifest_of, rebuild, rebuild_projections, to_dense
+from ..convert import check_levels, rebuild, rebuild_projections, to_dense
 from ..errors import CheckpointError
 from ..layers import moe_layers
+from ..manifest import ChannelRecord, Manifest, SiteRecord, manifest_of
 from ..presets import with_rules_of
 from ..sites import FFNSite, ProjectionRecord, projection_mlps, replaced_projections
 from ..sites.int8 import Int8Linear

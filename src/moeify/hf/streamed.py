@@ -18,7 +18,7 @@ from ..errors import CheckpointError, UnsupportedModelError
 from ..layers import MoEFFN
 from ..sites.site import is_transposed
 from ..sparsity.activation import restore_activations
-from .checkpoint import check_complete, check_finite_tensor, load_config, load_processor, locate, model_class_of, weight_files
+from .load import check_complete, check_finite_tensor, load_config, load_processor, locate, model_class_of, weight_files
 from .registration import register
 from .shards import TensorFiles
 

@@ -10,13 +10,16 @@ from torch import Tensor, nn
 from .. import _config
 from .._progress import NO_PROGRESS, Progress
 from ..channels import all_channels
-from ..convert import ConvertConfig, SiteRecord, apply_site, plan_conversion, tried_projections
+from ..convert import ConvertConfig, apply_site, plan_conversion, tried_projections
 from ..data import DataConfig, check_source
 from ..errors import ConfigError, UnsupportedModelError
 from ..hf.card import model_card
-from ..hf.checkpoint import check_apart, check_output, library_versions, load_model, recover, save_checkpoint
+from ..hf.folders import check_apart, check_output, recover
 from ..hf.inputs import example_inputs
+from ..hf.load import load_model
+from ..hf.save import library_versions, save_checkpoint
 from ..layers import moe_layers
+from ..manifest import SiteRecord
 from ..quantize import quantize
 from ..select.calibrate import Scope
 from ..sites import find_ffn_sites, site_weights

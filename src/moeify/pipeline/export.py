@@ -9,13 +9,16 @@ from torch import Tensor, nn
 
 from .. import _config
 from .._progress import NO_PROGRESS, Progress
+from ..controls import set_mode, set_rule
 from ..convert import to_dense
 from ..data import DataConfig
 from ..errors import CheckpointError, ConfigError, MoeifyError, UnsupportedModelError
 from ..evaluate import perplexity
 from ..export import NativeMoEConfig, OnnxConfig, check_exportable, fit_routing, routed_as, to_native_moe, to_onnx
-from ..hf.checkpoint import check_apart, check_output, exported_folder, load_model, read_calibration, read_manifest
-from ..layers import moe_layers, set_mode, set_rule
+from ..hf.folders import check_apart, check_output
+from ..hf.load import load_model, read_calibration, read_manifest
+from ..hf.save import exported_folder
+from ..layers import moe_layers
 from ..select import Threshold, TopK
 from ..sites import replaced_projections
 from ..train.calibration import recalibrate

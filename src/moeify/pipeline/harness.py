@@ -21,11 +21,14 @@ from typing import Any
 
 from .._progress import NO_PROGRESS, Progress
 from ..channels import record_channels, sparse_inputs
+from ..controls import record_active, set_mode, set_rule
 from ..errors import ConfigError, DataError, MoeifyError
 from ..evaluate import model_cost, model_weights
-from ..hf.checkpoint import check_writable, library_versions, load_model
+from ..hf.folders import check_writable
 from ..hf.inputs import example_inputs
-from ..layers import moe_layers, record_active, set_mode, set_rule
+from ..hf.load import load_model
+from ..hf.save import library_versions
+from ..layers import moe_layers
 from .names import torch_device, torch_dtype
 
 _DATA = {".jsonl": "json", ".parquet": "parquet"}

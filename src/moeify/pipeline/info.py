@@ -6,11 +6,12 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..convert import Manifest
 from ..errors import CheckpointError
-from ..hf.checkpoint import EXPORT_FILE, MANIFEST_FILE, PRETRAINING_FILE, TRAINING_FILE, locate, read_calibration, weight_files
+from ..hf.folders import EXPORT_FILE, MANIFEST_FILE, PRETRAINING_FILE, TRAINING_FILE
+from ..hf.load import locate, read_calibration, weight_files
 from ..hf.registration import QUANT_METHOD
 from ..hf.shards import TensorFiles, TensorInfo
+from ..manifest import Manifest
 
 _MOST_BYTES = 2**28  # of a JSON file, as everywhere that checkpoints are read
 _SCALES = (".weight_scale", ".channels.level_K")

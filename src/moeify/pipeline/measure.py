@@ -12,7 +12,7 @@ from .. import _config
 from .._progress import NO_PROGRESS, Progress
 from .._random import seeded
 from ..channels import sparse_inputs
-from ..convert import manifest_of
+from ..controls import set_mode, set_rule
 from ..data import DataConfig, check_source
 from ..errors import CheckpointError, ConfigError
 from ..evaluate import (
@@ -25,10 +25,13 @@ from ..evaluate import (
     model_cost,
     sweep,
 )
-from ..hf.checkpoint import MANIFEST_FILE, check_writable, library_versions, load_model, read_calibration, read_manifest
+from ..hf.folders import MANIFEST_FILE, check_writable
 from ..hf.inputs import example_inputs
+from ..hf.load import load_model, read_calibration, read_manifest
 from ..hf.presets import read_presets
-from ..layers import moe_layers, set_mode, set_rule
+from ..hf.save import library_versions
+from ..layers import moe_layers
+from ..manifest import manifest_of
 from ..presets import pick
 from ..select import RULES, Rule
 from ..sites import find_ffn_sites

@@ -15,7 +15,7 @@ from .._progress import NO_PROGRESS, Progress
 from ..data import DataConfig, Example, check_source, decode_image, image_batches
 from ..errors import CheckpointError, ConfigError, DataError
 from ..evaluate import ExecutedExperts, TokenCosts, executed_experts, token_costs
-from ..hf.checkpoint import model_class, read_manifest
+from ..hf.load import model_class, read_manifest
 from ..report import (
     costliest_markdown,
     experts_markdown,

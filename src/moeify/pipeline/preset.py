@@ -15,12 +15,14 @@ from ..budget import AllocateConfig, Clock, allocate
 from ..budget.price import Counted
 from ..budget.search import Knobs
 from ..channels import record_channels
+from ..controls import record_active, set_mode, set_rule
 from ..data import DataConfig, check_source
 from ..errors import ConfigError, DataError
 from ..evaluate import DenseReference, default_metric, measure_quality, model_cost, model_weights
-from ..hf.checkpoint import check_writable, load_model, read_calibration, read_manifest
+from ..hf.folders import check_writable
+from ..hf.load import load_model, read_calibration, read_manifest
 from ..hf.presets import write_presets
-from ..layers import moe_layers, record_active, set_mode, set_rule
+from ..layers import moe_layers
 from ..presets import Preset, check_name
 from ..select import Rule, RuleConfig
 from .inputs import evaluation_batches

@@ -30,13 +30,15 @@ from .. import _config
 from .._dist import Ranks
 from .._progress import NO_PROGRESS, Progress
 from ..channels import kept
+from ..controls import set_mode, with_modes
 from ..data import check_source
 from ..errors import CheckpointError, ConfigError, DivergedError, MoeifyError, StoppedError
 from ..hf.card import pretrained_card
-from ..hf.checkpoint import PRETRAINING_FILE, check_output, library_versions, recover, save_pretrained_run
+from ..hf.folders import PRETRAINING_FILE, check_output, recover
 from ..hf.inputs import example_inputs
 from ..hf.random import random_model
-from ..layers import moe_layers, set_mode, with_modes
+from ..hf.save import library_versions, save_pretrained_run
+from ..layers import moe_layers
 from ..sites import find_ffn_sites
 from ..sites.probe import eval_mode
 from ..ssd import SSD, Fallback, modes

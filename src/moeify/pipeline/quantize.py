@@ -5,7 +5,9 @@ from typing import Any
 
 from .._progress import NO_PROGRESS, Progress
 from ..errors import CheckpointError, UnsupportedModelError
-from ..hf.checkpoint import check_output, load_model, read_calibration, read_manifest, save_checkpoint
+from ..hf.folders import check_output
+from ..hf.load import load_model, read_calibration, read_manifest
+from ..hf.save import save_checkpoint
 from ..layers import moe_layers
 from ..quantize import quantize
 from .convert import card_of

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from .._progress import NO_PROGRESS, Progress
-from ..convert import Manifest
 from ..errors import CheckpointError, ConfigError, DataError
 from ..evaluate import METRICS, AblationTable, Curve, ablation
-from ..hf.checkpoint import library_versions, load_model, read_calibration, read_manifest
+from ..hf.load import load_model, read_calibration, read_manifest
+from ..hf.save import library_versions
+from ..manifest import Manifest
 from ..report import (
     Report,
     ablation_markdown,

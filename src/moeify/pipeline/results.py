@@ -14,7 +14,7 @@ from .._config import from_dict, to_dict
 from ..baselines.ztw import ExitPoint
 from ..errors import DataError
 from ..evaluate import CurvePoint
-from ..hf.checkpoint import library_versions
+from ..hf.save import library_versions
 from ..report import plot_nonzeros, plot_qualities, recipe_markdown
 from .recipe import RecipeConfig
 from .stages import write_json

@@ -33,8 +33,10 @@ from ..data import DataConfig, check_source
 from ..errors import ConfigError
 from ..evaluate import CurvePoint, measure_quality, quality_at
 from ..evaluate.sweep import CostAxis
-from ..hf.checkpoint import MANIFEST_FILE, load_model, read_calibration, save_checkpoint, save_dense
+from ..hf.folders import MANIFEST_FILE
 from ..hf.inputs import example_inputs
+from ..hf.load import load_model, read_calibration
+from ..hf.save import save_checkpoint, save_dense
 from ..sites import FFNSite, find_ffn_sites
 from ..sparsity import EnforcementConfig, profile_activations, set_activation
 from ..train.calibration import recalibrate

@@ -13,13 +13,14 @@ from torch import Tensor, nn
 
 from .. import _config
 from .._progress import NO_PROGRESS, Progress
+from ..controls import check_dense
 from ..convert import tried_projections
 from ..data import AugmentConfig, DataConfig, check_source
 from ..errors import CheckpointError, ConfigError
 from ..hf.card import trained_card
-from ..hf.checkpoint import check_output, library_versions, recover, save_trained
+from ..hf.folders import check_output, recover
 from ..hf.inputs import example_inputs
-from ..layers import check_dense
+from ..hf.save import library_versions, save_trained
 from ..sites import FFNSite, find_ffn_sites
 from ..sparsity import enforce_sparsity, profile_activations
 from ..train.loop import TrainConfig, TrainingData, TrainRecord

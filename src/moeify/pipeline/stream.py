@@ -27,14 +27,17 @@ from torch import Tensor, nn
 from .. import _config
 from .._dist import Ranks
 from .._progress import NO_PROGRESS, Progress
-from ..convert import ConvertConfig, Manifest, SiteRecord, apply_site, plan_conversion, record_of_site
+from ..convert import ConvertConfig, apply_site, plan_conversion
 from ..data import DataConfig, check_source
 from ..errors import CheckpointError, ConfigError, TrainingError, UnsupportedModelError
-from ..hf.checkpoint import MANIFEST_FILE, check_apart, check_output, library_versions, recover, take_generation_config, whole_folder
+from ..hf.folders import MANIFEST_FILE, check_apart, check_output, recover, whole_folder
 from ..hf.inputs import example_inputs
+from ..hf.load import take_generation_config
+from ..hf.save import library_versions
 from ..hf.shards import TensorFiles, TensorWriter
 from ..hf.streamed import StreamedModel, checkpoint_numbers, open_streamed
 from ..layers import MoEFFN
+from ..manifest import Manifest, SiteRecord, record_of_site
 from ..sites import Discovery, discover, proven_sites, site_weights
 from ..train.blockwise import BlockChain, Call, capture_by_block, check_chain, copied, watch_blocks
 from ..train.calibration import calibrate_rules, spread

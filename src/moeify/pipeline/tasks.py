@@ -28,7 +28,7 @@ from ..data import (
 )
 from ..errors import ConfigError, DataError, UnsupportedModelError
 from ..evaluate import measure_quality
-from ..hf.checkpoint import load_model, model_class
+from ..hf.load import load_model, model_class
 from ..train.loop import TrainingData
 from .inputs import check_window, head_classes, image_mode, most_images, most_positions
 

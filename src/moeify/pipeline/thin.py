@@ -11,12 +11,14 @@ from torch import Tensor, nn
 from .. import _config
 from .._progress import NO_PROGRESS, Progress
 from ..channels import all_channels, sparse_inputs
+from ..controls import check_dense
 from ..convert import ConvertConfig
 from ..data import DataConfig, check_source
 from ..hf.card import thinned_card
-from ..hf.checkpoint import check_apart, check_output, library_versions, load_model, recover, save_checkpoint
+from ..hf.folders import check_apart, check_output, recover
 from ..hf.inputs import example_inputs
-from ..layers import check_dense
+from ..hf.load import load_model
+from ..hf.save import library_versions, save_checkpoint
 from ..routers import GateRouterConfig, LowRankRouterConfig, OracleRouterConfig, RouterConfig
 from ..select import Rule, RuleConfig, Threshold, TopK
 from ..sites import find_ffn_sites, find_linear_sites

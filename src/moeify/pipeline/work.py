@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
-from ..hf.checkpoint import MANIFEST_FILE, TRAINING_FILE, read_calibration
+from ..hf.folders import MANIFEST_FILE, TRAINING_FILE
+from ..hf.load import read_calibration
 from ..train import work as train_work
 from ..train.fit import FittedSite
 from ..train.state import has_state, open_state

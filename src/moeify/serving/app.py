@@ -31,7 +31,7 @@ from torch import nn
 from .. import _config
 from .._config import did_you_mean
 from ..errors import CheckpointError, ConfigError, MoeifyError
-from ..hf.checkpoint import model_class
+from ..hf.load import model_class
 from ..pipeline.names import torch_device, torch_dtype
 from ..presets import RESERVED
 from ..presets import presets as presets_of

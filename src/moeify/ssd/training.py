@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from .. import _config
 from .._dist import ALONE, Ranks
 from .._random import seeded
-from ..convert import SiteRecord, apply_site, stamp
+from ..controls import check_dense
+from ..convert import apply_site
 from ..errors import CheckpointError, ConfigError, UnsupportedModelError
-from ..layers import check_dense
+from ..manifest import SiteRecord, stamp
 from ..routers import LinearRouterConfig
 from ..select import TopK
 from ..sites import FFNSite, neuron_parameters

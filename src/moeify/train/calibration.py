@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from .._progress import NO_PROGRESS, Progress
+from ..controls import set_rule
 from ..errors import UnsupportedModelError
-from ..layers import moe_layers, set_rule
+from ..layers import moe_layers
 from ..select import RULES, Rule, RuleConfig
 from ..select.calibrate import Calibrator, Scope
 from .capture import capture_ffn_inputs, fast_dtype

@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .._random import seeded
-from ..convert import ConvertConfig, SiteRecord
+from ..convert import ConvertConfig
 from ..errors import ConfigError, DataError
+from ..manifest import SiteRecord
 from ..routers import (
     CentreRouter,
     GateRouter,

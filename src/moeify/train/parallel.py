@@ -21,8 +21,9 @@ from torch import Tensor, nn
 
 from .._dist import ALONE, Ranks, is_spread, part_of, whole
 from ..channels import kept
+from ..controls import store_by_shape
 from ..errors import ConfigError, MoeifyError, TrainingError
-from ..layers import moe_layers, store_by_shape
+from ..layers import moe_layers
 from .expert_parallel import ExpertGroup, expert_group
 
 ParallelKind = Literal["auto", "none", "ddp", "fsdp"]

@@ -8,6 +8,7 @@ import tiny
 import torch
 import transformers as hf
 
+from moeify.controls import set_mode, set_rule
 from moeify.errors import ConfigError, DataError
 from moeify.evaluate import (
     AblationTable,
@@ -23,7 +24,7 @@ from moeify.evaluate import (
     sweep,
     token_costs,
 )
-from moeify.layers import MoEFFN, attach, moe_layers, set_mode, set_rule
+from moeify.layers import MoEFFN, attach, moe_layers
 from moeify.routers import NormRouterConfig, build_router
 from moeify.select import DynKMax, Threshold, TopK
 from moeify.sites import find_ffn_sites

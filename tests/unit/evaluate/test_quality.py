@@ -7,9 +7,10 @@ import torch
 import transformers
 from torch import nn
 
+from moeify.controls import set_mode, set_rule
 from moeify.errors import CheckpointError, ConfigError, DataError
 from moeify.evaluate import DenseReference, accuracy, agreement, default_metric, measure_quality, perplexity
-from moeify.layers import MoEFFN, attach, moe_layers, set_mode, set_rule
+from moeify.layers import MoEFFN, attach, moe_layers
 from moeify.routers import OracleRouterConfig, build_router
 from moeify.select import TopK
 from moeify.sites import find_ffn_sites

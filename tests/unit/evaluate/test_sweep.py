@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from moeify.controls import set_mode, set_rule
 from moeify.errors import ConfigError, DataError
 from moeify.evaluate import (
     Curve,
@@ -23,7 +24,7 @@ from moeify.evaluate import (
     quality_at,
     sweep,
 )
-from moeify.layers import moe_layers, set_mode, set_rule
+from moeify.layers import moe_layers
 from moeify.select import DynKMax, TopK
 
 POINT = CurvePoint(

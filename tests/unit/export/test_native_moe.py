@@ -9,10 +9,11 @@ import transformers
 from families.models import build
 from safetensors import safe_open
 
+from moeify.controls import set_mode, set_rule
 from moeify.convert import ConvertConfig, convert
 from moeify.errors import ConfigError, UnsupportedModelError
 from moeify.export import NativeMoEConfig, check_exportable, fit_routing, routed_as, to_native_moe
-from moeify.layers import moe_layers, set_mode, set_rule
+from moeify.layers import moe_layers
 from moeify.quantize import quantize
 from moeify.routers import LinearRouterConfig, NormRouterConfig
 from moeify.select import Threshold, TopK

@@ -13,11 +13,12 @@ import torch
 from families import models
 from torch import nn
 
+from moeify.controls import set_mode
 from moeify.convert import ConvertConfig, convert
 from moeify.errors import ConfigError, UnsupportedModelError
 from moeify.export import OnnxConfig, to_onnx
 from moeify.hf.inputs import example_inputs
-from moeify.layers import moe_layers, set_mode
+from moeify.layers import moe_layers
 from moeify.quantize import quantize
 from moeify.routers import (
     CentreRouterConfig,

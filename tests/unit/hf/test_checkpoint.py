@@ -15,19 +15,13 @@ import tiny
 import torch
 from safetensors import SafetensorError
 
+from moeify.controls import set_rule
 from moeify.errors import CheckpointError, MoeifyError, UnsupportedModelError
-from moeify.hf import checkpoint
-from moeify.hf.checkpoint import (
-    check_output,
-    load_model,
-    model_class,
-    read_calibration,
-    read_manifest,
-    save_checkpoint,
-    save_dense,
-    save_trained,
-)
-from moeify.layers import moe_layers, set_rule
+from moeify.hf import folders, save
+from moeify.hf.folders import check_output
+from moeify.hf.load import load_model, model_class, read_calibration, read_manifest
+from moeify.hf.save import save_checkpoint, save_dense, save_trained
+from moeify.layers import moe_layers
 from moeify.select import TopK
 
 CALIBRATION = {"rule": "topk", "knob": "k", "value": 2.0, "active_fraction": 0.33, "router_scores": {"model.layers.0.mlp": 0.9}}
@@ -421,7 +415,7 @@ def test_save_checkpoint_on_a_full_disk_keeps_the_old_and_leaves_nothing_behind(
         (directory / "model.safetensors").write_bytes(b"half")
         raise error
 
-    monkeypatch.setattr(checkpoint, "_save", full)
+    monkeypatch.setattr(save, "_save", full)
     with pytest.raises(CheckpointError, match=r"cannot write '.*moe': the disk is full; nothing was changed"):
         save_checkpoint(tiny.convert_tiny(tiny.tiny_llama()), None, saved, calibration={}, card="", overwrite=True)
     assert files_below(saved.parent) == before
@@ -431,7 +425,7 @@ def test_save_checkpoint_interrupted_leaves_nothing_behind(tmp_path, monkeypatch
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoint, "_save", interrupted)
+    monkeypatch.setattr(save, "_save", interrupted)
     with pytest.raises(KeyboardInterrupt):
         save_checkpoint(tiny.convert_tiny(tiny.tiny_llama()), None, tmp_path / "out", calibration={}, card="")
     assert not list(tmp_path.iterdir())
@@ -456,7 +450,7 @@ def test_save_checkpoint_when_the_rename_fails_puts_the_old_one_back(saved, monk
 KILL = """
 import json, os, pathlib, sys
 from pathlib import Path
-from moeify.hf import checkpoint
+from moeify.hf import folders, save
 
 CALLS = ("mkdir", "rename", "replace", "unlink", "rmdir", "fsync", "open")
 root, ended = Path(sys.argv[1]), None
@@ -481,7 +475,7 @@ for step in range(1000):
             setattr(os, name, killed_at(real))
             if getattr(early, name, None) is real:
                 setattr(early, name, getattr(os, name))
-        with checkpoint.whole_folder(out, overwrite=True, marker=sys.argv[2]) as partial:
+        with folders.whole_folder(out, overwrite=True, marker=sys.argv[2]) as partial:
             for name in (sys.argv[2], "model.safetensors", "README.md"):
                 (partial / name).write_text("new")
         os._exit(0)
@@ -498,7 +492,7 @@ def test_save_checkpoint_killed_at_any_step_of_a_replacement_loses_neither(tmp_p
     new = {marker: "new", "model.safetensors": "new", "README.md": "new"}
     environment = {
         **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(Path(checkpoint.__file__).parents[2]), os.environ.get("PYTHONPATH", "")]),
+        "PYTHONPATH": os.pathsep.join([str(Path(folders.__file__).parents[2]), os.environ.get("PYTHONPATH", "")]),
     }
     done = subprocess.run([sys.executable, "-c", KILL, str(tmp_path), marker], capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr
@@ -510,7 +504,7 @@ def test_save_checkpoint_killed_at_any_step_of_a_replacement_loses_neither(tmp_p
         files = {path.name: path.read_text() for path in out.iterdir()}
         assert files in (old, new), step
         found.append((lost_its_name, files == new))
-        with checkpoint.whole_folder(out, overwrite=True, marker=marker) as partial:
+        with folders.whole_folder(out, overwrite=True, marker=marker) as partial:
             for name, text in new.items():
                 (partial / name).write_text(text)
         assert {path.name: path.read_text() for path in out.iterdir()} == new

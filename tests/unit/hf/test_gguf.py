@@ -5,7 +5,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from moeify.errors import CheckpointError
-from moeify.hf.checkpoint import load_model
+from moeify.hf.load import load_model
 
 gguf = pytest.importorskip("gguf")
 pytest.importorskip("accelerate")

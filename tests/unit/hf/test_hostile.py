@@ -7,11 +7,11 @@ import pytest
 import tiny
 
 from moeify._bounds import MOST_LAYERS, check_bounds
-from moeify.convert import Manifest, manifest_of
 from moeify.errors import CheckpointError
-from moeify.hf import checkpoint
-from moeify.hf.checkpoint import load_model, read_manifest
+from moeify.hf import load
+from moeify.hf.load import load_model, read_manifest
 from moeify.hf.offload import load_offloaded
+from moeify.manifest import Manifest, manifest_of
 from moeify.routers import build_router
 
 
@@ -84,7 +84,7 @@ def test_an_index_names_files_of_its_folder_only(folder, shard):
 
 
 def test_json_files_are_bounded(folder, monkeypatch):
-    monkeypatch.setattr(checkpoint, "_MOST_JSON", 100)
+    monkeypatch.setattr(load, "_MOST_JSON", 100)
     for read in (load_model, read_manifest):
         with pytest.raises(CheckpointError, match="bytes; no checkpoint needs more than 100"):
             read(folder)

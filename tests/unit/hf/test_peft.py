@@ -9,8 +9,9 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
+from moeify.controls import record_active, set_impl, set_mode
 from moeify.convert import ConvertConfig, convert
-from moeify.layers import moe_layers, record_active, set_impl, set_mode
+from moeify.layers import moe_layers
 from moeify.routers import NormRouterConfig
 from moeify.select import TopK
 from moeify.sites import find_ffn_sites

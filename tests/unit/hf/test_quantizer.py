@@ -10,9 +10,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM, LlamaForSequenceClassification, LlamaModel
 
 import moeify  # noqa: F401 - registers the quantizer
+from moeify.controls import set_mode, set_rule
 from moeify.convert import ConvertConfig, convert
 from moeify.errors import CheckpointError
-from moeify.layers import moe_layers, set_mode, set_rule
+from moeify.layers import moe_layers
 from moeify.quantize import quantize
 from moeify.routers import GateRouterConfig, LowRankRouterConfig
 from moeify.select import DynKMax, Threshold, TopK

@@ -8,10 +8,13 @@ import torch
 from families.models import build
 from transformers import AutoModel, AutoModelForCausalLM, LlamaForCausalLM, LlamaModel
 
-from moeify.convert import ConvertConfig, convert, manifest_of, replace_projections, to_dense
+from moeify.controls import set_rule
+from moeify.convert import ConvertConfig, convert, replace_projections, to_dense
 from moeify.errors import CheckpointError
-from moeify.hf.checkpoint import load_model, read_manifest, save_checkpoint
-from moeify.layers import MoEProjection, moe_layers, set_rule
+from moeify.hf.load import load_model, read_manifest
+from moeify.hf.save import save_checkpoint
+from moeify.layers import MoEProjection, moe_layers
+from moeify.manifest import manifest_of
 from moeify.select import TopK
 from moeify.sites import FusedProjection, ProjectionMLP, find_ffn_sites, find_projections, projection_mlps, replaced_projections
 

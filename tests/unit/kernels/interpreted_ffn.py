@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 from numerics import assert_as_accurate_as_torch
 from tiny import convert_tiny, tiny_inputs, tiny_llama
 
+from moeify.controls import set_impl
 from moeify.errors import KernelError
 from moeify.kernels import build_plan, explain, gpu_ffn, impls_for, masked, moe_ffn, reference, tiles, triton_ffn
 from moeify.kernels.tiles import FFNTiles
-from moeify.layers import moe_layers, set_impl
+from moeify.layers import moe_layers
 from moeify.select import TopK
 from moeify.sites.formula import ACTIVATIONS
 from moeify.sites.int8 import quantize_rows

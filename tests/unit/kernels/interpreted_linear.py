@@ -13,13 +13,13 @@ from numerics import assert_as_accurate_as_torch
 from tiny import tiny_inputs, tiny_llama
 
 from moeify.channels import SparseInput, attach_channels
+from moeify.controls import set_impl
 from moeify.errors import KernelError
 from moeify.kernels import gpu_linear, triton_linear
 from moeify.kernels.cpu_linear import LinearWeights
 from moeify.kernels.gpu_linear import SparseLinear
 from moeify.kernels.linear import masked, sparse_linear
 from moeify.kernels.tiles import LinearTiles
-from moeify.layers import set_impl
 from moeify.select import TopK
 from moeify.sites import find_linear_sites
 

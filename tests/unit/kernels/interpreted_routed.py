@@ -11,9 +11,10 @@ import torch
 from ffn_cases import map_weights, random_ffn
 from tiny import convert_tiny, tiny_inputs, tiny_llama
 
+from moeify.controls import set_impl, set_rule
 from moeify.errors import KernelError
 from moeify.kernels import build_plan, cpu, gpu_ffn, gpu_routed, masked
-from moeify.layers import moe_layers, set_impl, set_rule
+from moeify.layers import moe_layers
 from moeify.routers import NormRouterConfig, build_router
 from moeify.select import RULES, DynKMass, DynKMax, NormBudget, Threshold, TopK
 from moeify.serving.rules import PresetRules

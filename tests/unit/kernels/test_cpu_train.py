@@ -14,9 +14,10 @@ from pretraining import sites_of, tiny_gpt
 from torch._dynamo.backends.debugging import aot_eager
 from torch.utils.checkpoint import checkpoint
 
-from moeify.convert import SiteRecord, apply_site
+from moeify.convert import apply_site
 from moeify.errors import KernelError
 from moeify.kernels import build_plan, cpu, cpu_train, explain, masked, moe_ffn
+from moeify.manifest import SiteRecord
 from moeify.routers import LinearRouterConfig
 from moeify.select import TopK
 from moeify.sites.formula import ACTIVATIONS

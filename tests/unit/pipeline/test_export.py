@@ -9,9 +9,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from moeify import cli
+from moeify.controls import set_mode
 from moeify.errors import CheckpointError, ConfigError, UnsupportedModelError
-from moeify.hf.checkpoint import load_model
-from moeify.layers import set_mode
+from moeify.hf.load import load_model
 from moeify.pipeline import export_checkpoint
 from moeify.quantize import quantize
 from moeify.select import TopK

@@ -7,10 +7,11 @@ import torch
 import transformers
 from tiny import convert_tiny, tiny_llama
 
+from moeify.controls import record_active, set_mode
 from moeify.convert import ConvertConfig, convert
 from moeify.errors import CheckpointError
 from moeify.evaluate import perplexity
-from moeify.layers import moe_layers, record_active, set_mode
+from moeify.layers import moe_layers
 from moeify.pipeline import heldout
 from moeify.pipeline.heldout import card_rows, measure_converted
 from moeify.routers import NormRouterConfig

@@ -8,8 +8,9 @@ import torch
 from safetensors.torch import load_file
 
 from moeify import cli, set_rule
-from moeify.convert import stamp
-from moeify.hf.checkpoint import load_model, save_checkpoint
+from moeify.hf.load import load_model
+from moeify.hf.save import save_checkpoint
+from moeify.manifest import stamp
 from moeify.pipeline.info import checkpoint_info, info_text
 from moeify.presets import Preset, presets, store
 from moeify.quantize import quantize

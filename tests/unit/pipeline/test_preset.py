@@ -11,10 +11,11 @@ from bench.tiny import convert_tiny
 from moeify import DataConfig, load_model, presets, set_rule
 from moeify.budget import AllocateConfig
 from moeify.cli import run
+from moeify.controls import record_active
 from moeify.errors import CheckpointError, ConfigError, DataError
 from moeify.evaluate import measure_quality
 from moeify.hf.presets import read_presets, write_presets
-from moeify.layers import moe_layers, record_active
+from moeify.layers import moe_layers
 from moeify.pipeline import budget_checkpoint, evaluation_batches, generate_text, preset_checkpoint
 from moeify.presets import Preset
 from moeify.select import Threshold

@@ -12,9 +12,10 @@ from pretraining import BERT, RECIPE, T5, recipe_file
 from safetensors.torch import load_file
 
 from moeify import cli
+from moeify.controls import set_mode
 from moeify.errors import CheckpointError, ConfigError, DataError, DivergedError, StoppedError
-from moeify.hf.checkpoint import load_model
-from moeify.layers import moe_layers, set_mode
+from moeify.hf.load import load_model
+from moeify.layers import moe_layers
 from moeify.pipeline import pretrain, read_pretrain
 from moeify.ssd import SSD
 from moeify.train import loop, state

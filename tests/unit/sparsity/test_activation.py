@@ -10,9 +10,10 @@ from families.models import build
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, LlamaModel
 
-from moeify.convert import ConvertConfig, convert, manifest_of, replace_projections, to_dense
+from moeify.convert import ConvertConfig, convert, replace_projections, to_dense
 from moeify.errors import CheckpointError, ConfigError, UnsupportedModelError
-from moeify.hf.checkpoint import load_model, read_manifest
+from moeify.hf.load import load_model, read_manifest
+from moeify.manifest import manifest_of
 from moeify.sites import find_ffn_sites, find_projections, projection_mlps
 from moeify.sparsity import ActivationConfig, set_activation, set_mix
 from moeify.sparsity.activation import RECORD, UNRESTORED, BlendedActivation, find_activation

@@ -7,8 +7,9 @@ import torch
 from pretraining import PROBE, sites_of, tiny_gpt
 from tiny import tiny_llama
 
+from moeify.controls import set_mode
 from moeify.errors import CheckpointError, DataError
-from moeify.layers import moe_layers, set_mode
+from moeify.layers import moe_layers
 from moeify.sites import permute_neurons
 from moeify.ssd import SIMILARITIES, SSD, Monitor, SSDConfig
 from moeify.ssd.monitor import adjusted_rand_index, correlation

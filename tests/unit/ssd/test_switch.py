@@ -8,8 +8,9 @@ from pretraining import PROBE, Counting, sites_of, tiny_gpt
 from tiny import tiny_llama
 from torch import nn
 
+from moeify.controls import set_mode, set_rule
 from moeify.errors import ConfigError, UnsupportedModelError
-from moeify.layers import moe_layers, set_mode, set_rule
+from moeify.layers import moe_layers
 from moeify.select import TopK
 from moeify.ssd import SSD, SSDConfig, check_optimizer, permute_trained
 from moeify.ssd.switch import group_neurons

@@ -14,9 +14,10 @@ from torch.nn import functional as F
 from training import F32, Dies, DyingData, trainer_losses, trainer_of
 
 from moeify._dist import Ranks
-from moeify.convert import manifest_of
+from moeify.controls import record_active, set_mode
 from moeify.errors import CheckpointError, ConfigError
-from moeify.layers import moe_layers, record_active, set_mode
+from moeify.layers import moe_layers
+from moeify.manifest import manifest_of
 from moeify.ssd import SSD, SSDConfig
 from moeify.train.hf_callbacks import SSDCallback
 from moeify.train.loop import KeptPart, TrainConfig, train

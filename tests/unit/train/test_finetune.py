@@ -9,9 +9,10 @@ import tiny
 import torch
 
 from moeify import _config
+from moeify.controls import record_active
 from moeify.convert import ConvertConfig, convert
 from moeify.errors import ConfigError, DataError, UnsupportedModelError
-from moeify.layers import moe_layers, record_active
+from moeify.layers import moe_layers
 from moeify.quantize import quantize
 from moeify.routers import MLPRouterConfig, NormRouterConfig
 from moeify.select import DynKMass, Threshold, TopK

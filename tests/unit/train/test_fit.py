@@ -12,8 +12,9 @@ import torch
 from ffn_cases import random_ffn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from moeify.convert import ConvertConfig, SiteRecord
+from moeify.convert import ConvertConfig
 from moeify.errors import ConfigError, DataError
+from moeify.manifest import SiteRecord
 from moeify.routers import (
     ROUTERS,
     CentreRouterConfig,
@@ -292,7 +293,8 @@ def test_fit_site_numbers_the_experts_that_are_always_on_by_their_new_order():
 MEMORY = """
 from pathlib import Path
 import torch
-from moeify.convert import ConvertConfig, SiteRecord
+from moeify.convert import ConvertConfig
+from moeify.manifest import SiteRecord
 from moeify.routers import NormRouterConfig
 from moeify.select import Threshold
 from moeify.sites import FFNSite, FFNWeights

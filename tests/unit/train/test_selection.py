@@ -7,9 +7,10 @@ import pytest
 import tiny
 import torch
 
+from moeify.controls import record_active, set_impl
 from moeify.convert import ConvertConfig, convert
 from moeify.errors import ConfigError, UnsupportedModelError
-from moeify.layers import moe_layers, record_active, set_impl
+from moeify.layers import moe_layers
 from moeify.routers import CentreRouterConfig, MLPRouterConfig, NormRouter, NormRouterConfig, OracleRouterConfig
 from moeify.select import RULES, DynKMass, DynKMax, NormBudget, Threshold, TopK
 from moeify.sites import find_ffn_sites

@@ -1,18 +1,13 @@
-"""Loads models of any source and writes converted ones, whole or not at all.
+"""Loads models of any source, dense and converted, and says in one line why one cannot be.
 
-transformers is imported where it is used: it takes seconds, and this module's errors and output checks need none of it.
+transformers is imported where it is used: it takes seconds, and most of this module's errors need none of it.
 """
 
-import errno
-import importlib.metadata
 import importlib.util
 import json
 import os
 import re
-import shutil
-import tempfile
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,27 +16,15 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from .._config import did_you_mean
-from .._files import remove_folder, sync
 from .._progress import NO_PROGRESS, Progress
 from .._random import seeded
-from ..convert import Manifest, stamp
 from ..errors import CheckpointError, MoeifyError, UnsupportedModelError
+from ..manifest import Manifest
+from .folders import MANIFEST_FILE, first_line
 from .registration import QUANT_METHOD, register
-
-MANIFEST_FILE = "moeify.json"
-"""The manifest and how it was calibrated, beside the checkpoint that convert writes."""
-TRAINING_FILE = "sparsify.json"
-"""How a dense checkpoint was trained, beside the one that sparsify writes."""
-
-PRETRAINING_FILE = "pretrain.json"
-"""How a model was pre-trained, beside the checkpoint that pretrain writes."""
 
 _MOST_JSON = 2**28
 """Bytes of a JSON file of a checkpoint; tens of megabytes are the knobs and presets of a model of thousands of layers."""
-EXPORT_FILE = "export.json"
-"""What an export is of and how it was checked, beside the files that export writes."""
-
-_MARKERS = (MANIFEST_FILE, TRAINING_FILE, PRETRAINING_FILE, EXPORT_FILE)
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model")
 _PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
@@ -99,7 +82,7 @@ def load_model(
         except MoeifyError:
             raise
         except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
-            raise CheckpointError(f"'{source}': {_first_line(error)}") from error
+            raise CheckpointError(f"'{source}': {first_line(error)}") from error
         task.advance(1)
     if new_head is not None and (prefix := model.base_model_prefix):
         info = {
@@ -122,210 +105,6 @@ def model_class(source: str | os.PathLike[str]) -> Any:
     return model_class_of(load_config(where, {key: value for key, value in options.items() if key == "gguf_file"}, source), source)
 
 
-def save_checkpoint(
-    model: nn.Module,
-    processor: Any,
-    out: Path,
-    *,
-    calibration: Mapping[str, Any],
-    card: str,
-    overwrite: bool = False,
-    progress: Progress = NO_PROGRESS,
-) -> None:
-    """Write a converted model: checkpoint, tokenizer, ``moeify.json`` and ``README.md``; all of it, or nothing.
-
-    Args:
-        model: converted model.
-        processor: tokenizer or processor to save beside it, or None.
-        out: new folder.
-        calibration: how the rules were set and what was measured; JSON values. Library versions are added.
-        card: text of the model card, from `moeify.hf.card.model_card`.
-        overwrite: replace ``out`` where it holds an earlier conversion; the old one is deleted only when the new one is complete.
-        progress: told when everything is on the disk under its name.
-
-    Raises:
-        CheckpointError: ``out`` is in the way, or cannot be written (disk full); nothing has changed then.
-        UnsupportedModelError: the model is dense.
-    """
-    manifest = stamp(model)
-    record = {**manifest.to_dict(), "calibration": {**calibration, "versions": library_versions()}}
-    with progress.task(f"save {out}", total=1) as task:
-        with whole_folder(out, overwrite=overwrite) as partial:
-            (partial / MANIFEST_FILE).write_text(json.dumps(record, indent=2) + "\n")
-            _save(model, processor, partial)
-            (partial / "README.md").write_text(card)
-        task.advance(1)
-
-
-def save_dense(model: nn.Module, processor: Any, out: Path) -> None:
-    """Write a dense model and its tokenizer; all of it, or nothing.
-
-    Raises:
-        CheckpointError: ``out`` exists and is not empty, or cannot be written.
-    """
-    with whole_folder(out, overwrite=False) as partial:
-        _save(model, processor, partial)
-
-
-def save_trained(
-    model: nn.Module,
-    processor: Any,
-    out: Path,
-    *,
-    record: Mapping[str, Any],
-    card: str,
-    overwrite: bool = False,
-    progress: Progress = NO_PROGRESS,
-) -> None:
-    """Write a dense model that was trained, its tokenizer, ``sparsify.json`` and ``README.md``; all of it, or nothing.
-
-    Args:
-        model: dense model.
-        processor: tokenizer or processor to save beside it, or None.
-        out: new folder.
-        record: how it was trained and what was measured; JSON values.
-        card: text of the model card.
-        overwrite: as in `save_checkpoint`.
-        progress: as in `save_checkpoint`.
-
-    Raises:
-        CheckpointError: as in `save_checkpoint`.
-    """
-    with progress.task(f"save {out}", total=1) as task:
-        with whole_folder(out, overwrite=overwrite, marker=TRAINING_FILE) as partial:
-            (partial / TRAINING_FILE).write_text(json.dumps(record, indent=2) + "\n")
-            _save(model, processor, partial)
-            (partial / "README.md").write_text(card)
-        task.advance(1)
-
-
-def save_pretrained_run(
-    model: nn.Module,
-    processor: Any,
-    out: Path,
-    *,
-    record: Mapping[str, Any],
-    card: str,
-    calibration: Mapping[str, Any] | None = None,
-    beside: Iterable[Path] = (),
-    overwrite: bool = False,
-    progress: Progress = NO_PROGRESS,
-) -> None:
-    """Write a model that was pre-trained, its tokenizer, ``pretrain.json``, ``README.md`` and its logs; all of it, or nothing.
-
-    Args:
-        model: dense or converted model.
-        processor: tokenizer to save beside it.
-        out: new folder.
-        record: how it was trained and what was measured; JSON values.
-        card: text of the model card.
-        calibration: of a converted model, as in `save_checkpoint`: ``moeify.json`` is written, too.
-        beside: files and folders to copy.
-        overwrite: as in `save_checkpoint`.
-        progress: as in `save_checkpoint`.
-
-    Raises:
-        CheckpointError: as in `save_checkpoint`.
-    """
-    with progress.task(f"save {out}", total=1) as task:
-        with whole_folder(out, overwrite=overwrite, marker=PRETRAINING_FILE) as partial:
-            (partial / PRETRAINING_FILE).write_text(json.dumps(record, indent=1) + "\n")
-            if calibration is not None:
-                whole = {**stamp(model).to_dict(), "calibration": {**calibration, "versions": library_versions()}}
-                (partial / MANIFEST_FILE).write_text(json.dumps(whole, indent=2) + "\n")
-            _save(model, processor, partial)
-            (partial / "README.md").write_text(card)
-            for path in beside:
-                (shutil.copytree if path.is_dir() else shutil.copy)(path, partial / path.name)
-        task.advance(1)
-
-
-@contextmanager
-def exported_folder(out: Path, *, overwrite: bool) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """A folder to write an export into, and the record of it, which becomes ``export.json``; all of it takes the name ``out``, or nothing.
-
-    Raises:
-        CheckpointError: as in `save_checkpoint`.
-    """
-    with whole_folder(out, overwrite=overwrite, marker=EXPORT_FILE) as partial:
-        record: dict[str, Any] = {}
-        yield partial, record
-        (partial / EXPORT_FILE).write_text(json.dumps({**record, "versions": library_versions()}, indent=2) + "\n")
-
-
-def check_output(out: Path, *, overwrite: bool) -> None:
-    """Refuse an output folder before any work is done for it; first `recover` what a killed save left.
-
-    Raises:
-        CheckpointError: ``out`` exists, is not empty and may not be replaced, its parent cannot be written, or a name beside it that saving
-            needs is taken.
-    """
-    recover(out)
-    if out.is_dir():
-        if any(out.iterdir()):
-            is_ours = _marker_of(out) is not None
-            if not overwrite:
-                way_out = "--overwrite replaces it, or choose another --out" if is_ours else "choose another --out"
-                raise CheckpointError(f"the output folder '{out}' exists and is not empty; {way_out}.")
-            if not is_ours:
-                raise CheckpointError(
-                    f"'{out}' holds no {' or '.join(_MARKERS)}, so it is not an earlier conversion and is not replaced; "
-                    "choose another --out."
-                )
-    elif out.exists() or out.is_symlink():
-        raise CheckpointError(f"the output '{out}' is a file; choose another --out.")
-    for leftover in _names_beside(out):
-        _check_leftover(leftover)
-    check_writable(next(p for p in out.absolute().parents if p.exists()), out)
-
-
-def check_apart(out: Path, source: str | os.PathLike[str]) -> None:
-    """Refuse an output folder that is the source, lies in it, or holds it: a source is never written to, nor replaced.
-
-    Raises:
-        CheckpointError: it does; names both.
-    """
-    folder, new = Path(source).expanduser().resolve(), out.expanduser().resolve()
-    if folder.is_dir() and new.is_relative_to(folder):
-        where = "is the source" if new == folder else f"lies in the source '{source}'"
-        raise CheckpointError(f"the output folder '{out}' {where}, which is never written to; choose another --out.")
-    if folder.exists() and folder.is_relative_to(new):
-        raise CheckpointError(f"the output folder '{out}' holds the source '{source}', which is never replaced; choose another --out.")
-
-
-def check_writable(folder: Path, out: Path) -> None:
-    """Make a nameless file in ``folder``: permissions alone do not tell (a read-only file system, root).
-
-    Raises:
-        CheckpointError: it is no folder, or nothing can be written in it; ``out`` is what the user named.
-    """
-    try:
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise CheckpointError(
-            f"'{folder}' is not a folder that can be written ({error.strerror}); choose another --out than '{out}'."
-        ) from error
-
-
-def recover(out: Path) -> None:
-    """Undo or finish a replacement of ``out`` that was killed: the earlier conversion gets its name back, or goes where the new one has it.
-
-    Nothing happens where no replacement was under way.
-    """
-    replaced = _names_beside(out)[1]
-    if (marker := _marker_of(replaced)) is None:
-        if replaced.is_dir() and not any(replaced.iterdir()):
-            replaced.rmdir()  # killed when all but the folder was deleted
-        return
-    if out.is_dir() and any(out.iterdir()):
-        remove_folder(replaced, last=marker)
-    elif not out.exists() or out.is_dir():
-        if out.is_dir():
-            out.rmdir()
-        replaced.rename(out)
-
-
 def read_calibration(directory: Path) -> dict[str, Any]:
     """The ``calibration`` record of a converted checkpoint's ``moeify.json``.
 
@@ -340,7 +119,7 @@ def read_calibration(directory: Path) -> dict[str, Any]:
     except (FileNotFoundError, NotADirectoryError) as error:
         raise CheckpointError(f"'{directory}' has no {MANIFEST_FILE}; is it a folder that `moeify convert` wrote?") from error
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"'{path}' cannot be read: {_first_line(error)}") from error
+        raise CheckpointError(f"'{path}' cannot be read: {first_line(error)}") from error
     if not isinstance(record, dict) or not isinstance(record.get("calibration"), dict):
         raise CheckpointError(f"'{path}' has no 'calibration' record; convert the model again.")
     Manifest.from_dict({k: v for k, v in record.items() if k != "calibration"}, where=str(path))
@@ -360,7 +139,7 @@ def read_manifest(directory: Path) -> Manifest:
     except CheckpointError:
         raise
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"'{path}' cannot be read: {_first_line(error)}") from error
+        raise CheckpointError(f"'{path}' cannot be read: {first_line(error)}") from error
     stored = config.get("quantization_config") if isinstance(config, dict) else None
     # Without a site and a channel it only makes from_pretrained restore activations.
     if not isinstance(stored, dict) or stored.get("quant_method") != QUANT_METHOD or not (stored.get("sites") or stored.get("channels")):
@@ -368,23 +147,9 @@ def read_manifest(directory: Path) -> Manifest:
     return Manifest.from_dict({k: v for k, v in stored.items() if k != "quant_method"}, where=str(path))
 
 
-def library_versions() -> dict[str, str]:
-    """Versions of what a checkpoint depends on."""
-    found = {}
-    for name in ("moeify", "torch", "transformers", "safetensors"):
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:  # run from a source tree
-            found[name] = "unknown"
-    return found
-
-
 def _name_of(entry: Any) -> str:
     """Tensor of an entry of transformers' loading info: a name, or a name with two shapes."""
     return str(entry if isinstance(entry, str) else entry[0])
-
-
-# -- loading -------------------------------------------------------------------------------------------------------------------------
 
 
 def locate(source: str) -> tuple[str, dict[str, Any]]:
@@ -416,7 +181,7 @@ def _gguf_options(path: Path) -> tuple[str, dict[str, Any]]:
     try:
         GGUFReader(path)
     except (ValueError, IndexError, KeyError, OverflowError) as error:
-        raise CheckpointError(f"'{path}' is truncated or damaged ({_first_line(error)}); download it again.") from error
+        raise CheckpointError(f"'{path}' is truncated or damaged ({first_line(error)}); download it again.") from error
     return str(path.parent), {"gguf_file": path.name, "quantization_config": GgufConfig(dequantize=True)}
 
 
@@ -431,7 +196,7 @@ def _check_folder(path: Path) -> None:
     except CheckpointError:
         raise
     except ValueError as error:
-        raise CheckpointError(f"'{config_file}' is not JSON: {_first_line(error)}") from error
+        raise CheckpointError(f"'{config_file}' is not JSON: {first_line(error)}") from error
     if not isinstance(config, dict):
         raise CheckpointError(f"'{config_file}' is not a JSON object.")
     weights = weight_files(path)
@@ -451,7 +216,7 @@ def _check_folder(path: Path) -> None:
                 pass
         except SafetensorError as error:
             raise CheckpointError(
-                f"'{file}' is truncated or not a safetensors file ({_first_line(error)}); download or save it again."
+                f"'{file}' is truncated or not a safetensors file ({first_line(error)}); download or save it again."
             ) from error
 
 
@@ -513,17 +278,17 @@ def load_config(where: str, options: Mapping[str, Any], source: str) -> Any:
         config = AutoConfig.from_pretrained(where, **options)
     except OSError as error:
         if Path(where).is_dir():
-            raise CheckpointError(f"'{source}': {_first_line(error)}") from error
+            raise CheckpointError(f"'{source}': {first_line(error)}") from error
         raise CheckpointError(
-            f"'{source}' is not a folder here, and the Hugging Face Hub did not give it ({_first_line(error)}); "
+            f"'{source}' is not a folder here, and the Hugging Face Hub did not give it ({first_line(error)}); "
             "check the name and the network."
         ) from error
     except MoeifyError:
         raise
     except StrictDataclassError as error:
-        raise CheckpointError(f"'{source}': config.json: {_first_line(error)}") from error
+        raise CheckpointError(f"'{source}': config.json: {first_line(error)}") from error
     except (ValueError, KeyError) as error:
-        raise UnsupportedModelError(f"'{source}': {_first_line(error)}") from error
+        raise UnsupportedModelError(f"'{source}': {first_line(error)}") from error
     quantized = getattr(config, "quantization_config", None)
     method = quantized.get("quant_method") if isinstance(quantized, dict) else getattr(quantized, "quant_method", None)
     if method not in (None, QUANT_METHOD):
@@ -569,7 +334,7 @@ def take_generation_config(model: Any, where: str | os.PathLike[str]) -> None:
         try:
             model.generation_config = GenerationConfig.from_pretrained(path.parent)
         except (OSError, ValueError, TypeError) as error:
-            raise CheckpointError(f"'{path}': {_first_line(error)}") from error
+            raise CheckpointError(f"'{path}': {first_line(error)}") from error
 
 
 def check_complete(info: Mapping[str, Any], source: str, cls: str) -> None:
@@ -618,7 +383,7 @@ def load_processor(where: str, options: Mapping[str, Any], source: str) -> Any:
             return AutoTokenizer.from_pretrained(where)
     except Exception as error:  # the tokenizers library raises Exception itself, its callers KeyError and others
         raise CheckpointError(
-            f"'{source}': the tokenizer or processor cannot be loaded: {type(error).__name__}: {_first_line(error)}"
+            f"'{source}': the tokenizer or processor cannot be loaded: {type(error).__name__}: {first_line(error)}"
         ) from error
     return None
 
@@ -629,86 +394,3 @@ def _has_file(where: str, name: str) -> bool:
     from transformers.utils.hub import cached_file
 
     return cached_file(where, name, _raise_exceptions_for_missing_entries=False) is not None
-
-
-def _first_line(error: BaseException) -> str:
-    """What an exception says, on one line of bearable length."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 300 else text[:297] + "..."
-
-
-# -- saving --------------------------------------------------------------------------------------------------------------------------
-
-
-def _save(model: Any, processor: Any, directory: Path) -> None:
-    model.save_pretrained(directory)
-    if processor is not None:
-        processor.save_pretrained(directory)
-
-
-@contextmanager
-def whole_folder(out: Path, *, overwrite: bool, marker: str = MANIFEST_FILE) -> Iterator[Path]:
-    """A folder beside ``out`` that takes its name when the body has ended without an error, and vanishes otherwise.
-
-    Same parent, so same file system: the rename is atomic. Files reach the disk before the name does.
-    """
-    check_output(out, overwrite=overwrite)
-    out = out.absolute()
-    partial, replaced = _names_beside(out)
-    done = False
-    try:
-        if partial.exists():
-            remove_folder(partial, last=_marker_of(partial) or marker)
-        partial.mkdir(parents=True)
-        (partial / marker).touch()  # says that the folder is ours, see _check_leftover
-        yield partial
-        is_dense = (partial / marker).stat().st_size == 0
-        _sync_all(partial)
-        if out.exists() and any(out.iterdir()):
-            out.rename(replaced)
-        partial.rename(out)
-        done = True
-        if is_dense:
-            (out / marker).unlink()
-        sync(out.parent)
-    except MoeifyError:
-        raise
-    except (OSError, ValueError, SafetensorError) as error:
-        raise CheckpointError(f"cannot write '{out}': {_reason(error)}; nothing was changed.") from error
-    finally:
-        with suppress(OSError):  # the next run's check_output repeats it
-            if not done and partial.exists():
-                remove_folder(partial, last=marker)
-            recover(out)
-
-
-def _names_beside(out: Path) -> tuple[Path, Path]:
-    """Where a new ``out`` is written, and where an earlier one is kept while the new one takes its name."""
-    out = out.absolute()
-    return out.with_name(out.name + ".partial"), out.with_name(out.name + ".replaced-by-moeify")
-
-
-def _marker_of(folder: Path) -> str | None:
-    """The file that says that moeify wrote a folder; None where it did not."""
-    return next((name for name in _MARKERS if (folder / name).is_file()), None)
-
-
-def _check_leftover(folder: Path) -> None:
-    """A killed save leaves folders of its own: they may go. Anything else of that name may not."""
-    if folder.exists() and not (folder.is_dir() and (_marker_of(folder) is not None or not any(folder.iterdir()))):
-        raise CheckpointError(f"'{folder}' is in the way and was not written by moeify; move it, or choose another --out.")
-
-
-def _sync_all(directory: Path) -> None:
-    for folder, _, names in os.walk(directory):
-        for name in (*names, ""):  # the folder itself at the end
-            sync(Path(folder) / name)
-
-
-def _reason(error: Exception) -> str:
-    """Why writing failed; safetensors' errors carry the system's number only in their text."""
-    text = _first_line(error)
-    full = (errno.ENOSPC, errno.EDQUOT)
-    if getattr(error, "errno", None) in full or "No space left" in text or any(f"os error {number})" in text for number in full):
-        return "the disk is full"
-    return text
