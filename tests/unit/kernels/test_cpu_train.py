@@ -4,6 +4,7 @@
 Letters: T tokens, D model width, O output width, F FFN width, E experts.
 """
 
+import concurrent.futures
 import dataclasses
 
 import pytest
@@ -101,6 +102,21 @@ def test_output_of_another_width_and_layouts_of_each_kind():
         weights = FFNWeights(up_FD, down_FO, fused.t()[F:], torch.randn(F), None, torch.randn(O))
         for x_TD in (wide[:, :D], wide[:, ::2], torch.randn(1, D).expand(90, D), torch.randn(D, 90).t()):
             assert_accurate(x_TD, weights, plan, upstream_TO)
+
+
+def test_many_threads_at_once_get_their_own_gradients():
+    weights = random_ffn(24, 50, gated=True)
+    cases = [(torch.randn(T, 24), random_plan(T, 5, 0.4), torch.randn(T, 24)) for T in (1, 7, 40, 90)]
+
+    def work(case):
+        x_TD, plan, upstream_TD = case
+        return gradients(train(build_plan(plan.mask_TE), "silu"), x_TD, weights, upstream_TD, torch.float32)
+
+    expected = [work(case) for case in cases]
+    with concurrent.futures.ThreadPoolExecutor(len(cases)) as pool:
+        for _ in range(10):
+            for found, alone in zip(pool.map(work, cases), expected, strict=True):
+                assert all(got.equal(want) for got, want in zip(found, alone, strict=True))
 
 
 def test_only_the_gradients_that_are_wanted_are_computed():
