@@ -18,6 +18,7 @@ from moeify.kernels.tiles import TUNED, ragged_tiles, router_tiles, union_tiles
 pytestmark = pytest.mark.skipif(gpu_linear.unavailable() is not None, reason=str(gpu_linear.unavailable()))
 BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 SHARED_BYTES = 99 << 10  # of a block of threads on the smallest GPU in question (sm86, sm89)
+SPLITS = 32  # `triton_union.SPLITS_AT_ONCE`, which is not imported here: it would import triton
 F, D, SIZE = 14336, 4096, 64  # llama-8b
 EXPERTS = {"SIZE": SIZE, "LARGER": 0}
 FUNCTION = {"ACTIVATION": "silu", "THRESHOLD": 0.0}
@@ -58,6 +59,7 @@ def test_in_the_interpreter_the_kernels_compute_what_the_definition_says():
 def pointers(dtype):
     floats = ("x", "up", "gate", "h", "kept", "a", "w", "b", "v", "down", "grad", "rows", "out", "y", "up_bias", "gate_bias", "bias")
     numbers = {"mask_ptr": "*u8", "offset_ptr": "*i32", "token_ptr": "*i32", "done_ptr": "*i32", "pair_ptr": "*i32", "count_ptr": "*i32"}
+    numbers["start_ptr"] = "*i32"
     return {f"{name}_ptr": f"*{dtype}" for name in floats} | numbers | dict.fromkeys(("sums_ptr", "energy_ptr"), "*fp32")
 
 
@@ -100,7 +102,7 @@ def test_kernels_of_few_tokens_compile_to_wide_loads_and_fit_any_gpu(compiled, c
     weights = 2 * t.neurons * t.channels * BYTES[dtype] // 16 // 128
     kernel = triton_union.hidden_of_one if T == 1 else triton_union.hidden_of_few
     check(compiled(kernel, capability, constants=first, **options), **expected, wide=weights if T == 1 else 0)
-    sides = {"T_TILE": t.tokens, "K_TILE": t.depth, "O_TILE": t.outputs, "RUN": min(SIZE, t.depth), **EXPERTS}
+    sides = {"T_TILE": t.tokens, "K_TILE": t.depth, "O_TILE": t.outputs, "S_TILE": SPLITS, "RUN": min(SIZE, t.depth), **EXPERTS}
     weights = t.depth * t.outputs * BYTES[dtype] // 16 // 128
     for contiguous in ("down_stride_f", "down_stride_o"):  # as nn.Linear stores it, and by neuron
         second = {contiguous: 1, "mask_stride_e": 1, **sides, **without("scale_ptr", "bias_ptr")}
@@ -205,9 +207,35 @@ def test_int8_weights_of_many_tokens_compile(compiled):
 def test_the_plan_on_the_device_compiles(compiled, capability, name):
     from moeify.kernels import triton_plan
 
-    found = compiled(getattr(triton_plan, name), capability, pointers=pointers("fp32"), constants={"T_TILE": 1024}, odd=ODD)
+    constants = {"T_TILE": 128, "G_TILE": 32, "mask_stride_e": 1}
+    found = compiled(getattr(triton_plan, name), capability, pointers=pointers("fp32"), constants=constants, odd=(*ODD, "chunks"))
     check(found, capability=capability, dtype="fp32", products=False)
     assert not re.search(r"\b(atom|red)\.", found.asm["ptx"]), "the order of pairs would differ from run to run"
+
+
+def test_no_stride_is_multiplied_in_32_bits(compiled):
+    """Of a view of something large the last token or channel may lie beyond 2^31 elements, however small the view is."""
+    from moeify.kernels import triton_backward, triton_pairs, triton_plan, triton_router, triton_union
+
+    small = {"T_TILE": 16, "N_TILE": 16, "K_TILE": 16, "O_TILE": 16, "R_TILE": 16, "D_TILE": 16, "W_TILE": 16, "G_TILE": 16, "S_TILE": 4}
+    given = {**small, **EXPERTS, **FUNCTION, "RUN": 16, "BY_TOKEN": True, **without("up_scale_ptr", "gate_scale_ptr", "scale_ptr")}
+    for module, names in (
+        (triton_union, {"hidden_of_few": (16,), "outputs_of_few": (1,)}),
+        (triton_router, {"sum_hidden": (1, 16), "sum_hidden_of_many": (16,)}),
+        (triton_plan, {"count_pairs": (16,)}),
+        (triton_pairs, {"hidden_of_pairs": (16,)}),
+        (triton_backward, {"through_activation": (16,)}),
+    ):
+        for name, sizes in names.items():
+            for tokens in sizes:
+                kernel = getattr(module, name)
+                constants = {key: value for key, value in (given | {"T_TILE": tokens}).items() if key in kernel.arg_names}
+                types = pointers("fp16") | ({"hidden_ptr": "*fp32"} if module is triton_router else {})
+                ir = compiled(kernel, 80, pointers=types, constants=constants, odd=ODD).asm["ttir"]
+                strides = [arg for arg in kernel.arg_names if "stride" in arg]
+                assert all(f"%{arg}: i32" in ir for arg in strides), "the names are not those of the compiler's text"
+                narrow = [arg for arg in strides if re.search(rf"(splat %{arg} : i32|muli [^:]*%{arg}\b[^:]*: i32)", ir)]
+                assert not narrow, f"{name}, {tokens} tokens: {narrow}"
 
 
 @pytest.mark.parametrize("function", gpu_ffn.FUNCTIONS)
@@ -233,7 +261,7 @@ def test_nothing_is_of_one_vendor(compiled):
     for file in Path(triton_union.__file__).parent.glob("triton_*.py"):
         assert not re.search(r"inline_asm|tl\.extra|libdevice", file.read_text()), file
     few, many = tiles_of(8, "bf16"), tiles_of(4096, "bf16")
-    second = {"T_TILE": few.tokens, "K_TILE": few.depth, "O_TILE": few.outputs, "RUN": 64, **EXPERTS, "down_stride_f": 1}
+    second = {"T_TILE": few.tokens, "K_TILE": few.depth, "O_TILE": few.outputs, "S_TILE": SPLITS, "RUN": 64, **EXPERTS, "down_stride_f": 1}
     added = {"R_TILE": many.tokens, "K_TILE": many.depth, "O_TILE": many.outputs, **EXPERTS, "w_stride_f": 1}
     chosen = {"IS_EXP": True, "RULE": "topk", "ALWAYS": None, "E_ALL": 32, "S_ALL": 4, "W_ALL": 128, "W_TILE": 32}
     floats = dict.fromkeys(("hidden_bias_ptr", "out_ptr", "out_bias_ptr"), "*fp32") | {"knob": "fp32"}
@@ -248,5 +276,5 @@ def test_nothing_is_of_one_vendor(compiled):
 
 
 def test_tuned_tiles_name_known_fields():
-    known = {"tokens", "neurons", "channels", "outputs", "depth", "is_atomic", "num_warps", "num_stages"}
+    known = {"tokens", "neurons", "channels", "outputs", "depth", "atomic_neurons", "num_warps", "num_stages"}
     assert all(set(found) <= known for found in TUNED.values())
