@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from moeify.kernels import gpu_ffn, gpu_linear, gpu_routed
 from moeify.kernels.tiles import TUNED, ragged_tiles, router_tiles, union_tiles
@@ -39,20 +40,28 @@ ODD = (
 )
 MATRIX_INSTRUCTIONS = {80: "mma.sync", 90: "wgmma.mma_async|mma.sync", 100: "tcgen05.mma|mma.sync"}
 
-# A compiler's choices depend on the size of a type and on the target: not every pair is worth its time.
+# A compiler's choices depend on the size of a type and on the target: not every pair is worth the time of every kernel.
 TARGETS = pytest.mark.parametrize(("dtype", "capability"), [("bf16", 80), ("bf16", 90), ("bf16", 100), ("fp16", 90), ("fp32", 100)])
 
 
 @pytest.mark.slow
 def test_in_the_interpreter_the_kernels_compute_what_the_definition_says():
-    tests = [str(Path(__file__).with_name(f"interpreted_{part}.py")) for part in ("ffn", "routed")]
+    tests = [str(Path(__file__).with_name(name)) for name in ("interpreted_ffn.py", "interpreted_routed.py", "device_ffn.py")]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-qx", *tests],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
+        env=os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,
         timeout=600,
     )
+    assert done.returncode == 0 and " passed" in done.stdout, done.stdout + done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+def test_on_a_gpu_the_kernels_compute_what_the_definition_says():
+    tests = str(Path(__file__).with_name("device_ffn.py"))
+    done = subprocess.run([sys.executable, "-m", "pytest", "-qx", tests], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0 and " passed" in done.stdout, done.stdout + done.stderr
 
 
@@ -80,11 +89,9 @@ def without(*names):
     return dict.fromkeys(names)
 
 
-def tiles_of(T, dtype):
-    if T > 512:
-        return ragged_tiles(num_neurons=F, num_experts=F // SIZE, num_tokens=T, bytes_per_number=BYTES[dtype])
-    sizes = {"d_in": D, "d_out": D, "num_neurons": F, "num_experts": F // SIZE}
-    return union_tiles(**sizes, num_tokens=T, bytes_per_number=BYTES[dtype], num_units=132)
+def tiles_of(T, dtype, architecture="none"):
+    sizes = {"num_neurons": F, "num_experts": F // SIZE, "num_tokens": T, "bytes_per_number": BYTES[dtype], "architecture": architecture}
+    return ragged_tiles(**sizes) if T > 512 else union_tiles(d_in=D, d_out=D, num_units=132, **sizes)
 
 
 @TARGETS
@@ -141,6 +148,28 @@ def test_kernels_of_many_tokens_and_of_training_compile_to_copies_that_run_ahead
     for bias in ({}, without("bias_ptr")):
         total = {"x_stride_d": 1, "out_stride_d": 1, **sides, **bias}
         check(compiled(triton_backward.sum_pairs, capability, constants=total, **options), **expected)
+
+
+@pytest.mark.parametrize(("dtype", "capability"), [("fp16", 80), ("fp16", 100), ("fp32", 80), ("fp32", 90)])
+def test_the_other_types_and_targets_compile(compiled, capability, dtype):
+    from moeify.kernels import triton_backward, triton_pairs, triton_union
+
+    few, many = tiles_of(8, dtype), tiles_of(4096, dtype)
+    none = without("up_bias_ptr", "gate_bias_ptr", "up_scale_ptr", "gate_scale_ptr", "scale_ptr", "bias_ptr")
+    one = dict.fromkeys(("x_stride_d", "up_stride_d", "gate_stride_d", "mask_stride_e", "down_stride_f", "out_stride_d"), 1)
+    second = {"T_TILE": few.tokens, "K_TILE": few.depth, "O_TILE": few.outputs, "S_TILE": SPLITS, "RUN": min(SIZE, few.depth)}
+    first = {"T_TILE": many.tokens, "N_TILE": many.neurons, "K_TILE": many.channels, "RUN": many.neurons, **FUNCTION}
+    summed = {"R_TILE": many.depth, "N_TILE": many.neurons, "D_TILE": many.outputs}
+    for kernel, sides, t in (
+        (triton_union.outputs_of_few, second, few),
+        (triton_pairs.hidden_of_pairs, first, many),
+        (triton_backward.sum_pairs, summed, many),
+    ):
+        given = {**none, **one, **sides, **EXPERTS, "BY_TOKEN": True}
+        constants = {name: value for name, value in given.items() if name in kernel.arg_names}
+        options = {"num_warps": t.num_warps, "num_stages": t.num_stages, "pointers": pointers(dtype), "odd": ODD}
+        found = compiled(kernel, capability, constants=constants, **options)
+        check(found, capability=capability, dtype=dtype, products=True, asynchronous=True)
 
 
 @TARGETS
@@ -260,18 +289,22 @@ def test_nothing_is_of_one_vendor(compiled):
 
     for file in Path(triton_union.__file__).parent.glob("triton_*.py"):
         assert not re.search(r"inline_asm|tl\.extra|libdevice", file.read_text()), file
-    few, many = tiles_of(8, "bf16"), tiles_of(4096, "bf16")
+    few, many = tiles_of(8, "bf16", "gfx942"), tiles_of(4096, "bf16", "gfx1100")
+    none = without("up_bias_ptr", "gate_bias_ptr", "up_scale_ptr", "gate_scale_ptr")
+    sides = {"T_TILE": many.tokens, "N_TILE": many.neurons, "K_TILE": many.channels, "BY_TOKEN": True, "RUN": many.neurons}
     second = {"T_TILE": few.tokens, "K_TILE": few.depth, "O_TILE": few.outputs, "S_TILE": SPLITS, "RUN": 64, **EXPERTS, "down_stride_f": 1}
     added = {"R_TILE": many.tokens, "K_TILE": many.depth, "O_TILE": many.outputs, **EXPERTS, "w_stride_f": 1}
     chosen = {"IS_EXP": True, "RULE": "topk", "ALWAYS": None, "E_ALL": 32, "S_ALL": 4, "W_ALL": 128, "W_TILE": 32}
     floats = dict.fromkeys(("hidden_bias_ptr", "out_ptr", "out_bias_ptr"), "*fp32") | {"knob": "fp32"}
-    for kernel, constants in (
-        (triton_union.outputs_of_few, {**second, **without("scale_ptr", "bias_ptr")}),
-        (triton_pairs.add_products, {**added, **without("b_ptr", "v_ptr")}),
-        (triton_router.choose_experts, chosen),
+    for target, kernel, constants, t in (
+        ("gfx942", triton_union.outputs_of_few, {**second, **without("scale_ptr", "bias_ptr")}, few),
+        ("gfx1100", triton_pairs.hidden_of_pairs, {**none, **sides, **EXPERTS, **FUNCTION}, many),
+        ("gfx1100", triton_pairs.add_products, {**added, **without("b_ptr", "v_ptr")}, many),
+        ("gfx942", triton_router.choose_experts, chosen, few),
     ):
         types = pointers("bf16") | (floats if kernel is triton_router.choose_experts else {})
-        found = compiled(kernel, "gfx942", pointers=types, constants=constants, odd=(*ODD, "splits", "knob"), num_stages=2)
+        launch = {"num_warps": t.num_warps, "num_stages": t.num_stages}  # as they are launched
+        found = compiled(kernel, target, pointers=types, constants=constants, odd=(*ODD, "splits", "knob"), **launch)
         assert found.asm["hsaco"] and found.metadata.shared <= 64 << 10
 
 
