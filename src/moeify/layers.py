@@ -192,9 +192,9 @@ class MoEFFN(nn.Module):
     def _mask(self, scores_TE: Tensor) -> Tensor:
         mask_TE = self.rule(scores_TE)
         if self.always_on:
-            mask_TE = mask_TE.clone()
+            e_E = torch.arange(mask_TE.shape[1], device=mask_TE.device)
             for e in self.always_on:  # a list of them would be copied to the device, for which the host waits
-                mask_TE.select(1, e).fill_(True)
+                mask_TE = mask_TE | (e_E == e)
         return mask_TE
 
     def _plan(self, x: Tensor) -> DispatchPlan:
