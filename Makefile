@@ -12,7 +12,7 @@ DEVICE ?= local
 # Folder of `make paper` with novels, minilm, emotion and fashion_mnist; bench/paper/README.md has the commands that get them.
 INPUTS ?= inputs
 
-.PHONY: demo test lint types contracts docs-check docs bench paper sanitize clean
+.PHONY: demo test lint types contracts docs-check docs bench paper sanitize sanitize-gpu clean
 
 demo: $(VENV)/.runtime
 	$(BIN)/moeify demo --out demo-out --overwrite
@@ -56,6 +56,13 @@ sanitize: $(VENV)/.dev
 		$(BIN)/python -m pytest -q --capture=sys tests/unit/kernels/test_cpu.py tests/unit/kernels/test_amx.py tests/unit/kernels/test_cpu_op.py \
 		tests/unit/kernels/test_int8.py tests/unit/kernels/test_cpu_linear.py tests/unit/kernels/test_cpu_neurons.py tests/unit/kernels/test_cpu_train.py; \
 	status=$$?; unset MOEIFY_CXXFLAGS; $(BIN)/python setup.py -q build_ext --inplace && exit $$status
+
+# The Triton kernels of experts under NVIDIA's compute-sanitizer; needs a GPU and CUDA's tools.
+sanitize-gpu: $(VENV)/.dev
+	for tool in memcheck racecheck; do \
+		compute-sanitizer --tool $$tool --target-processes all --error-exitcode 1 \
+		$(BIN)/python -m pytest -q -x tests/unit/kernels/device_ffn.py -k "as_accurate" || exit 1; \
+	done
 
 # csrc is compiled by the installation.
 $(VENV)/.runtime: pyproject.toml constraints.txt setup.py $(wildcard csrc/*)

@@ -147,6 +147,11 @@ def ceilings(device: str, *, dtype: torch.dtype) -> tuple[float, float]:
     return 2 * numbers / us["copy"] * 1e6, 2 * side**3 / us["product"] * 1e6
 
 
+def tolerance(dtype: torch.dtype) -> float:
+    """Relative error, in norm, between two right results of this type; sums in fp32 make more of its rounding than storing in 2 bytes."""
+    return (32 if dtype is torch.float32 else 2) * torch.finfo(dtype).eps
+
+
 def relative_errors(x_TD: Tensor, weights: FFNWeights, plan: DispatchPlan, *, activation: str) -> tuple[float, float]:
     """|y - exact| / |exact| of ours and of plain PyTorch in the same dtype; exact is float64. Of up to 64 tokens."""
     x_TD, plan = x_TD[:64], build_plan(plan.mask_TE[:64])
@@ -155,6 +160,28 @@ def relative_errors(x_TD: Tensor, weights: FFNWeights, plan: DispatchPlan, *, ac
     plain = masked.moe_ffn(x_TD, weights, plan, activation=activation)
     size = exact.norm().clamp_min(1e-30)
     return tuple(((y.double() - exact).norm() / size).item() for y in (ours, plain))  # type: ignore[return-value]
+
+
+def gradient_errors(
+    x_TD: Tensor, weights: FFNWeights, plan: DispatchPlan, grad_TD: Tensor, *, activation: str
+) -> dict[str, tuple[float, float]]:
+    """By input, |g - exact| / |exact| of ours and of plain PyTorch in the same dtype; exact is float64. Of up to 64 tokens."""
+    x_TD, grad_TD, plan = x_TD[:64], grad_TD[:64], build_plan(plan.mask_TE[:64])
+
+    def gradients(impl: str, dtype: torch.dtype) -> dict[str, Tensor]:
+        tensors = {"x_TD": x_TD} | {name: t for name, t in vars(weights).items() if t is not None}
+        leaves = {name: t.detach().to(dtype).requires_grad_() for name, t in tensors.items()}
+        own = FFNWeights(**{name: leaves.get(name) for name in vars(weights)})
+        y_TD = moe_ffn(leaves["x_TD"], own, plan, activation=activation, impl=impl)
+        return dict(zip(leaves, torch.autograd.grad(y_TD, list(leaves.values()), grad_TD.to(dtype)), strict=True))
+
+    exact = gradients("masked", torch.float64)
+    found = [gradients(impl, x_TD.dtype) for impl in ("triton", "masked")]
+    errors = {}
+    for name, g in exact.items():
+        ours, plain = (((other[name].double() - g).norm() / g.norm().clamp_min(1e-30)).item() for other in found)
+        errors[name] = ours, plain
+    return errors
 
 
 def _in_fp64(weights: FFNWeights) -> FFNWeights:

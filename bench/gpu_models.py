@@ -4,6 +4,7 @@ What a token costs does not depend on what it says; routers are random, and `Top
 """
 
 import copy
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -14,7 +15,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, CompileConfig, LlamaConfig
 
+from moeify.controls import set_impl
 from moeify.convert import apply_site
+from moeify.layers import moe_layers
 from moeify.manifest import SiteRecord
 from moeify.routers import NormRouterConfig
 from moeify.select import TopK
@@ -45,8 +48,16 @@ NUM_EXPERTS = 32
 """Of the training step: 8 of 32 run."""
 
 
-def rows(*, quick: bool, kind: str, dtype: torch.dtype, peaks: tuple[float, float]) -> Iterator[dict[str, Any]]:
-    """Rows of `generate` at batch 1 and of training steps; milliseconds, the roofline from measured ceilings beside each."""
+def rows(
+    *, quick: bool, kind: str, dtype: torch.dtype, peaks: tuple[float, float], end: float, left_out: list[str]
+) -> Iterator[dict[str, Any]]:
+    """Rows of `generate` at batch 1 and of training steps; milliseconds, the roofline from measured ceilings beside each.
+
+    ``error``: of the logits against the same experts by plain PyTorch, relative; a row in which it is large has no times.
+
+    Args:
+        end: of `time.perf_counter`: of what would begin later the names go to ``left_out``.
+    """
     size = QUICK if quick else FULL
     compiled = kind == "cuda"
     cases = (
@@ -54,13 +65,21 @@ def rows(*, quick: bool, kind: str, dtype: torch.dtype, peaks: tuple[float, floa
         ("step", (0.25,), 4 if quick else NUM_EXPERTS),
     )
     for what, fractions, experts in cases:
+        if time.perf_counter() > end:
+            left_out.append(f"model {what}")
+            continue
         dense = _dense(size, dtype=dtype, kind=kind)
         measure = _generate_ms if what == "generate" else _step_ms
         dense_ms = measure(dense, size, compiled=compiled)
         for fraction in fractions:
+            if time.perf_counter() > end:
+                left_out.append(f"model {what} {fraction}")
+                continue
             k = max(1, round(fraction * experts))
             ours = _converted(copy.deepcopy(dense), size, num_experts=experts, k=k)
-            ours_ms = measure(ours, size, compiled=compiled)
+            error = _logits_error(ours, size)
+            is_right = error < LARGEST_ERROR
+            ours_ms = measure(ours, size, compiled=compiled) if is_right else math.nan
             floor_ms = _floor_ms(dense, size, k / experts, dtype=dtype, peaks=peaks, is_step=what == "step")
             labels = {"what": what, "model": f"llama {size.num_layers} x {size.d_model}/{size.d_ff}", "experts": experts, "f": k / experts}
             labels |= {"tokens": size.batch * size.window if what == "step" else 1, "compiled": compiled and what == "generate"}
@@ -71,6 +90,8 @@ def rows(*, quick: bool, kind: str, dtype: torch.dtype, peaks: tuple[float, floa
                 "floor_ms": floor_ms,
                 "bound_by": "flops" if what == "step" else "bytes",
                 "of_floor": floor_ms / ours_ms,
+                "error": error,
+                "is_right": is_right,
             }
             del ours
 
@@ -99,6 +120,21 @@ def _converted(model: Any, size: Model, *, num_experts: int, k: int) -> Any:
         moe = apply_site(model, SiteRecord(site=site, num_experts=num_experts, router=NormRouterConfig(), rule=TopK(k=k)), order_F=None)
         moe.impl = "auto" if ids.is_cuda else "triton"
     return model
+
+
+LARGEST_ERROR = 0.1
+"""Of logits: in types of 2 bytes another rounding lets the next layer run other experts."""
+
+
+@torch.no_grad()
+def _logits_error(model: Any, size: Model) -> float:
+    """Relative, of our kernels against `masked`, of a prompt."""
+    ids, impl = _ids(model, size, batch=1, length=min(size.window, 64)), next(iter(moe_layers(model).values())).impl
+    found = model(ids).logits.float()
+    set_impl(model, "masked")
+    exact = model(ids).logits.float()
+    set_impl(model, impl)
+    return float((found - exact).norm() / exact.norm())
 
 
 def _ids(model: nn.Module, size: Model, *, batch: int, length: int) -> Tensor:

@@ -102,7 +102,7 @@ def ragged_us(shape: Shape, T: int, G: int, f: float, *, passes: int = 1) -> dic
     sparse = {"share": f, "frac": CHIP.gathered_frac}
     is_atomic = G >= ATOMIC_NEURONS
     idle = E * (T / 128) * (1 - f) * 0.002  # programs that exit
-    parts = {"plan": stream_us(4 * T * E, size=1) + 4 * CHIP.start_us + idle / CHIP.units}
+    parts = {"plan": stream_us(6 * T * E, size=1) + 3 * CHIP.start_us + idle / CHIP.units}
     parts["first"] = firsts * product_us(T, D, F, **sparse) + CHIP.start_us
     if is_atomic:
         added = pairs * D * 4 / CHIP.atomic_bytes_per_s * 1e6
@@ -192,7 +192,13 @@ def resources() -> Iterator[dict[str, Any]]:
         return {"T_TILE": t.tokens, "N_TILE": t.neurons, "K_TILE": t.channels, "RUN": min(size, t.neurons)}
 
     def seconds(t: FFNTiles) -> dict[str, Any]:
-        return {"T_TILE": t.tokens, "K_TILE": t.depth, "O_TILE": t.outputs, "RUN": min(size, t.depth)}
+        return {
+            "T_TILE": t.tokens,
+            "K_TILE": t.depth,
+            "O_TILE": t.outputs,
+            "S_TILE": triton_union.SPLITS_AT_ONCE,
+            "RUN": min(size, t.depth),
+        }
 
     sides = {"T_TILE": router.tokens, "W_TILE": router.rows, "K_TILE": router.channels}
     cases: list[tuple[str, Any, Mapping[str, Any], Any, int]] = [

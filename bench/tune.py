@@ -9,17 +9,20 @@ import argparse
 import json
 import math
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from bench import gpu
 from bench.common import words
 from moeify.errors import MoeifyError
-from moeify.kernels import build_plan, gpu_ffn, moe_ffn
+from moeify.kernels import DispatchPlan, build_plan, gpu_ffn, moe_ffn
 from moeify.kernels.tiles import TUNED
+from moeify.sites import FFNWeights
 
 TOKENS = {"1": 1, "16": 8, "512": 64, "ragged": 4096}
 """Tokens that stand for a regime."""
@@ -28,34 +31,50 @@ CANDIDATES: dict[str, dict[str, Sequence[Any]]] = {
     "1": {"neurons": (4, 8, 16), "channels": (256, 512, 1024), "outputs": (64, 128, 256), "num_warps": (2, 4)},
     "16": {"neurons": (16, 32), "channels": (64, 128, 256), "outputs": (32, 64, 128), "num_stages": (3, 4)},
     "512": {"tokens": (32, 64), "neurons": (32, 64), "channels": (64, 128), "outputs": (64, 128), "num_stages": (3, 4)},
-    "ragged": {"tokens": (64, 128), "outputs": (128, 256), "is_atomic": (False, True), "num_warps": (4, 8), "num_stages": (3, 4)},
+    "ragged": {"tokens": (64, 128), "outputs": (128, 256), "atomic_neurons": (64, 512), "num_warps": (4, 8), "num_stages": (3, 4)},
 }
-"""Values of each field, in the order in which they are tried."""
+"""Values of each field, in the order in which they are tried. ``atomic_neurons`` is a border: of experts of 64, 64 means atomics."""
 
 GAIN = 0.98
 """Share of the best time so far below which a change is kept."""
 
 
 def tune(
-    regimes: Sequence[str], *, shape: gpu.Shape, expert_size: int, dtype: torch.dtype, fraction: float, quick: bool
+    regimes: Sequence[str],
+    *,
+    shape: gpu.Shape,
+    expert_size: int,
+    dtype: torch.dtype,
+    fraction: float,
+    quick: bool,
+    end: float = math.inf,
 ) -> Iterator[dict[str, Any]]:
-    """A row for each candidate, the best of each regime marked by a row of its own; `TUNED` stays as it was."""
+    """A row for each candidate, the best of each regime marked by a row of its own; `TUNED` stays as it was.
+
+    Args:
+        end: of `time.perf_counter`, from when on nothing further is tried. A regime that had not begun has no row.
+    """
     kind = gpu.device()
     arch = gpu_ffn.architecture(torch.device(kind, 0) if kind == "cuda" else torch.device(kind))
     layers = gpu.layers_of(shape, dtype=dtype, device=kind)
     num_experts = -(-shape.d_ff // expert_size)
     for regime in regimes:
+        if time.perf_counter() > end:
+            return
         T = (QUICK_TOKENS if quick else TOKENS)[regime]
         x_TD = torch.randn(T, shape.d_model, device=kind).to(dtype)
         plan = build_plan(gpu.random_mask(T, num_experts, fraction, device=kind))
         changes = [(field, value) for field, values in CANDIDATES[regime].items() for value in values]
+        exact_TD = _output(x_TD, layers[0], plan, shape=shape, impl="masked")
         best: dict[str, Any] = {}
         best_us = default_us = math.inf
         for change in (None, *(changes[:1] if quick else changes)):
+            if change is not None and time.perf_counter() > end:
+                break
             tiles = best if change is None else best | dict([change])
             row = {"architecture": arch, "regime": regime, "tokens": T, "tiles": tiles}
             try:
-                us = _time(tiles, (arch, regime), x_TD, layers, plan, shape=shape, kind=kind)
+                us = _time(tiles, (arch, regime), x_TD, layers, plan, exact_TD, shape=shape, kind=kind)
             except gpu.triton_errors() as error:
                 yield {"what": "tiles", **row, "us": None, "error": str(error).partition("\n")[0][:120]}
                 continue
@@ -68,10 +87,29 @@ def tune(
 
 
 @torch.no_grad()
-def _time(tiles: Mapping[str, Any], key: tuple[str, str], x_TD: Any, layers: Any, plan: Any, *, shape: gpu.Shape, kind: str) -> float:
+def _output(x_TD: Tensor, weights: FFNWeights, plan: DispatchPlan, *, shape: gpu.Shape, impl: str) -> Tensor:
+    return moe_ffn(x_TD, weights, plan, activation=shape.activation, impl=impl).float()
+
+
+@torch.no_grad()
+def _time(
+    tiles: Mapping[str, Any],
+    key: tuple[str, str],
+    x_TD: Tensor,
+    layers: Sequence[FFNWeights],
+    plan: DispatchPlan,
+    exact_TD: Tensor,
+    *,
+    shape: gpu.Shape,
+    kind: str,
+) -> float:
+    """Microseconds; a `RuntimeError` where the result is wrong."""
     before = TUNED.get(key)
     TUNED[key] = tiles
     try:
+        error = (_output(x_TD, layers[0], plan, shape=shape, impl="triton") - exact_TD).norm() / exact_TD.norm()
+        if not error <= gpu.tolerance(x_TD.dtype):  # a NaN is wrong, too
+            raise RuntimeError(f"wrong result: relative error {error.item():.3g}")
         ours = {"ours": lambda i: moe_ffn(x_TD, layers[i], plan, activation=shape.activation, impl="triton")}
         graphs = len(x_TD) <= gpu.GRAPH_TOKENS
         return gpu.medians_us(ours, num_layers=len(layers), device=kind, graphs=graphs, rounds=7, seconds=0.3)["ours"]

@@ -187,7 +187,9 @@ class MoEFFN(nn.Module):
     def _mask(self, scores_TE: Tensor) -> Tensor:
         mask_TE = self.rule(scores_TE)
         if self.always_on:
-            mask_TE = mask_TE.index_fill(1, torch.tensor(self.always_on, device=mask_TE.device), True)
+            e_E = torch.arange(mask_TE.shape[1], device=mask_TE.device)
+            for e in self.always_on:  # a list of them would be copied to the device, for which the host waits
+                mask_TE = mask_TE | (e_E == e)
         return mask_TE
 
     def _plan(self, x: Tensor) -> DispatchPlan:
@@ -196,12 +198,22 @@ class MoEFFN(nn.Module):
             if self._needs_no_router(x):
                 mask_TE = torch.ones(x.numel() // max(1, x.shape[-1]), self.num_experts, dtype=torch.bool, device=x.device)
                 return build_plan(self._record(mask_TE, x), is_full=True)
-            return build_plan(self.select(x))
+            return build_plan(self.select(x), most_pairs=self._most_pairs(x))
         scores_TE = self.scores(x.detach().reshape(-1, x.shape[-1]))
         mask_TE = self._mask(scores_TE.detach())
         kept_TE = scores_TE.masked_fill(~mask_TE, 0)
         floor = torch.finfo(kept_TE.dtype).tiny  # a token whose experts are all predicted silent
-        return build_plan(self._record(mask_TE, x), kept_TE / kept_TE.sum(1, keepdim=True).clamp_min(floor))
+        probs_TE = kept_TE / kept_TE.sum(1, keepdim=True).clamp_min(floor)
+        return build_plan(self._record(mask_TE, x), probs_TE, most_pairs=self._most_pairs(x))
+
+    def _most_pairs(self, x: Tensor) -> int | None:
+        """How many pairs there are at most, where the rule says so whatever the scores; kernels of a GPU alone ask."""
+        if not (x.is_cuda or self.impl.startswith("triton")):
+            return None
+        most = self.rule.most_experts(self.num_experts)
+        if most is None:
+            return None
+        return x.numel() // max(1, x.shape[-1]) * min(self.num_experts, most + len(self.always_on))
 
     def _needs_no_router(self, x: Tensor) -> bool:
         """Whether every expert runs whatever its score; on a GPU, where router and mask cost a visible share of a dense FFN."""

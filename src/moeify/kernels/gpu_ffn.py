@@ -39,10 +39,17 @@ def refusal(x_TD: Tensor, *, num_experts: int, activation: str) -> str | None:
     """Why the kernels cannot compute this; None if they can. Looks at no value: no host sync."""
     if (why_not := device_refusal(x_TD.device, dtype=x_TD.dtype, activation=activation)) is not None:
         return why_not
-    if x_TD.shape[0] * num_experts > MOST_PAIRS:
-        return f"it counts up to {MOST_PAIRS} pairs, these are {x_TD.shape[0]} tokens x {num_experts} experts"
+    if (why_not := too_many(x_TD.shape[0], num_experts=num_experts)) is not None:
+        return why_not
     if cpu.wants_tangents():
         return "it has no forward-mode gradients"
+    return None
+
+
+def too_many(num_tokens: int, *, num_experts: int) -> str | None:
+    """Why so many pairs cannot be counted; None if they can."""
+    if num_tokens * num_experts > MOST_PAIRS:
+        return f"it counts up to {MOST_PAIRS} pairs, these are {num_tokens} tokens x {num_experts} experts"
     return None
 
 
@@ -84,7 +91,8 @@ def moe_ffn(x_TD: Tensor, weights: FFNWeights, plan: DispatchPlan, *, activation
 
     Cost: FLOPs and bytes of the selected experts: few tokens read the union of theirs once; many multiply the pairs alone, but for the
     down projection of thin experts, which is a dense product then.
-    Host syncs: none without gradients. With gradients one, for the number of pairs, unless a graph is traced or captured.
+    Host syncs: none without gradients. With gradients one, for the number of pairs, unless `DispatchPlan.most_pairs` says what it is at
+    most (`TopK`), or a graph is traced or captured.
     Memory: T F numbers while it runs, as dense. Autograd keeps N F / E numbers (twice with a gate), T F where the pairs are not counted.
     """
     return _run(x_TD, weights, plan, activation=activation, recompute=False)
@@ -124,12 +132,15 @@ def _with_plain_vectors(weights: FFNWeights) -> FFNWeights:
 
 
 def _pairs(plan: DispatchPlan) -> int:
-    """Room for pairs: their number where the host may wait for it, else as many as there can be."""
-    is_known = plan.is_countable and not cpu.is_recorded(plan.mask_TE)
-    if not is_known or (plan.mask_TE.is_cuda and torch.cuda.is_current_stream_capturing()):
-        return plan.num_tokens * plan.num_experts
-    if "num_pairs" in plan.__dict__ or "token_N" in plan.__dict__:
+    """Room for pairs: their number, or what it is at most, where the host knows it or may wait for it, else as many as there can be."""
+    all_pairs = plan.num_tokens * plan.num_experts
+    is_traced = not plan.is_countable or cpu.is_recorded(plan.mask_TE)
+    if not is_traced and ("num_pairs" in plan.__dict__ or "token_N" in plan.__dict__):
         return plan.num_pairs
+    if plan.most_pairs is not None:
+        return plan.most_pairs
+    if is_traced or (plan.mask_TE.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return all_pairs
     return int(plan.mask_TE.sum())
 
 

@@ -86,6 +86,9 @@ class Routed:
         Args:
             x: (..., D), any strides, of the weights' device and width and of the dtype it was made for; any number of tokens, but made for
                 few.
+
+        Raises:
+            KernelError: x is another tensor than that, or has more pairs than `gpu_ffn.MOST_PAIRS`.
         """
         mask_TE = self.select(x)
         x_TD = x.reshape(-1, x.shape[-1])
@@ -99,6 +102,8 @@ class Routed:
             raise KernelError(
                 f"impl 'triton': x is {tuple(x.shape)} {x.dtype} on {x.device}, expected (..., {d_model}) {self.dtype} on {device}."
             )
+        if (why_not := gpu_ffn.too_many(math.prod(x.shape[:-1]), num_experts=self._router.out_EW.shape[0])) is not None:
+            raise KernelError(f"impl 'triton': {why_not}.")
         return select(x.reshape(-1, d_model), self._router)
 
 

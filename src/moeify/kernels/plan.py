@@ -27,6 +27,8 @@ class DispatchPlan:
     and has the gradient <d loss / d y, y_e> for p. At unselected pairs any finite number, whose gradient is 0."""
     is_full: bool = False
     """Whether the host knows that every pair runs, without looking at the mask."""
+    most_pairs: int | None = None
+    """Pairs that there are at most, as far as the host knows without looking at the mask: so much room they get without being counted."""
 
     @cached_property
     def token_N(self) -> Tensor:
@@ -74,13 +76,14 @@ class DispatchPlan:
         return experts_E.repeat_interleave(self.offsets_E1.diff(), output_size=self.num_pairs)
 
 
-def build_plan(mask_TE: Tensor, probs_TE: Tensor | None = None, *, is_full: bool = False) -> DispatchPlan:
+def build_plan(mask_TE: Tensor, probs_TE: Tensor | None = None, *, is_full: bool = False, most_pairs: int | None = None) -> DispatchPlan:
     """CSR plan of a selection mask.
 
     Args:
         mask_TE: bool; any number of True per row and column, T may be 0.
         probs_TE: floating, see `DispatchPlan`; None where nothing is to learn from the selection.
         is_full: whether the mask is known to be all True (not checked: a check would synchronise the device).
+        most_pairs: how many are True at most, where a rule says so (not checked either).
 
     Returns:
         The plan, on the mask's device.
@@ -96,7 +99,7 @@ def build_plan(mask_TE: Tensor, probs_TE: Tensor | None = None, *, is_full: bool
         raise ValueError(f"mask_TE must have at least one expert, got shape {tuple(mask_TE.shape)}.")
     if probs_TE is not None and (probs_TE.shape != mask_TE.shape or not probs_TE.is_floating_point()):
         raise ValueError(f"probs_TE must be floating, {tuple(mask_TE.shape)}, got {tuple(probs_TE.shape)} {probs_TE.dtype}.")
-    return DispatchPlan(mask_TE, probs_TE, is_full)
+    return DispatchPlan(mask_TE, probs_TE, is_full, most_pairs)
 
 
 def straight_through(probs: Tensor) -> Tensor:

@@ -77,12 +77,16 @@ ROUTER_SPLITS = 16
 UNION_TOKENS = 512
 """Tokens up to which experts are computed for the union of what they select, in the order of the neurons, rather than by pairs."""
 ATOMIC_NEURONS = 192
-"""Neurons of an expert from which its output is added to y by atomics, 4 O bytes for a pair; below, a dense product over all neurons costs
-less. At 2.5 TB/s of atomics and 710 TFLOP/s both cost the same with 140 neurons at a quarter active, 280 at half: an estimate."""
+"""Neurons of an expert from which, unless `TUNED` has another number, its output is added to y by atomics, 4 O bytes for a pair; below, a
+dense product over all neurons costs less. At 2.5 TB/s of atomics and 710 TFLOP/s both cost the same with 140 neurons at a quarter active,
+280 at half: an estimate."""
 
 TUNED: dict[tuple[str, str], Mapping[str, Any]] = {}
-"""(architecture, regime) -> fields of `FFNTiles` that `bench.tune` found, for types of 2 bytes; not the size of groups. Regimes: "1",
-"16" and "512" tokens at most, "ragged". None has been measured yet."""
+"""(architecture, regime) -> fields of `FFNTiles` that `bench.tune` found, for types of 2 bytes; not the size of groups, nor ``is_atomic``,
+for what is faster for thin experts is not for thick ones: "ragged" may have ``atomic_neurons``, in the place of `ATOMIC_NEURONS`. Regimes:
+"1", "16" and "512" tokens at most, "ragged". None has been measured yet."""
+AMD_STAGES = 2
+"""Stages of AMD's units: three of some tiles are 68 KB of shared memory, and they have 64."""
 
 WAVES = 4
 """Programs of a single token's second product for each that runs at once; an estimate, too."""
@@ -140,11 +144,13 @@ def union_tiles(
     else:
         regime, tokens = "512", FLOAT32_ROWS if num_tokens <= FLOAT32_ROWS or wide == 2 else 64
         tiles = FFNTiles(tokens=tokens, neurons=64 // wide, channels=64 // wide, outputs=64, depth=64 // wide)
+    if architecture.startswith("gfx"):
+        tiles = replace(tiles, num_stages=AMD_STAGES)
+    if wide == 1:
+        tiles = replace(tiles, **TUNED.get((architecture, regime), {}))
     size = max(1, num_neurons // num_experts)
     least = 4 if tiles.tokens == 1 else 16
     tiles = replace(tiles, neurons=max(least, min(tiles.neurons, _power_of_two(size))))  # a tile is read for its busiest expert
-    if wide == 1:
-        tiles = replace(tiles, **TUNED.get((architecture, regime), {}))
     whole = -(-d_out // tiles.outputs) * -(-max(num_tokens, 1) // tiles.tokens)
     num_depths = -(-num_neurons // tiles.depth)
     wanted = PROGRAMS_PER_UNIT * num_units
@@ -167,6 +173,8 @@ def ragged_tiles(
     size = max(1, num_neurons // num_experts)
     wide = 2 if bytes_per_number == 4 else 1
     many = num_tokens > UNION_TOKENS and wide == 1
+    tuned = dict(TUNED.get((architecture, "ragged"), {})) if many else {}
+    atomic_neurons = tuned.pop("atomic_neurons", ATOMIC_NEURONS)
     tiles = FFNTiles(
         tokens=128 if many else FLOAT32_ROWS,
         neurons=max(16, min(64 if wide == 1 else FLOAT32_ROWS, _power_of_two(size))),
@@ -174,10 +182,11 @@ def ragged_tiles(
         outputs=128 if many else 64,
         depth=max(16, min(64 // wide, _power_of_two(size))),
         experts_per_group=1 if by_expert else experts_per_group(num_neurons, num_experts),
-        is_atomic=size >= ATOMIC_NEURONS,
+        is_atomic=size >= atomic_neurons,
         num_warps=8 if many else 4,
+        num_stages=AMD_STAGES if architecture.startswith("gfx") else 3,
     )
-    return replace(tiles, **TUNED.get((architecture, "ragged"), {})) if many else tiles
+    return replace(tiles, **tuned)
 
 
 def experts_per_group(num_neurons: int, num_experts: int) -> int:

@@ -147,7 +147,7 @@ def through_activation(
         down_KN_ptr = down_ptr + (k_K * down_stride_o)[:, None] + (wide_N * down_stride_f)[None, :]
         down_KN = tl.load(down_KN_ptr, mask=there_K[:, None] & there_N[None, :], other=0)
         dh_TN = tl.dot(grad_TK, down_KN, dh_TN, input_precision="ieee")
-    mask_TN_ptr = mask_ptr + (t_T * mask_stride_t)[:, None] + (expert_of(n_N, SIZE, LARGER) * mask_stride_e)[None, :]
+    mask_TN_ptr = mask_ptr + (t_T * mask_stride_t)[:, None] + (expert_of(n_N, SIZE, LARGER).to(tl.int64) * mask_stride_e)[None, :]
     keep_TN = tl.load(mask_TN_ptr, mask=there_TN, other=0) != 0
     kept_TN_ptr = kept_ptr + (wide_T * kept_stride)[:, None] + (n_N - group_start)[None, :]
     u_TN = tl.load(kept_TN_ptr, mask=there_TN, other=0).to(tl.float32)

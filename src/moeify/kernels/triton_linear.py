@@ -53,9 +53,13 @@ def run(x_TK: Tensor, layer: LinearWeights, tiles: LinearTiles) -> Tensor:
             num_warps=tiles.num_warps,
         )
         add_splits[(num_tokens, triton.cdiv(N, tiles.outputs))](
-            sums_STN, scale_N, bias_N, y_TN, num_tokens, N, num_splits, N_TILE=tiles.outputs, num_warps=1
+            sums_STN, scale_N, bias_N, y_TN, num_tokens, N, num_splits, N_TILE=tiles.outputs, S_TILE=SPLITS_AT_ONCE, num_warps=1
         )
     return y_TN
+
+
+SPLITS_AT_ONCE = 8
+"""Splits that are read at once when they are added: one after another, each would wait for the one before."""
 
 
 @triton.jit
@@ -118,14 +122,17 @@ def _kept(x, level):
 
 
 @triton.jit
-def add_splits(sums_ptr, scale_ptr, bias_ptr, y_ptr, num_tokens, num_outputs, num_splits, N_TILE: tl.constexpr):
+def add_splits(sums_ptr, scale_ptr, bias_ptr, y_ptr, num_tokens, num_outputs, num_splits, N_TILE: tl.constexpr, S_TILE: tl.constexpr):
     """One token's sums over the splits, scaled, with the bias, in y's dtype."""
     t = tl.program_id(0).to(tl.int64)  # the only axis of a grid that holds more than 65535
     n_N = tl.program_id(1) * N_TILE + tl.arange(0, N_TILE)
     there_N = n_N < num_outputs
-    sum_N = tl.zeros((N_TILE,), tl.float32)
-    for split in range(num_splits):
-        sum_N += tl.load(sums_ptr + (split * num_tokens + t) * num_outputs + n_N, mask=there_N, other=0)
+    sum_SN = tl.zeros((S_TILE, N_TILE), tl.float32)
+    for start in range(0, num_splits, S_TILE):
+        s_S = start + tl.arange(0, S_TILE)
+        in_SN_ptr = sums_ptr + ((s_S * num_tokens + t) * num_outputs)[:, None] + n_N[None, :]
+        sum_SN += tl.load(in_SN_ptr, mask=(s_S < num_splits)[:, None] & there_N[None, :], other=0)
+    sum_N = tl.sum(sum_SN, axis=0)
     if scale_ptr is not None:
         sum_N *= tl.load(scale_ptr + n_N, mask=there_N, other=0)
     if bias_ptr is not None:

@@ -134,7 +134,7 @@ def hidden_of_pairs(
     there_N = n_N < last_neuron
     wide_N = n_N.to(tl.int64)
     there_TN = there_T[:, None] & there_N[None, :]
-    mask_TN_ptr = mask_ptr + (t_T * mask_stride_t)[:, None] + (expert_of(n_N, SIZE, LARGER) * mask_stride_e)[None, :]
+    mask_TN_ptr = mask_ptr + (t_T * mask_stride_t)[:, None] + (expert_of(n_N, SIZE, LARGER).to(tl.int64) * mask_stride_e)[None, :]
     keep_TN = tl.load(mask_TN_ptr, mask=there_TN, other=0) != 0
     read_N = tl.max_constancy(tl.max(keep_TN.to(tl.int32), axis=0) > 0, [RUN])
     up_TN, gate_TN = pre_activations(

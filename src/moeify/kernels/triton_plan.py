@@ -59,66 +59,106 @@ def order_pairs(mask_TE: Tensor, *, num_neurons: int, experts_per_group: int, ro
     size, larger = divmod(num_neurons, num_experts)
     room = max(1, min(room, num_tokens * num_groups))
     selected_TE = mask_TE.view(torch.uint8)
-    count_G1 = torch.zeros(num_groups + 1, dtype=torch.int32, device=mask_TE.device)
+    t_tile, g_tile = min(128, triton.next_power_of_2(num_tokens)), min(32, triton.next_power_of_2(num_groups))
+    chunks = triton.cdiv(num_tokens, t_tile)
+    count_P1 = torch.empty(num_groups * chunks + 1, dtype=torch.int32, device=mask_TE.device)
+    offset_G1 = torch.empty(num_groups + 1, dtype=torch.int32, device=mask_TE.device)
     token_C = torch.empty(room, dtype=torch.int32, device=mask_TE.device)
     pair_TG = torch.empty((num_tokens, num_groups), dtype=torch.int32, device=mask_TE.device)
-    tile = min(1024, triton.next_power_of_2(num_tokens))
     with torch.cuda.device_of(mask_TE):
-        sizes = (num_tokens, num_experts, num_groups, experts_per_group, room, *selected_TE.stride())
-        count_pairs[(num_groups,)](selected_TE, count_G1, *sizes, T_TILE=tile)
-        offset_G1 = count_G1.cumsum(0, dtype=torch.int32).clamp_(max=room)
-        place_pairs[(num_groups,)](selected_TE, offset_G1, token_C, pair_TG, *sizes, T_TILE=tile)
+        grid = (chunks * triton.cdiv(num_groups, g_tile),)
+        sizes = (num_tokens, num_experts, num_groups, experts_per_group, chunks, *selected_TE.stride())
+        count_pairs[grid](selected_TE, count_P1, *sizes, T_TILE=t_tile, G_TILE=g_tile)
+        start_P1 = count_P1.cumsum(0, dtype=torch.int32)
+        place_pairs[grid](selected_TE, start_P1, offset_G1, token_C, pair_TG, room, *sizes, T_TILE=t_tile, G_TILE=g_tile)
     width = min(num_neurons, experts_per_group * size + min(experts_per_group, larger))
     return Ragged(offset_G1, token_C, pair_TG, experts_per_group, width, size, larger)
 
 
 @triton.jit
 def count_pairs(
-    mask_ptr, count_ptr, num_tokens, num_experts, num_groups, experts_per_group, room, mask_stride_t, mask_stride_e, T_TILE: tl.constexpr
+    mask_ptr,
+    count_ptr,
+    num_tokens,
+    num_experts,
+    num_groups,
+    experts_per_group,
+    chunks,
+    mask_stride_t,
+    mask_stride_e,
+    T_TILE: tl.constexpr,
+    G_TILE: tl.constexpr,
 ):
-    """Tokens of one group, into the place after its own."""
-    group = tl.program_id(0)
-    count = tl.zeros((T_TILE,), tl.int32)
-    for start in range(0, num_tokens, T_TILE):
-        t_T = start + tl.arange(0, T_TILE)
-        count += _selects(mask_ptr, t_T, t_T < num_tokens, group, num_experts, experts_per_group, mask_stride_t, mask_stride_e, T_TILE)
-    tl.store(count_ptr + group + 1, tl.sum(count, axis=0))
+    """Tokens of one chunk for each of some groups, into the place after their own; a group's chunks are neighbours."""
+    chunk = tl.program_id(0) % chunks
+    g_G = (tl.program_id(0) // chunks) * G_TILE + tl.arange(0, G_TILE)
+    t_T = chunk * T_TILE + tl.arange(0, T_TILE)
+    selects_TG = _selects(
+        mask_ptr, t_T, g_G, num_tokens, num_experts, num_groups, experts_per_group, mask_stride_t, mask_stride_e, T_TILE, G_TILE
+    )
+    tl.store(count_ptr + 1 + g_G * chunks + chunk, tl.sum(selects_TG, axis=0), mask=g_G < num_groups)
+    if tl.program_id(0) == 0:
+        tl.store(count_ptr, 0)
 
 
 @triton.jit
 def place_pairs(
     mask_ptr,
+    start_ptr,
     offset_ptr,
     token_ptr,
     pair_ptr,
+    room,
     num_tokens,
     num_experts,
     num_groups,
     experts_per_group,
-    room,
+    chunks,
     mask_stride_t,
     mask_stride_e,
     T_TILE: tl.constexpr,
+    G_TILE: tl.constexpr,
 ):
-    """Tokens of one group's pairs, ascending, and the pair of each token."""
-    group = tl.program_id(0)
-    first = tl.load(offset_ptr + group)
-    for start in range(0, num_tokens, T_TILE):
-        t_T = start + tl.arange(0, T_TILE)
-        there_T = t_T < num_tokens
-        selects_T = _selects(mask_ptr, t_T, there_T, group, num_experts, experts_per_group, mask_stride_t, mask_stride_e, T_TILE)
-        pair_T = first + tl.cumsum(selects_T, axis=0) - 1
-        tl.store(token_ptr + pair_T, t_T, mask=(selects_T > 0) & (pair_T < room))
-        tl.store(pair_ptr + t_T.to(tl.int64) * num_groups + group, tl.where(selects_T > 0, pair_T, -1), mask=there_T)
-        first += tl.sum(selects_T, axis=0)
+    """Tokens of some groups' pairs in one chunk, ascending, the pair of each token, and where the groups begin."""
+    chunk = tl.program_id(0) % chunks
+    g_G = (tl.program_id(0) // chunks) * G_TILE + tl.arange(0, G_TILE)
+    t_T = chunk * T_TILE + tl.arange(0, T_TILE)
+    there_G = g_G < num_groups
+    selects_TG = _selects(
+        mask_ptr, t_T, g_G, num_tokens, num_experts, num_groups, experts_per_group, mask_stride_t, mask_stride_e, T_TILE, G_TILE
+    )
+    first_G = tl.load(start_ptr + g_G * chunks + chunk, mask=there_G, other=0)
+    pair_TG = first_G[None, :] + tl.cumsum(selects_TG, axis=0) - 1
+    token_TG = t_T[:, None] + tl.zeros((T_TILE, G_TILE), tl.int32)
+    tl.store(token_ptr + pair_TG, token_TG, mask=(selects_TG > 0) & (pair_TG < room))
+    pair_TG_ptr = pair_ptr + (t_T.to(tl.int64) * num_groups)[:, None] + g_G[None, :]
+    tl.store(pair_TG_ptr, tl.where(selects_TG > 0, pair_TG, -1), mask=(t_T < num_tokens)[:, None] & there_G[None, :])
+    if chunk == 0:
+        tl.store(offset_ptr + g_G, tl.minimum(first_G, room), mask=there_G)
+    if tl.program_id(0) == 0:
+        tl.store(offset_ptr + num_groups, tl.minimum(tl.load(start_ptr + num_groups * chunks), room))
 
 
 @triton.jit
-def _selects(mask_ptr, t_T, there_T, group, num_experts, experts_per_group, mask_stride_t, mask_stride_e, T_TILE: tl.constexpr):
-    """1 where a token selects any expert of the group."""
-    found_T = tl.zeros((T_TILE,), tl.int32)
-    last = tl.minimum((group + 1) * experts_per_group, num_experts)
-    for expert in range(group * experts_per_group, last):
-        at_T_ptr = mask_ptr + t_T.to(tl.int64) * mask_stride_t + expert * mask_stride_e
-        found_T = tl.where(tl.load(at_T_ptr, mask=there_T, other=0) != 0, 1, found_T)
-    return found_T
+def _selects(
+    mask_ptr,
+    t_T,
+    g_G,
+    num_tokens,
+    num_experts,
+    num_groups,
+    experts_per_group,
+    mask_stride_t,
+    mask_stride_e,
+    T_TILE: tl.constexpr,
+    G_TILE: tl.constexpr,
+):
+    """1 where a token selects any expert of a group: rows of the mask are read in one piece."""
+    found_TG = tl.zeros((T_TILE, G_TILE), tl.int32)
+    there_TG = (t_T < num_tokens)[:, None] & (g_G < num_groups)[None, :]
+    t_T_ptr = mask_ptr + t_T.to(tl.int64) * mask_stride_t
+    for i in range(experts_per_group):
+        e_G = g_G * experts_per_group + i
+        e_TG_ptr = t_T_ptr[:, None] + (e_G.to(tl.int64) * mask_stride_e)[None, :]
+        found_TG = tl.where(tl.load(e_TG_ptr, mask=there_TG & (e_G < num_experts)[None, :], other=0) != 0, 1, found_TG)
+    return found_TG

@@ -107,7 +107,7 @@ def sum_hidden(
     if T_TILE == 1:
         sums_WK = tl.zeros((W_TILE, K_TILE), tl.float32)
         for start in range(first, last, K_TILE):
-            k_K = start + tl.arange(0, K_TILE)
+            k_K = (start + tl.arange(0, K_TILE)).to(tl.int64)
             there_K = k_K < last
             x_K = tl.load(x_ptr + tl.program_id(2).to(tl.int64) * x_stride_t + k_K * x_stride_d, mask=there_K, other=0).to(tl.float32)
             hidden_WK_ptr = hidden_ptr + (wide_W * num_channels)[:, None] + k_K[None, :]
@@ -116,7 +116,7 @@ def sum_hidden(
     else:
         sums_TW = tl.zeros((T_TILE, W_TILE), tl.float32)
         for start in range(first, last, K_TILE):
-            k_K = start + tl.arange(0, K_TILE)
+            k_K = (start + tl.arange(0, K_TILE)).to(tl.int64)
             there_K = k_K < last
             x_TK_ptr = x_ptr + (t_T * x_stride_t)[:, None] + (k_K * x_stride_d)[None, :]
             x_TK = tl.load(x_TK_ptr, mask=there_T[:, None] & there_K[None, :], other=0).to(tl.float32)
@@ -147,7 +147,7 @@ def sum_hidden_of_many(
     there_T, there_W = t_T < num_tokens, w_W < width
     sums_TW = tl.zeros((T_TILE, W_TILE), tl.float32)
     for start in range(0, num_channels, K_TILE):
-        k_K = start + tl.arange(0, K_TILE)
+        k_K = (start + tl.arange(0, K_TILE)).to(tl.int64)
         there_K = k_K < num_channels
         x_TK_ptr = x_ptr + (t_T * x_stride_t)[:, None] + (k_K * x_stride_d)[None, :]
         x_TK = tl.load(x_TK_ptr, mask=there_T[:, None] & there_K[None, :], other=0)

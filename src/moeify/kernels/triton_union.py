@@ -52,11 +52,16 @@ def union(x_TD: Tensor, weights: FFNWeights, mask_TE: Tensor, *, activation: str
             T_TILE=tiles.tokens,
             K_TILE=tiles.depth,
             O_TILE=tiles.outputs,
+            S_TILE=SPLITS_AT_ONCE,
             **experts,
             RUN=run_of(size, larger, tiles.depth),
             **launch,
         )
     return y_TO
+
+
+SPLITS_AT_ONCE = 32
+"""Splits of one token's sums that the last program reads at once: there are some 60 for a GPU of 132 units."""
 
 
 @triton.jit
@@ -100,7 +105,7 @@ def hidden_of_one(
     n_N = (tl.program_id(0) // token_tiles) * N_TILE + tl.arange(0, N_TILE)
     there_N = n_N < num_neurons
     wide_N = n_N.to(tl.int64)
-    keep_N_ptr = mask_ptr + expert_of(n_N, SIZE, LARGER) * mask_stride_e + t * mask_stride_t
+    keep_N_ptr = mask_ptr + expert_of(n_N, SIZE, LARGER).to(tl.int64) * mask_stride_e + t * mask_stride_t
     keep_N = tl.max_constancy(tl.load(keep_N_ptr, mask=there_N, other=0) != 0, [RUN])
     if tl.max(keep_N.to(tl.int32), axis=0) == 0:
         return
@@ -165,7 +170,7 @@ def hidden_of_few(
     there_T, there_N = t_T < num_tokens, n_N < num_neurons
     wide_N = n_N.to(tl.int64)
     there_TN = there_T[:, None] & there_N[None, :]
-    mask_TN_ptr = mask_ptr + (t_T * mask_stride_t)[:, None] + (expert_of(n_N, SIZE, LARGER) * mask_stride_e)[None, :]
+    mask_TN_ptr = mask_ptr + (t_T * mask_stride_t)[:, None] + (expert_of(n_N, SIZE, LARGER).to(tl.int64) * mask_stride_e)[None, :]
     keep_TN = tl.load(mask_TN_ptr, mask=there_TN, other=0) != 0
     read_N = tl.max_constancy(tl.max(keep_TN.to(tl.int32), axis=0) > 0, [RUN])
     if tl.max(read_N.to(tl.int32), axis=0) == 0:
@@ -209,6 +214,7 @@ def outputs_of_few(
     T_TILE: tl.constexpr,
     K_TILE: tl.constexpr,
     O_TILE: tl.constexpr,
+    S_TILE: tl.constexpr,
     SIZE: tl.constexpr,
     LARGER: tl.constexpr,
     RUN: tl.constexpr,
@@ -229,7 +235,7 @@ def outputs_of_few(
         for start in range(first, last, K_TILE):
             k_K = start + tl.arange(0, K_TILE)
             wide_K = k_K.to(tl.int64)
-            at_K_ptr = mask_ptr + t * mask_stride_t + expert_of(k_K, SIZE, LARGER) * mask_stride_e
+            at_K_ptr = mask_ptr + t * mask_stride_t + expert_of(k_K, SIZE, LARGER).to(tl.int64) * mask_stride_e
             read_K = tl.max_constancy(tl.load(at_K_ptr, mask=k_K < last, other=0) != 0, [RUN])
             h_K = tl.load(h_ptr + t * num_neurons + wide_K, mask=read_K, other=0).to(tl.float32)
             down_KO_ptr = down_ptr + (wide_K * down_stride_f)[:, None] + (wide_O * down_stride_o)[None, :]
@@ -241,7 +247,7 @@ def outputs_of_few(
         for start in range(first, last, K_TILE):
             k_K = start + tl.arange(0, K_TILE)
             wide_K = k_K.to(tl.int64)
-            at_TK_ptr = mask_ptr + (t_T * mask_stride_t)[:, None] + (expert_of(k_K, SIZE, LARGER) * mask_stride_e)[None, :]
+            at_TK_ptr = mask_ptr + (t_T * mask_stride_t)[:, None] + (expert_of(k_K, SIZE, LARGER).to(tl.int64) * mask_stride_e)[None, :]
             keep_TK = tl.load(at_TK_ptr, mask=there_T[:, None] & (k_K < last)[None, :], other=0) != 0
             keep_TK = tl.max_constancy(keep_TK, [1, RUN])
             read_K = tl.max_constancy(tl.max(keep_TK.to(tl.int32), axis=0) > 0, [RUN])
@@ -255,10 +261,19 @@ def outputs_of_few(
     tl.debug_barrier()  # all threads have stored before one of them says so
     splits = tl.num_programs(1)
     if tl.atomic_add(done_ptr + tl.program_id(2) * tl.num_programs(0) + tl.program_id(0), 1, sem="acq_rel") == splits - 1:
-        total_TO = tl.zeros((T_TILE, O_TILE), tl.float32)
-        for i in range(splits):  # past the first cache, which knows nothing of other units
-            in_TO_ptr = sums_ptr + ((i * num_tokens + t_T) * num_outputs)[:, None] + wide_O[None, :]
-            total_TO += tl.load(in_TO_ptr, mask=there_TO, other=0, cache_modifier=".cg")
+        # past the first cache, which knows nothing of other units; of one token many at once, or each would wait for the one before
+        if T_TILE == 1:
+            total_SO = tl.zeros((S_TILE, O_TILE), tl.float32)
+            for start in range(0, splits, S_TILE):
+                i_S = (start + tl.arange(0, S_TILE)).to(tl.int64)
+                in_SO_ptr = sums_ptr + ((i_S * num_tokens + tl.program_id(2)) * num_outputs)[:, None] + wide_O[None, :]
+                total_SO += tl.load(in_SO_ptr, mask=(i_S < splits)[:, None] & there_O[None, :], other=0, cache_modifier=".cg")
+            total_TO = tl.sum(total_SO, axis=0)[None, :]
+        else:
+            total_TO = tl.zeros((T_TILE, O_TILE), tl.float32)
+            for i in range(splits):
+                in_TO_ptr = sums_ptr + ((i * num_tokens + t_T) * num_outputs)[:, None] + wide_O[None, :]
+                total_TO += tl.load(in_TO_ptr, mask=there_TO, other=0, cache_modifier=".cg")
         if scale_ptr is not None:
             total_TO *= tl.load(scale_ptr + o_O, mask=there_O, other=0)[None, :]
         if bias_ptr is not None:

@@ -45,6 +45,10 @@ class PerToken:
         """Whether every token's rule does."""
         return all(rule.runs_all(num_experts) for rule, rows_N in self.parts if len(rows_N))
 
+    def most_experts(self, num_experts: int) -> int | None:
+        """None: tokens differ."""
+        return None
+
     def __call__(self, scores_TE: Tensor) -> Tensor:
         """mask_TE.
 

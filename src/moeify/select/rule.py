@@ -30,6 +30,9 @@ class Selection(Protocol):
     def runs_all(self, num_experts: int) -> bool:
         """Whether every expert of every token runs whatever the scores."""
 
+    def most_experts(self, num_experts: int) -> int | None:
+        """How many experts a token runs at most whatever the scores, None where scores decide."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Rule(ABC):
@@ -60,6 +63,10 @@ class Rule(ABC):
     def runs_all(self, num_experts: int) -> bool:
         """Whether every expert of every token runs whatever the scores, so that nobody need compute them."""
         return self.grows and self.value >= min(self.bounds[1], num_experts)
+
+    def most_experts(self, num_experts: int) -> int | None:
+        """How many experts a token runs at most whatever the scores; None where scores decide. Room for pairs is cut by it."""
+        return None
 
     @property
     def value(self) -> float:

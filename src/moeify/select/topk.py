@@ -49,6 +49,10 @@ class TopK(Rule):
         chosen_TK = scores_TE.sort(dim=1, descending=True, stable=True).indices[:, : self.k]
         return mask_TE.scatter_(1, chosen_TK, True)
 
+    def most_experts(self, num_experts: int) -> int:
+        """k, or all of them."""
+        return min(self.k, num_experts)
+
     @classmethod
     def critical(cls, scores_TE: Tensor) -> Tensor:
         """Rank of each expert, from 0."""

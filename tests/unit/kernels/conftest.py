@@ -20,7 +20,8 @@ def compiled(monkeypatch, tmp_path):
         signature = {name: "constexpr" if name in constants else pointers.get(name, "i32") for name in names}
         even = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name not in (*constants, *odd)}
         source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=even)
-        target = GPUTarget("hip", capability, 64) if isinstance(capability, str) else GPUTarget("cuda", capability, 32)
+        wave = 64 if str(capability).startswith("gfx9") else 32
+        target = GPUTarget("hip", capability, wave) if isinstance(capability, str) else GPUTarget("cuda", capability, 32)
         return triton.compile(source, target=target, options={"num_warps": num_warps, "num_stages": num_stages})
 
     return compile_for

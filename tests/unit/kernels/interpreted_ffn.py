@@ -5,6 +5,7 @@ Letters: T tokens, D input width, O output width, F FFN width, E experts.
 
 import dataclasses
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,13 +14,14 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from numerics import assert_as_accurate_as_torch
 from tiny import convert_tiny, tiny_inputs, tiny_llama
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from moeify.controls import set_impl
 from moeify.errors import KernelError
-from moeify.kernels import build_plan, explain, gpu_ffn, impls_for, masked, moe_ffn, reference, tiles, triton_ffn
+from moeify.kernels import build_plan, explain, gpu_ffn, impls_for, masked, moe_ffn, reference, tiles, triton_ffn, triton_union
 from moeify.kernels.tiles import FFNTiles
 from moeify.layers import moe_layers
-from moeify.select import TopK
+from moeify.select import DynKMass, DynKMax, TopK
 from moeify.sites.formula import ACTIVATIONS
 from moeify.sites.int8 import quantize_rows
 from moeify.sites.site import FFNWeights
@@ -111,17 +113,24 @@ def test_any_shape_in_any_tiles(T, E, extra, D, O, neurons, channels, outputs, d
     check(y_TO, x_TD, weights, plan, activation="silu")
 
 
-@pytest.mark.parametrize("group", [1, 3])
-def test_pairs_are_in_the_order_of_the_plan(group):
-    plan = random_plan(50, 7, 0.3)
-    ragged = triton_ffn.order_pairs(plan.mask_TE, num_neurons=30, experts_per_group=group, room=10_000)
+def test_more_splits_of_one_token_than_are_added_at_once():
+    weights, x_TD, plan = random_ffn(24, 1200, gated=True, biased=True), torch.randn(1, 24), random_plan(1, 75, 0.5)
+    tiles = FFNTiles(tokens=1, neurons=16, channels=32, outputs=16, depth=16, neurons_per_split=16)
+    assert 1200 // tiles.neurons_per_split > 2 * triton_union.SPLITS_AT_ONCE
+    check(triton_ffn.union(x_TD, weights, plan.mask_TE, activation="silu", tiles=tiles), x_TD, weights, plan, activation="silu")
+
+
+@pytest.mark.parametrize(("T", "E", "group"), [(50, 7, 1), (50, 7, 3), (300, 40, 1), (257, 70, 2)])
+def test_pairs_are_in_the_order_of_the_plan(T, E, group):
+    plan = random_plan(T, E, 0.3)
+    ragged = triton_ffn.order_pairs(plan.mask_TE, num_neurons=2 * E, experts_per_group=group, room=100_000)
     by_group = build_plan(torch.stack([part.any(1) for part in plan.mask_TE.split(group, 1)], 1))
     assert ragged.offset_G1.equal(by_group.offsets_E1)
     assert ragged.token_C[: by_group.num_pairs].equal(by_group.token_N.int())
     assert ragged.pair_TG[by_group.mask_TE].sort().values.equal(torch.arange(by_group.num_pairs, dtype=torch.int32))
     assert ragged.pair_TG.ge(0).equal(by_group.mask_TE)
-    assert ragged.room == 50 * by_group.num_experts, "more room than pairs there can be"
-    short = triton_ffn.order_pairs(plan.mask_TE, num_neurons=30, experts_per_group=group, room=5)
+    assert ragged.room == T * by_group.num_experts, "more room than pairs there can be"
+    short = triton_ffn.order_pairs(plan.mask_TE, num_neurons=2 * E, experts_per_group=group, room=5)
     assert short.offset_G1.max() == 5 and short.token_C.equal(ragged.token_C[:5]), "what has no room is left out, not written"
 
 
@@ -348,6 +357,50 @@ def test_a_converted_model_runs_and_trains_by_it_when_asked_for_by_name(monkeypa
     torch.testing.assert_close(found, expected)
     for got, want in zip(grads, exact, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
+
+
+class Waiting(TorchDispatchMode):
+    """Fails where the host would wait for a GPU: it reads a value, or copies one of its own there."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        copies = func.name() == "aten::lift_fresh" and args[0].dim() > 0  # a single number is an argument of a kernel
+        assert not copies and func.name() not in ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select"), func
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize(("rule", "trains"), [(DynKMass(mass=0.6), True), (TopK(k=2), True), (DynKMax(tau=0.7), False)])
+def test_a_layer_does_not_wait_for_the_device(rule, trains):
+    """In training the number of pairs, unless the rule says what it is at most. Dispatch modes see operators as a graph does."""
+    model = convert_tiny(tiny_llama(), rule=rule).train(trains)
+    moe = next(iter(moe_layers(model).values()))
+    moe.always_on, mlp = (0, 2), model.model.layers[0].mlp
+    set_impl(model, "triton")
+    x = torch.randn(1, 17, 32)
+    plans = []
+    with torch.set_grad_enabled(trains), Waiting():
+        moe.recorder = SimpleNamespace(add=lambda _, mask_TE, shape: plans.append(mask_TE))
+        y = mlp(x)
+        if trains:
+            y.sum().backward()
+    assert plans[0][:, [0, 2]].all() and not plans[0].all()
+    set_impl(model, "masked")
+    torch.testing.assert_close(y, mlp(x))
+
+
+def test_where_the_rule_says_how_many_run_nobody_counts_them(monkeypatch):
+    """The room for pairs, and what backward keeps, is k a token in a compiled graph, too."""
+    model = convert_tiny(tiny_llama(), rule=TopK(k=2)).train()
+    moe, mlp, rooms, x = next(iter(moe_layers(model).values())), model.model.layers[0].mlp, [], torch.randn(1, 6, 32)
+    set_impl(model, "triton")
+    order = triton_ffn.order_pairs
+    monkeypatch.setattr(triton_ffn, "order_pairs", lambda *args, **options: rooms.append(options["room"]) or order(*args, **options))
+    compiled = torch.compile(mlp, backend="aot_eager", fullgraph=True)
+    for run, moe.always_on, room in ((mlp, (), 12), (mlp, (0,), 18), (compiled, (0,), 18)):
+        rooms.clear()
+        run(x).sum().backward()
+        assert rooms == [room, room]
+    moe.rule = DynKMax(tau=0.7)
+    assert moe._plan(x).most_pairs is None
 
 
 def test_a_compiled_model_generates_with_a_static_cache():

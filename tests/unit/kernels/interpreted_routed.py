@@ -110,6 +110,15 @@ def test_the_call_is_selection_then_experts(int8):
             routed(bad)
 
 
+def test_more_pairs_than_32_bits_count_are_an_error(monkeypatch):
+    monkeypatch.setattr(gpu_ffn, "MOST_PAIRS", 6 * E)
+    _, router = router_of(TopK(k=2))
+    routed = gpu_routed.Routed(random_ffn(D, F, gated=True), router, activation="silu", dtype=torch.float32)
+    assert routed(torch.randn(6, D))[0].shape == (6, D)
+    with pytest.raises(KernelError, match=f"impl 'triton': it counts up to 30 pairs, these are 7 tokens x {E} experts"):
+        routed(torch.randn(7, D))
+
+
 def test_operator_passes_torchs_own_checks():
     weights, (_, router) = random_ffn(D, F, gated=True), router_of(TopK(k=2), always_on=(1,))
     matrices = [getattr(weights, name) for name in (*cpu.MATRICES, *cpu.BIASES, *cpu.SCALES)]

@@ -289,6 +289,26 @@ def test_thin_experts_share_a_tile_unless_kept_apart(F, E, T, bytes_per_number, 
     _check_sides(tiles, bytes_per_number)
 
 
+def test_tiles_tuned_on_experts_of_one_size_fit_others(monkeypatch):
+    """Whether thin experts add by atomics says nothing of thick ones, and no tile is wider than an expert."""
+    tuned = {("sm90", "ragged"): {"atomic_neurons": 64, "num_stages": 4}, ("sm90", "1"): {"neurons": 16, "num_warps": 2}}
+    monkeypatch.setattr("moeify.kernels.tiles.TUNED", tuned)
+    sizes = {"num_neurons": 14336, "num_tokens": 4096, "bytes_per_number": 2}
+    found = {size: ragged_tiles(num_experts=14336 // size, architecture="sm90", **sizes) for size in (16, 64, 256)}
+    assert {size: tiles.is_atomic for size, tiles in found.items()} == {16: False, 64: True, 256: True}
+    assert all(tiles.num_stages == 4 for tiles in found.values())
+    assert [ragged_tiles(num_experts=14336 // size, **sizes).is_atomic for size in (16, 64, 256)] == [False, False, True]
+    few = {"d_in": 64, "d_out": 64, "num_neurons": 1024, "num_tokens": 1, "bytes_per_number": 2, "num_units": 132, "architecture": "sm90"}
+    assert [union_tiles(num_experts=1024 // size, **few).neurons for size in (4, 8, 64)] == [4, 8, 16]
+    assert union_tiles(num_experts=16, **few).num_warps == 2
+
+
+def test_amds_units_hold_two_stages():
+    assert ragged_tiles(num_neurons=64, num_experts=2, num_tokens=600, bytes_per_number=2, architecture="gfx1100").num_stages == 2
+    few = {"d_in": 64, "d_out": 64, "num_neurons": 64, "num_experts": 4, "num_tokens": 8, "bytes_per_number": 2, "num_units": 60}
+    assert union_tiles(architecture="gfx942", **few).num_stages == 2 and union_tiles(architecture="sm90", **few).num_stages == 3
+
+
 def _check_sides(tiles, bytes_per_number):
     for side in (tiles.tokens, tiles.neurons, tiles.channels, tiles.outputs, tiles.depth):
         assert side.bit_count() == 1 and (side >= 16 or tiles.tokens == 1)

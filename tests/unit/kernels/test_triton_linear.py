@@ -73,5 +73,5 @@ def test_the_sum_of_splits_compiles(compiled, capability, y):
 
     pointers = {"sums_ptr": "*fp32", "scale_ptr": "*fp32", "bias_ptr": f"*{y}", "y_ptr": f"*{y}"}
     odd = ("num_tokens", "num_splits")
-    found = compiled(triton_linear.add_splits, capability, pointers=pointers, constants={"N_TILE": 128}, odd=odd, num_warps=1)
+    found = compiled(triton_linear.add_splits, capability, pointers=pointers, constants={"N_TILE": 128, "S_TILE": 8}, odd=odd, num_warps=1)
     assert found.asm["cubin"] and "st.global" in found.asm["ptx"]
