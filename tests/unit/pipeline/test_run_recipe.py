@@ -149,7 +149,8 @@ def seed_run(tmp_path, chosen, **tokens):
     ],
 )
 def test_the_control_gets_the_tokens_of_the_main_variant(tmp_path, changes, steps):
-    run = seed_run(tmp_path, recipe(**changes), dense=100, sparsify__a=100, convert__a=31, finetune__a=15, sparsify__b=999)
+    read = {"dense": 100, "sparsify__a": 100, "convert__a": 31, "finetune__a": 15, "routers__a": 0, "sparsify__b": 999}
+    run = seed_run(tmp_path, recipe(finetune={}, **changes), **read)
     assert run._control_steps() == steps
 
 
@@ -161,7 +162,8 @@ def test_the_control_gets_the_tokens_of_the_main_variant(tmp_path, changes, step
     ],
 )
 def test_the_baseline_is_trained_for_what_the_main_variant_is_trained_for(tmp_path, monkeypatch, changes, steps):
-    run = seed_run(tmp_path, recipe(moefication={}, **changes), dense=100, sparsify__a=100, convert__a=31, finetune__a=15)
+    chosen = recipe(moefication={}, finetune={}, **changes)
+    run = seed_run(tmp_path, chosen, dense=100, sparsify__a=100, convert__a=31, finetune__a=15, routers__a=0)
     trained = []
     monkeypatch.setattr(run, "_train", lambda name, config, _variant: (trained.append(config.steps), run.done.update({name: None})))
     for rest in ("_measure", "_convert"):
@@ -178,9 +180,10 @@ def test_heads_for_early_exit_read_as_many_examples_as_the_other_baseline(tmp_pa
         metric="accuracy",
         task="sequence-classification",
         train={"steps": 10, "batch_sequences": 10},
+        finetune={},
         ztw={"config": config, "tokens": tokens},
     )
-    run = seed_run(tmp_path, chosen, dense=100, sparsify__a=100, convert__a=31, finetune__a=15)
+    run = seed_run(tmp_path, chosen, dense=100, sparsify__a=100, convert__a=31, finetune__a=15, routers__a=0)
     asked = []
     monkeypatch.setattr(run, "_run", lambda _name, inputs, _work, *, timed: asked.append((inputs["config"], timed)))
     run.ztw()
