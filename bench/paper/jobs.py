@@ -16,7 +16,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
-from pathlib import Path
 
 import torch
 from transformers.utils.logging import disable_progress_bar
@@ -27,7 +26,7 @@ from moeify._terminal import Lines
 from moeify.errors import ConfigError, MoeifyError
 from moeify.pipeline.stages import StageTakenError, key_of, open_folder
 
-from .figures import FIGURES, Figure, read_figure
+from .figures import Figure, read_figure
 from .measure import Run, pretrain, run_experiment
 from .recipes import Curve, experiment, pretraining
 

@@ -145,7 +145,7 @@ def _run_seeds(
     if last == "report":
         check_report()
     for data in (recipe.data, *_evaluations(recipe).values()):
-        check_source(data)
+        _check_data(data, _content(data.data))
     if _share_data(recipe.data, recipe.validation):
         say("[validation] has data that [data] trains on; give them different splits.")
     total = _count_stages(recipe, last)
@@ -162,6 +162,12 @@ def _run_seeds(
     if taken is not None:
         raise taken
     return runs
+
+
+@lru_cache(maxsize=256)
+def _check_data(data: DataConfig, _content: str | None) -> None:
+    """`check_source`, once in a process: it reads a part of the data."""
+    check_source(data)
 
 
 def _nothing() -> None:
