@@ -10,6 +10,7 @@ import sys
 
 import pytest
 from pretraining import recipe_file
+from without_moeify import run_without_moeify
 
 DRIVER = """
 import json, os, resource, signal, sys
@@ -18,8 +19,6 @@ folder = sys.argv[2]
 import torch
 torch.set_num_threads(1)
 from pathlib import Path
-from without_moeify import run_without_moeify
-
 from moeify import cli
 from moeify.ssd import SSD
 import moeify.train.hf_callbacks
