@@ -1,6 +1,5 @@
 """--jobs: what a figure's stages are cut into, who does which, and what is said of a process that fails."""
 
-import json
 import multiprocessing
 from dataclasses import replace
 
@@ -129,15 +128,26 @@ def test_a_process_that_has_finished_is_not_asked_again():
 
 
 def test_a_figure_whose_numbers_are_there_starts_no_process(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(jobs.multiprocessing, "get_context", lambda _how: _NoProcess())
-    assert main(["--figure", "14", "--jobs", "2", "--out", str(tmp_path)]) == 0
-    assert "figure 14:" in capsys.readouterr().out
-    assert json.loads((tmp_path / "fig14.json").read_text())["figure"] == "14"
+    def draw(_data, paths, *, title):
+        for path in paths:
+            path.touch()
+
+    changes = {"measure": lambda *_: {"stage_seconds": [], "data": {}}, "draw": draw, "claim": lambda _data: []}
+    monkeypatch.setitem(FIGURES, "5", replace(FIGURES["5"], **changes))
+    monkeypatch.setattr("bench.paper.__main__.check_stages", lambda _folder, *, keep: ("code",))  # reads all of the library
+    arguments = ["--figure", "5", "--smoke", "--out", str(tmp_path)]
+    assert main(arguments) == 0
+    monkeypatch.setattr(jobs.multiprocessing, "get_context", lambda _how: NoProcess())
+    assert main([*arguments, "--jobs", "2"]) == 0
+    assert "figure 5:" in capsys.readouterr().out
+    (tmp_path / "fig5.json").unlink()
+    with pytest.raises(AssertionError, match="a process is started"):
+        main([*arguments, "--jobs", "2"])
 
 
-class _NoProcess:
-    def Process(self, *_args, **_options):
-        raise AssertionError("a process was started")
+class NoProcess:
+    def Pipe(self, **_options):
+        raise AssertionError("a process is started")
 
 
 @pytest.mark.parametrize("jobs_asked", ["0", "x"])
