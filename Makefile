@@ -5,20 +5,25 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
-PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+# Modules are compiled when they are first imported: most of what is installed never is, and compiling it all takes most of a minute.
+PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
 # What `make bench` runs, and whose folder of bench/results it writes; local is ignored by git.
 CASES  ?= split grouped exactness moe_ffn_cpu sparse_linear_cpu neuron_ffn_cpu generate_cpu generate_sparse_cpu enforcement compare
 DEVICE ?= local
 # Folder of `make paper` with novels, minilm, emotion and fashion_mnist; bench/paper/README.md has the commands that get them.
 INPUTS ?= inputs
 
+# What an installation is made from.
+BUILT  := pyproject.toml constraints.txt setup.py $(wildcard csrc/*)
+
 .PHONY: demo test lint types contracts docs-check docs bench paper sanitize sanitize-gpu clean
 
 demo: $(VENV)/.runtime
 	$(BIN)/moeify demo --out demo-out --overwrite
 
-# Two processes of one thread each: tests are small, and one thread of them is as fast as two.
-test: $(VENV)/.dev lint types contracts docs-check docs
+# The checks two at a time, for each has one thread; the longest first. Tests are small: two processes of one thread each are as fast as two threads.
+test: $(VENV)/.dev
+	$(MAKE) --no-print-directory -j 2 types docs docs-check contracts lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 lint: $(VENV)/.dev
@@ -64,16 +69,18 @@ sanitize-gpu: $(VENV)/.dev
 		$(BIN)/python -m pytest -q -x tests/unit/kernels/device_ffn.py -k "as_accurate" || exit 1; \
 	done
 
-# csrc is compiled by the installation.
-$(VENV)/.runtime: pyproject.toml constraints.txt setup.py $(wildcard csrc/*)
+# csrc is compiled by the installation, so of .runtime and .dev each installs all it needs at once.
+$(VENV)/.runtime: $(BUILT)
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch==2.13.0
 	$(PIP) -e '.[report]'
 	touch $@
 
-$(VENV)/.dev: $(VENV)/.runtime
+$(VENV)/.dev: $(BUILT)
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) torch==2.13.0
 	$(PIP) -e '.[dev]'
-	touch $@
+	touch $(VENV)/.runtime $@
 
 clean:
 	rm -rf $(VENV) demo-out paper-out build dist src/*.egg-info .mypy_cache .ruff_cache

@@ -8,6 +8,7 @@ import difflib
 import json
 import sys
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import NoReturn
 
@@ -21,6 +22,7 @@ from moeify.report import check_plots
 from .code import check_stages
 from .figures import FIGURES, make_figure
 from .inputs import INPUTS, check_needs, find_inputs, write_stand_ins
+from .jobs import share
 from .measure import Run
 from .page import check_page, write_page
 
@@ -33,7 +35,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit code: 0, or 2 after an error."""
+    """Entry point; returns the exit code: 0, 2 after an error, 130 after Ctrl-C."""
     options = _parser().parse_args(argv)
     disable_progress_bar()  # ours tells of the stages
     try:
@@ -41,6 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (MoeifyError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on where it was.", file=sys.stderr)
+        return 130
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -48,12 +53,16 @@ def _run(options: argparse.Namespace) -> int:
     if numbers:
         run = _run_of(options, numbers)
         made = []
-        for number in numbers:
-            made.append(make_figure(FIGURES[number], run))
-            if not options.json:
-                print(f"figure {number}: {made[-1]['files']['png']}")
-                for claim in made[-1]["claims"]:
-                    print(f"  {claim['line']}")
+        figures = (FIGURES[number] for number in numbers)
+        if options.jobs > 1:
+            figures = share(tuple(figures), run, jobs=options.jobs)
+        with closing(figures):  # ends the processes
+            for figure in figures:
+                made.append(make_figure(figure, run))
+                if not options.json:
+                    print(f"figure {figure.number}: {made[-1]['files']['png']}", flush=True)
+                    for claim in made[-1]["claims"]:
+                        print(f"  {claim['line']}", flush=True)
         if options.json:
             print(json.dumps({"figures": made}, indent=1))
     if options.page is not None and options.check:
@@ -107,6 +116,9 @@ def _parser() -> _Parser:
     parser.add_argument("--out", type=Path, default=Path("paper-out"), metavar="DIR", help="figures and stages, used again by later calls")
     parser.add_argument("--seeds", type=_seeds, metavar="0,1,2", help="default: 0,1,2; of a smoke run 0")
     parser.add_argument("--smoke", action="store_true", help="tiny models and few steps: does it run; data that is missing is made up")
+    parser.add_argument(
+        "--jobs", type=_jobs, default=1, metavar="N", help="processes that share the stages, with an equal part of the threads each"
+    )
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:1")
     parser.add_argument("--keep-stages", action="store_true", help="use stages that other code of moeify made; figures and page say so")
     parser.add_argument("--inputs", type=Path, metavar="FOLDER", help=f"with folders {', '.join(i.folder for i in INPUTS.values())}")
@@ -116,6 +128,12 @@ def _parser() -> _Parser:
     parser.add_argument("--page", type=Path, metavar="FILE", help="write the page about the figures in --out")
     parser.add_argument("--check", action="store_true", help="with --page: is it what the figures give? writes nothing")
     return parser
+
+
+def _jobs(text: str) -> int:
+    if (jobs := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"at least 1, got {jobs}")
+    return jobs
 
 
 def _seeds(text: str) -> tuple[int, ...]:

@@ -69,6 +69,8 @@ class Figure:
     """The paper's claims of the data."""
     ztw: bool = False
     """Whether early exit is beside the curves."""
+    last_stage: str = "sweep"
+    """Of `moeify.pipeline.run_recipe.STAGES`, the last that is run for it."""
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -166,7 +168,7 @@ def to_plain(verdict: Verdict) -> dict[str, Any]:
 def _quality_curves(figure: Figure, run: Run, *, authors: bool = False) -> dict[str, Any]:
     curves = figure.curves(run.smoke)
     assert figure.model is not None
-    finished = run_experiment(figure.model, curves, run, ztw=figure.ztw)
+    finished = run_experiment(figure.model, curves, run, stage=figure.last_stage, ztw=figure.ztw)
     return {"stage_seconds": [one.seconds for one in finished], "data": measured_curves(curves, finished, authors=authors)}
 
 
@@ -174,7 +176,7 @@ def _nonzeros(figure: Figure, run: Run) -> dict[str, Any]:
     """The distribution of non-zero activations by layer of the trained models before conversion."""
     curves = figure.curves(run.smoke)
     assert figure.model is not None
-    finished = run_experiment(figure.model, curves, run, stage="sparsify")
+    finished = run_experiment(figure.model, curves, run, stage=figure.last_stage)
 
     def of(one: Finished, curve: Curve) -> dict[str, Any]:
         model, batches = _loaded(one, f"sparsify.{curve.name}", "model", run)
@@ -189,7 +191,7 @@ def _executed(figure: Figure, run: Run) -> dict[str, Any]:
     """The distribution of executed experts by layer of the converted models, at each of `TAUS`."""
     curves = figure.curves(run.smoke)
     assert figure.model is not None
-    finished = run_experiment(figure.model, curves, run, stage="convert")
+    finished = run_experiment(figure.model, curves, run, stage=figure.last_stage)
 
     def replaced(curve: Curve) -> list[dict[str, Any]]:
         manifest = read_manifest(finished[0].stages[f"convert.{curve.name}"].folder / "moe")
@@ -431,6 +433,7 @@ FIGURES: dict[str, Figure] = {
             measure=_nonzeros,
             draw=_draw_nonzeros,
             claim=_claim_3,
+            last_stage="sparsify",
         ),
         Figure(
             number="5",
@@ -501,6 +504,7 @@ FIGURES: dict[str, Figure] = {
             measure=_executed,
             draw=_draw_executed,
             claim=_claim_11,
+            last_stage="convert",
         ),
         Figure(
             number="12",
@@ -538,6 +542,7 @@ FIGURES: dict[str, Figure] = {
                 measure=partial(_executed_projections, role=role),
                 draw=_draw_executed,
                 claim=_claim_projections,
+                last_stage="convert",
             )
             for number, role in (("15", "q"), ("16", "k"), ("17", "v"), ("18", "o"))
         ),

@@ -35,6 +35,8 @@ class Run:
     """Where models run."""
     library: tuple[str, ...] = ()
     """Codes of the library that its stages are of, from `check_stages`."""
+    wait: bool = True
+    """For stages that other processes work on; if not, they are left to these (`StageTakenError`)."""
     progress: Progress = NO_PROGRESS
     """Told of every stage."""
     say: Callable[[str], None] = lambda _line: None
@@ -58,14 +60,14 @@ class Finished:
         return sum({stage.key: stage.seconds for stage in self.stages.values()}.values())
 
 
-def run_experiment(model: str, curves: Sequence[Curve], run: Run, *, stage: str | None = None, ztw: bool = False) -> list[Finished]:
+def run_experiment(model: str, curves: Sequence[Curve], run: Run, *, stage: str, ztw: bool = False) -> list[Finished]:
     """Pre-train, train, convert and sweep for every seed; what is on disk is used.
 
     Args:
         model: "gpt", "bert" or "vit".
         curves: what to make.
         run: how.
-        stage: the last stage; None sweeps.
+        stage: the last stage.
         ztw: early exit, too.
     """
     recipe = experiment(model, curves, run.inputs, smoke=run.smoke, ztw=ztw)
@@ -73,9 +75,8 @@ def run_experiment(model: str, curves: Sequence[Curve], run: Run, *, stage: str 
     for seed in run.seeds:
         done = pretrain(model, run, seed=seed)
         started = started_from(recipe, done["dense"].folder / "model", seed=seed)
-        (stages,) = run_stages(
-            started, run.out / "stages" / recipe.name, stage=stage, device=run.device, progress=run.progress, say=run.say
-        )
+        folder = run.out / "stages" / recipe.name
+        (stages,) = run_stages(started, folder, stage=stage, device=run.device, progress=run.progress, say=run.say, wait=run.wait)
         before = {f"pretrain.{name}": found for name, found in done.items()}
         finished.append(Finished(seed=seed, stages={**before, **stages}, recipe=started))
     return finished
@@ -85,7 +86,7 @@ def pretrain(model: str, run: Run, *, seed: int) -> dict[str, Stage]:
     """The stages of the model that everything starts from."""
     recipe = replace(pretraining(model, run.inputs, smoke=run.smoke), seeds=(seed,))
     folder = run.out / "stages" / recipe.name
-    (stages,) = run_stages(recipe, folder, stage="dense", device=run.device, progress=run.progress, say=run.say)
+    (stages,) = run_stages(recipe, folder, stage="dense", device=run.device, progress=run.progress, say=run.say, wait=run.wait)
     return stages
 
 

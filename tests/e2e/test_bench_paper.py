@@ -3,13 +3,27 @@
 import json
 
 import pytest
+import torch
 
 from bench.paper.__main__ import main
 from bench.paper.figures import FIGURES
 
 
+@pytest.fixture
+def one_thread():
+    """Sums of more threads are rounded otherwise."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def read(path):
+    return json.loads(path.read_text())
+
+
 @pytest.mark.slow
-def test_all_figures_run_through_and_run_again_from_what_is_on_disk(tmp_path, capsys):
+def test_all_figures_run_through_and_run_again_from_what_is_on_disk(tmp_path, capsys, one_thread):
     arguments = ["--all", "--smoke", "--out", str(tmp_path), "--json"]
     assert main(arguments) == 0
     first = json.loads(capsys.readouterr().out)["figures"]
@@ -30,6 +44,14 @@ def test_all_figures_run_through_and_run_again_from_what_is_on_disk(tmp_path, ca
     assert again["5"]["data"] == next(figure for figure in first if figure["figure"] == "5")["data"]
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("record.json")} == records
     assert {path: path.stat().st_mtime_ns for path in drawn} == drawn
+    shared = tmp_path / "shared"  # by two processes: the same numbers, of stages as of figures
+    assert main(["--figure", "3", "--smoke", "--out", str(shared), "--json", "--jobs", "2"]) == 0
+    (figure,) = json.loads(capsys.readouterr().out)["figures"]
+    assert figure["data"] == next(figure for figure in first if figure["figure"] == "3")["data"]
+    results = {record["key"]: record["result"] for record in map(read, records)}
+    made = [read(path) for path in shared.rglob("record.json")]
+    assert len(made) > 5
+    assert all(record["result"] == results[record["key"]] for record in made)
     page = tmp_path / "paper.md"
     assert main(["--page", str(page), "--out", str(tmp_path)]) == 0
     assert "Of a smoke run" in page.read_text()

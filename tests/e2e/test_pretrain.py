@@ -10,6 +10,7 @@ import sys
 
 import pytest
 from pretraining import recipe_file
+from without_moeify import run_without_moeify
 
 DRIVER = """
 import json, os, resource, signal, sys
@@ -131,14 +132,13 @@ def test_the_checkpoint_loads_as_a_dense_model_where_moeify_is_not(runs):
     folder, _ = runs
     code = """
 import sys
-sys.modules["moeify"] = None
 from transformers import AutoModelForCausalLM, AutoTokenizer
 model, info = AutoModelForCausalLM.from_pretrained(sys.argv[1], output_loading_info=True)
 assert not info["missing_keys"], info
 ids = AutoTokenizer.from_pretrained(sys.argv[1])("the quick brown fox", return_tensors="pt").input_ids
 print(model(input_ids=ids, labels=ids).loss.item())
 """
-    done = subprocess.run([sys.executable, "-c", code, str(folder / "whole")], capture_output=True, text=True, check=False)
+    done = run_without_moeify(code, folder / "whole")
     assert done.returncode == 0, done.stderr
     from moeify.controls import set_mode
     from moeify.hf.load import load_model

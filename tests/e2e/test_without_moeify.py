@@ -4,14 +4,13 @@ With int8 weights, or linear layers replaced by MLPs, there is no equal dense mo
 """
 
 import json
-import subprocess
-import sys
 
 import pytest
 import tiny
 import torch
 from families.models import build
 from safetensors.torch import save_file
+from without_moeify import run_without_moeify
 
 from moeify.convert import ConvertConfig, convert, replace_projections
 from moeify.quantize import quantize
@@ -28,7 +27,6 @@ MODELS = {
 
 SCRIPT = """
 import json, sys
-sys.modules["moeify"] = None  # an import of it fails, installed or not
 import torch, transformers
 from safetensors.torch import load_file
 
@@ -64,7 +62,7 @@ def loaded_elsewhere(tmp_path_factory):
         model.save_pretrained(directory)
         save_file({"expected": expected, **inputs}, directory / "expected.st")
         saved[name] = (str(directory), type(model).__name__)
-    done = subprocess.run([sys.executable, "-c", SCRIPT, json.dumps(saved)], capture_output=True, text=True, timeout=240, check=False)
+    done = run_without_moeify(SCRIPT, json.dumps(saved))
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout), done.stderr
 
@@ -81,7 +79,6 @@ def test_converted_checkpoint_without_moeify_only_warns(loaded_elsewhere):
 
 REFUSED_SCRIPT = """
 import json, sys
-sys.modules["moeify"] = None
 import transformers
 
 errors = {}
@@ -104,9 +101,7 @@ def test_int8_checkpoints_without_moeify_are_refused_by_every_family(tmp_path):
         quantize(model)
         model.save_pretrained(tmp_path / name)
         saved[name] = (str(tmp_path / name), type(model).__name__)
-    done = subprocess.run(
-        [sys.executable, "-c", REFUSED_SCRIPT, json.dumps(saved)], capture_output=True, text=True, timeout=240, check=False
-    )
+    done = run_without_moeify(REFUSED_SCRIPT, json.dumps(saved))
     assert done.returncode == 0, done.stderr
     errors = json.loads(done.stdout)
     assert errors.keys() == saved.keys(), "the others loaded, as something that nobody trained"
@@ -126,8 +121,7 @@ def test_checkpoints_with_replaced_layers_are_refused_by_every_family(tmp_path):
             key = f"{name} {len(attention)}"
             model.save_pretrained(tmp_path / key)
             saved[key] = (str(tmp_path / key), type(model).__name__)
-    script = [sys.executable, "-c", REFUSED_SCRIPT, json.dumps(saved)]
-    done = subprocess.run(script, capture_output=True, text=True, timeout=240, check=False)
+    done = run_without_moeify(REFUSED_SCRIPT, json.dumps(saved))
     assert done.returncode == 0, done.stderr
     errors = json.loads(done.stdout)
     assert errors.keys() == saved.keys(), "the others loaded, with layers that nobody trained"

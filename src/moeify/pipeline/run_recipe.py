@@ -19,6 +19,7 @@ import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -53,7 +54,7 @@ from .project import ProjectionsConfig, distil_and_replace, projection_records
 from .recipe import MOEFICATION, VALIDATION, ZTW, RecipeConfig, VariantConfig, merged
 from .results import check_report, recipe_result, write_result
 from .sparsify import check_enforcement
-from .stages import SCRATCH, Stage, Stages
+from .stages import SCRATCH, Stage, Stages, StageTakenError
 from .start import start_model
 from .tasks import TASKS, Loaded, training_data
 
@@ -112,21 +113,24 @@ def run_stages(
     device: str = "cpu",
     progress: Progress = NO_PROGRESS,
     say: Callable[[str], None] = lambda _line: None,
+    wait: bool = True,
 ) -> list[dict[str, Stage]]:
     """Carry out a recipe's stages without its report, for whoever reads what they wrote: checkpoints, curves.
 
     Args:
         recipe, out, device, progress, say: as `run_recipe`.
         stage: the last of `STAGES` to run; None means the last before the report.
+        wait: for stages that other processes work on in the same folder. If not, they are left to them, with what needs them.
 
     Returns:
         For each seed its finished stages, by name: "sparsify.relu", "sweep.relu.validation".
 
     Raises:
-        MoeifyError: as `run_recipe`.
+        MoeifyError: as `run_recipe`. StageTakenError: all that could be done is done, and something was left to other processes.
     """
     last = _known_stage(stage or STAGES[-2])
-    return [run.done for run in _run_seeds(recipe, out, last=last, device=device, progress=progress, say=say)]
+    runs = _run_seeds(recipe, out, last=last, device=device, progress=progress, say=say, wait=wait)
+    return [dict(run.done) for run in runs]
 
 
 def _known_stage(stage: str | None) -> str:
@@ -136,24 +140,36 @@ def _known_stage(stage: str | None) -> str:
 
 
 def _run_seeds(
-    recipe: RecipeConfig, out: Path, *, last: str, device: str, progress: Progress, say: Callable[[str], None]
+    recipe: RecipeConfig, out: Path, *, last: str, device: str, progress: Progress, say: Callable[[str], None], wait: bool = True
 ) -> "list[_SeedRun]":
     """Every stage up to ``last``, each for all seeds before the next."""
     torch_device(device)
     if last == "report":
         check_report()
     for data in (recipe.data, *_evaluations(recipe).values()):
-        check_source(data)
+        _check_data(data, _content(data.data))
     if _share_data(recipe.data, recipe.validation):
         say("[validation] has data that [data] trains on; give them different splits.")
     total = _count_stages(recipe, last)
+    taken: StageTakenError | None = None
     with progress.task(f"{recipe.name}: stages", total=total) as overall:
-        stages = Stages(out, owner=recipe.name, total=total, progress=progress, overall=overall, say=say)
+        stages = Stages(out, owner=recipe.name, total=total, progress=progress, overall=overall, say=say, wait=wait)
         runs = [_SeedRun(recipe, stages, seed=seed, device=device) for seed in recipe.seeds]
         for name in STAGES[: STAGES.index(last) + 1]:
             for run in runs:
-                getattr(run, name, _nothing)()
+                try:
+                    getattr(run, name, _nothing)()
+                except StageTakenError as error:  # later stages may not need it
+                    taken = error
+    if taken is not None:
+        raise taken
     return runs
+
+
+@lru_cache(maxsize=256)
+def _check_data(data: DataConfig, _content: str | None) -> None:
+    """`check_source`, once in a process: it reads a part of the data."""
+    check_source(data)
 
 
 def _nothing() -> None:
@@ -188,12 +204,19 @@ def _count_stages(recipe: RecipeConfig, last: str) -> int:
     return len(recipe.seeds) * sum(counts[name] for name in STAGES[: STAGES.index(last) + 1])
 
 
+class _Done(dict[str, Stage]):
+    """Finished stages by name. One that is not there was left to another process: what needs it is left, too."""
+
+    def __missing__(self, name: str) -> Stage:
+        raise StageTakenError(f"{name}: another process works on it.")
+
+
 class _SeedRun:
     """The stages of one seed; each method that has a name of `STAGES` runs that stage for all variants."""
 
     def __init__(self, recipe: RecipeConfig, stages: Stages, *, seed: int, device: str) -> None:
         self.recipe, self.seed = recipe, seed
-        self.done: dict[str, Stage] = {}
+        self.done = _Done()
         """Finished stages by name."""
         self.timed: set[str] = set()
         """Names of those that train or convert."""
@@ -484,8 +507,8 @@ class _SeedRun:
         self._run(f"finetune.{variant.name}", inputs, work, timed=True)
 
     def _routers(self, variant: VariantConfig) -> None:
-        name = f"finetune.{variant.name}"
-        before = self.done[name] if name in self.done else self.done[f"convert.{variant.name}"]
+        *_, before_name, name = self._stages_of(variant)
+        before = self.done[before_name]
         calibration = self.recipe.convert_of(variant).calibration
         calibration = replace(calibration, seed=calibration.seed + self.seed)
         config = None if self.recipe.routers is None else to_dict(self.recipe.routers)
@@ -507,7 +530,7 @@ class _SeedRun:
             tokens = sum(num_tokens(batch, tokens_per_image=1) for batch in batches)
             return {"tokens": tokens, **{key: record[key] for key in _CALIBRATED}}
 
-        self._run(f"routers.{variant.name}", inputs, work, timed=True)
+        self._run(name, inputs, work, timed=True)
 
     def _sweep(self, name: str, converted: Stage, data: DataConfig, *, rule: str | None) -> None:
         config = self.recipe.sweep
@@ -595,17 +618,21 @@ class _SeedRun:
 
     def _converted(self) -> dict[str, Stage]:
         """The last converted model of every variant."""
-        return {
-            variant.name: next(
-                self.done[name] for kind in ("routers", "finetune", "convert") if (name := f"{kind}.{variant.name}") in self.done
-            )
-            for variant in self.recipe.variant
-        }
+        return {variant.name: self.done[self._stages_of(variant)[-1]] for variant in self.recipe.variant}
+
+    def _stages_of(self, variant: VariantConfig) -> list[str]:
+        """Names of the stages that make a variant's last converted model."""
+        kinds = ["sparsify", "convert"]
+        if variant.finetune and self.recipe.finetune is not None:
+            kinds += ["finetune", "routers"]
+        elif variant.finetune and self.recipe.routers is not None:
+            kinds.append("routers")
+        return [f"{kind}.{variant.name}" for kind in kinds]
 
     def _main_names(self) -> list[str]:
         """Stages that made the main variant's converted model."""
         main = self.recipe.main
-        names = [name for kind in ("sparsify", "convert", "finetune", "routers") if (name := f"{kind}.{main.name}") in self.done]
+        names = self._stages_of(main)
         teachers: list[str] = [main.teacher] if main.sparsify is not None and main.sparsify.distill is not None else []
         tune = self.recipe.finetune
         teachers += [tune.teacher] if tune is not None and main.finetune and tune.config.distill is not None else []
@@ -766,8 +793,16 @@ def _content(source: str | None) -> str | None:
     path = Path(source or "").expanduser()
     if not source or not path.exists():
         return source
+    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    seen = tuple((file, stat.st_size, stat.st_mtime_ns) for file in files for stat in [file.stat()])
+    return _digest(path, seen)
+
+
+@lru_cache(maxsize=256)
+def _digest(path: Path, seen: tuple[tuple[Path, int, int], ...]) -> str:
+    """Of files with their sizes and times of change, so that a process reads them once."""
     digest = hashlib.sha256()
-    for file in sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]:
+    for file, *_ in seen:
         digest.update(file.relative_to(path).as_posix().encode() + b"\0")
         with file.open("rb") as opened:
             for block in iter(lambda: opened.read(1 << 20), b""):

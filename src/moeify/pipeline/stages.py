@@ -3,6 +3,8 @@
 A stage that has finished with the same inputs is not run again, by whatever name it was asked for; one that was killed finds its folder as
 it left it; one whose inputs have changed gets a folder of its own, and the earlier one stays, so that nothing is lost and going back costs
 nothing.
+
+Several processes may work in one folder: a stage is locked while it runs.
 """
 
 import hashlib
@@ -10,14 +12,14 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .._files import sync
+from .._files import locked, sync
 from .._progress import Progress, Task
-from ..errors import CheckpointError, ConfigError
+from ..errors import CheckpointError, ConfigError, MoeifyError
 
 OWNER_FILE = "recipe.json"
 """What says whose folder it is."""
@@ -25,6 +27,10 @@ SCRATCH = "scratch"
 """Folder in a stage's folder for what only a killed run needs; it goes when the stage is recorded."""
 _RECORD, _INPUTS, _CLOCK = "record.json", "inputs.json", "seconds.json"
 _BEAT_S = 5.0
+
+
+class StageTakenError(MoeifyError):
+    """Another process works on a stage, or on one that it needs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,26 +59,18 @@ class Stages:
         progress: told what every stage tells, under its number and name.
         overall: told of every stage that has finished.
         say: told in a line which stages are run again and why.
+        wait: for a stage that another process works on.
 
     Raises:
         ConfigError: the folder is of another experiment, or holds something else.
     """
 
-    def __init__(self, root: Path, *, owner: str, total: int, progress: Progress, overall: Task, say: Callable[[str], None]) -> None:
-        self._root, self._total, self._say = root, total, say
+    def __init__(
+        self, root: Path, *, owner: str, total: int, progress: Progress, overall: Task, say: Callable[[str], None], wait: bool = True
+    ) -> None:
+        self._root, self._total, self._say, self._wait = root, total, say, wait
         self._progress, self._overall, self._count = progress, overall, 0
-        marker = root / OWNER_FILE
-        if marker.is_file():
-            if (found := _read(marker).get("name")) != owner:
-                raise ConfigError(f"'{root}' holds the recipe {found!r}, not {owner!r}; choose another --out.")
-        elif root.exists() and (not root.is_dir() or any(root.iterdir())):
-            raise ConfigError(f"'{root}' exists and was not written by moeify pipeline; choose another --out.")
-        else:
-            try:
-                root.mkdir(parents=True, exist_ok=True)
-                write_json(marker, {"name": owner})
-            except OSError as error:
-                raise CheckpointError(f"cannot write '{root}': {error.strerror}; choose another --out.") from error
+        open_folder(root, owner=owner)
 
     def run(self, label: str, inputs: Mapping[str, Any], work: Callable[[Path, Progress], Mapping[str, Any]]) -> Stage:
         """The result of a stage: ``work(folder, progress)``, unless it is known.
@@ -81,23 +79,54 @@ class Stages:
             label: "seed0/sparsify.relu": a folder and a name.
             inputs: JSON values: all that decides the outcome; of an earlier stage its key.
             work: does the work in a folder, which holds what an earlier, killed call left there, and returns JSON values.
+
+        Raises:
+            StageTakenError: another process works on it, and nobody waits here.
         """
         self._count += 1
         inputs = json.loads(json.dumps(inputs))
         key = key_of(inputs)
-        folders = sorted(self._root.glob(f"*/*-{key}"))  # under whatever name
-        found = next((path for path in folders if (path / _RECORD).is_file()), None)
+        found = self._find(key, _RECORD)
         if found is None:
-            found = next((path for path in folders if (path / _INPUTS).is_file()), self._root / f"{label}-{key}")
-            self._start(found, label, key, inputs)
-            heading = f"[{self._count}/{self._total} {label}] "
-            clock = _Clock(found / _CLOCK)
-            result = work(found, _Within(self._progress, heading, clock))
-            write_json(found / _RECORD, {"label": label, "key": key, "inputs": inputs, "result": result, "seconds": clock.beat(force=True)})
+            with self._alone(label, key):
+                found = self._find(key, _RECORD)  # who had the lock may have finished it
+                if found is None:
+                    found = self._find(key, _INPUTS) or self._root / f"{label}-{key}"
+                    self._work(found, label, key, inputs, work)
         record = _read(found / _RECORD)
         shutil.rmtree(found / SCRATCH, ignore_errors=True)
         self._overall.advance(1)
         return Stage(label=record["label"], key=key, folder=found, result=record["result"], seconds=record["seconds"])
+
+    def _find(self, key: str, file: str) -> Path | None:
+        """The folder of a stage that has a file, under whatever name."""
+        return next((path for path in sorted(self._root.glob(f"*/*-{key}")) if (path / file).is_file()), None)
+
+    @contextmanager
+    def _alone(self, label: str, key: str) -> Iterator[None]:
+        """Hold the stage's lock."""
+        lock = self._root / f"{key}.lock"
+        with ExitStack() as held:
+            try:
+                held.enter_context(locked(lock, wait=False))
+            except OSError as error:
+                if not self._wait and isinstance(error, BlockingIOError):
+                    raise StageTakenError(f"{label}: another process works on it.") from None
+                if not self._wait:
+                    raise CheckpointError(f"cannot lock '{lock}': {error.strerror}; choose another --out.") from error
+                if isinstance(error, BlockingIOError):
+                    self._say(f"{label}: another process works on it; waits.")
+                held.enter_context(locked(lock))
+            yield
+
+    def _work(
+        self, folder: Path, label: str, key: str, inputs: Mapping[str, Any], work: Callable[[Path, Progress], Mapping[str, Any]]
+    ) -> None:
+        self._start(folder, label, key, inputs)
+        clock = _Clock(folder / _CLOCK)
+        result = work(folder, _Within(self._progress, f"[{self._count}/{self._total} {label}] ", clock))
+        record = {"label": label, "key": key, "inputs": inputs, "result": result, "seconds": clock.beat(force=True)}
+        write_json(folder / _RECORD, record)
 
     def _start(self, folder: Path, label: str, key: str, inputs: Mapping[str, Any]) -> None:
         if (folder / _INPUTS).is_file():
@@ -116,6 +145,26 @@ class Stages:
             write_json(folder / _INPUTS, inputs)
         except OSError as error:
             raise CheckpointError(f"cannot write '{folder}': {error.strerror}; free space or choose another --out.") from error
+
+
+def open_folder(root: Path, *, owner: str) -> None:
+    """Make an experiment's folder, or check whose it is.
+
+    Raises:
+        ConfigError, CheckpointError: as `Stages`.
+    """
+    marker = root / OWNER_FILE
+    if marker.is_file():
+        if (found := _read(marker).get("name")) != owner:
+            raise ConfigError(f"'{root}' holds the recipe {found!r}, not {owner!r}; choose another --out.")
+    elif root.exists() and (not root.is_dir() or any(root.iterdir())):
+        raise ConfigError(f"'{root}' exists and was not written by moeify pipeline; choose another --out.")
+    else:
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            write_json(marker, {"name": owner})
+        except OSError as error:
+            raise CheckpointError(f"cannot write '{root}': {error.strerror}; choose another --out.") from error
 
 
 def key_of(inputs: Mapping[str, Any]) -> str:

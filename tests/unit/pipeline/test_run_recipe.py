@@ -11,13 +11,14 @@ import torch
 import transformers
 
 from moeify._config import from_dict
+from moeify._files import locked
 from moeify._progress import NO_PROGRESS
 from moeify.data import DataConfig
 from moeify.errors import CheckpointError, ConfigError, MoeifyError
 from moeify.hf.inputs import example_inputs
 from moeify.pipeline.recipe import RecipeConfig
 from moeify.pipeline.run_recipe import _SeedRun, count_nonzeros, data_id, model_id, run_recipe, run_stages
-from moeify.pipeline.stages import Stage, Stages
+from moeify.pipeline.stages import Stage, Stages, StageTakenError, open_folder
 from moeify.pipeline.start import start_model
 from moeify.sites import find_ffn_sites
 
@@ -149,7 +150,8 @@ def seed_run(tmp_path, chosen, **tokens):
     ],
 )
 def test_the_control_gets_the_tokens_of_the_main_variant(tmp_path, changes, steps):
-    run = seed_run(tmp_path, recipe(**changes), dense=100, sparsify__a=100, convert__a=31, finetune__a=15, sparsify__b=999)
+    read = {"dense": 100, "sparsify__a": 100, "convert__a": 31, "finetune__a": 15, "routers__a": 0, "sparsify__b": 999}
+    run = seed_run(tmp_path, recipe(finetune={}, **changes), **read)
     assert run._control_steps() == steps
 
 
@@ -161,7 +163,8 @@ def test_the_control_gets_the_tokens_of_the_main_variant(tmp_path, changes, step
     ],
 )
 def test_the_baseline_is_trained_for_what_the_main_variant_is_trained_for(tmp_path, monkeypatch, changes, steps):
-    run = seed_run(tmp_path, recipe(moefication={}, **changes), dense=100, sparsify__a=100, convert__a=31, finetune__a=15)
+    chosen = recipe(moefication={}, finetune={}, **changes)
+    run = seed_run(tmp_path, chosen, dense=100, sparsify__a=100, convert__a=31, finetune__a=15, routers__a=0)
     trained = []
     monkeypatch.setattr(run, "_train", lambda name, config, _variant: (trained.append(config.steps), run.done.update({name: None})))
     for rest in ("_measure", "_convert"):
@@ -178,9 +181,10 @@ def test_heads_for_early_exit_read_as_many_examples_as_the_other_baseline(tmp_pa
         metric="accuracy",
         task="sequence-classification",
         train={"steps": 10, "batch_sequences": 10},
+        finetune={},
         ztw={"config": config, "tokens": tokens},
     )
-    run = seed_run(tmp_path, chosen, dense=100, sparsify__a=100, convert__a=31, finetune__a=15)
+    run = seed_run(tmp_path, chosen, dense=100, sparsify__a=100, convert__a=31, finetune__a=15, routers__a=0)
     asked = []
     monkeypatch.setattr(run, "_run", lambda _name, inputs, _work, *, timed: asked.append((inputs["config"], timed)))
     run.ztw()
@@ -265,3 +269,32 @@ def test_run_stages_gives_the_folders_of_every_seed_and_runs_nothing_twice(tmp_p
     assert [seed["dense"] for seed in again] == [one["dense"], two["dense"]]
     with pytest.raises(ConfigError, match="--stage 'dens' is unknown; did you mean 'dense'"):
         run_stages(config, tmp_path / "out", stage="dens")
+
+
+def test_what_another_process_works_on_is_left_with_what_needs_it(tmp_path):
+    data = {"data": "builtin:pydoc", "window": 16, "max_tokens": 256}
+    config = recipe(
+        data=data,
+        validation={**data, "split": "validation"},
+        train={"steps": 1, "batch_sequences": 2, "warmup_steps": 0},
+        variant=[{"name": "a", "sparsify": {}}],
+        convert={"calibration": {"window": 16}},
+    )
+
+    def made(root):
+        found = [json.loads(path.read_text()) for path in root.glob("seed0/*/record.json")]
+        return {record["label"].partition("/")[2]: record["key"] for record in found}
+
+    run_stages(config, tmp_path / "alone", stage="sparsify")
+    keys = made(tmp_path / "alone")
+    for taken, left in (
+        ("dense", {"dense", "dense.quality"}),
+        ("sparsify.a", {"sparsify.a", "sparsify.a.quality"}),
+        ("sparsify.a.quality", {"sparsify.a.quality"}),
+    ):
+        shared = tmp_path / taken
+        open_folder(shared, owner="r")
+        with locked(shared / f"{keys[taken]}.lock"), pytest.raises(StageTakenError, match=f"{taken}: another process works on it"):
+            run_stages(config, shared, stage="convert", wait=False)
+        others = {"convert.a"} if taken != "sparsify.a" else set()
+        assert set(made(shared)) == set(keys) - left | others

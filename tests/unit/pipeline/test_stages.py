@@ -1,15 +1,19 @@
 """Stages are run once, found again by what they were made from, continued after a kill, and never deleted."""
 
+import errno
 import json
 import os
 import shutil
+import threading
 
 import pytest
 
+from moeify import _files as module_files
+from moeify._files import locked
 from moeify._progress import NO_PROGRESS
 from moeify.errors import CheckpointError, ConfigError
 from moeify.pipeline import stages as module
-from moeify.pipeline.stages import Stages, differences, write_json
+from moeify.pipeline.stages import Stages, StageTakenError, differences, key_of, write_json
 
 
 class Listener:
@@ -23,9 +27,10 @@ class Listener:
         return NO_PROGRESS.task(label, total=total)
 
 
-def open_stages(root, *, owner="r", said=None, progress=NO_PROGRESS, total=9):
+def open_stages(root, *, owner="r", said=None, progress=NO_PROGRESS, total=9, wait=True):
     with NO_PROGRESS.task("", total=total) as overall:
-        return Stages(root, owner=owner, total=total, progress=progress, overall=overall, say=(said if said is not None else []).append)
+        say = (said if said is not None else []).append
+        return Stages(root, owner=owner, total=total, progress=progress, overall=overall, say=say, wait=wait)
 
 
 def add(path, progress):
@@ -191,3 +196,68 @@ def test_differences_names_what_changed():
         "new null -> 5",
     ]
     assert differences({"a": "x" * 100}, {"a": 1}) == ['a "' + "x" * 56 + "... -> 1"]
+
+
+def test_a_stage_that_another_process_works_on_is_left_or_waited_for(tmp_path):
+    lock = tmp_path / f"{key_of({'x': 1})}.lock"
+    open_stages(tmp_path)
+    with locked(lock):
+        with pytest.raises(StageTakenError, match="seed0/a: another process works on it"):
+            open_stages(tmp_path, wait=False).run("seed0/a", {"x": 1}, add)
+        assert open_stages(tmp_path, wait=False).run("seed0/b", {"x": 2}, add).result == {"answer": 42}, "others are free"
+    assert not list(tmp_path.glob("seed0/a-*"))
+
+    entered, go_on = threading.Event(), threading.Event()
+
+    def slow(path, progress):
+        entered.set()
+        assert go_on.wait(10)
+        return add(path, progress)
+
+    class Said(list):
+        def append(self, line):
+            super().append(line)
+            go_on.set()
+
+    said = Said()
+    other = threading.Thread(target=lambda: open_stages(tmp_path).run("seed0/a", {"x": 1}, slow))
+    other.start()
+    assert entered.wait(10)
+    stage = open_stages(tmp_path, said=said).run("seed0/a", {"x": 1}, add)
+    other.join()
+    assert said == ["seed0/a: another process works on it; waits."]
+    assert (stage.folder / "runs").read_text() == "1", "what the other one made is taken"
+    assert not list(tmp_path.glob("*.lock"))
+
+
+def test_a_lock_ends_with_who_holds_it_and_a_file_that_was_left_keeps_nobody_out(tmp_path):
+    path = tmp_path / "lock"
+    path.touch()  # of a process that was killed
+    with locked(path, wait=False), pytest.raises(BlockingIOError), locked(path, wait=False):
+        pass
+    assert not path.exists()
+
+
+def test_a_lock_that_was_waited_for_is_that_of_the_file_that_is_there(tmp_path, monkeypatch):
+    path, held = tmp_path / "lock", []
+    real = module_files.fcntl.flock
+
+    def deleted_meanwhile(handle, how):
+        real(handle, how)
+        if not held:  # whoever had it has deleted the file
+            held.append(path.unlink())
+
+    monkeypatch.setattr(module_files.fcntl, "flock", deleted_meanwhile)
+    with locked(path), pytest.raises(BlockingIOError), locked(path, wait=False):
+        pass
+    assert held == [None]
+
+
+def test_a_disk_without_locks_keeps_nobody_out_but_is_said_to_those_who_share(tmp_path, monkeypatch):
+    def none(_handle, _how):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(module_files.fcntl, "flock", none)
+    assert open_stages(tmp_path).run("seed0/a", {"x": 1}, add).result == {"answer": 42}
+    with pytest.raises(CheckpointError, match=r"cannot lock '.*\.lock': No locks available; choose another --out"):
+        open_stages(tmp_path, wait=False).run("seed0/b", {"x": 2}, add)

@@ -2,7 +2,6 @@
 
 import json
 import random
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import tiny
 import torch
 import transformers
 from transformers import AutoModelForCausalLM
+from without_moeify import run_without_moeify
 
 from moeify import load_model, model_cost, model_weights, set_rule
 from moeify.channels import record_channels, sparse_inputs
@@ -92,11 +92,12 @@ def test_a_transformed_checkpoint_is_a_dense_one_of_the_same_function_and_says_s
     assert record["config"]["transform"] == "orthogonal" and record["untied_head"] is True
     card = (tmp_path / "out" / "README.md").read_text()
     assert "| transform of the weights | orthogonal (same function, other numbers; the head, tied to" in card
-    without = "import sys; sys.modules['moeify'] = None; import torch; from transformers import AutoModelForCausalLM as A, logging; "
+    without = "import sys, torch; from transformers import AutoModelForCausalLM as A, logging; "
     without += "logging.set_verbosity_error(); m = [A.from_pretrained(path) for path in sys.argv[1:]]; "
     without += "a, b = (x(torch.arange(9)[None]).logits for x in m); print(float((a - b).abs().max() / a.abs().max()))"
-    run = [sys.executable, "-c", without, str(tmp_path / "dense"), str(tmp_path / "out")]
-    assert 0 < float(subprocess.run(run, check=True, capture_output=True, text=True).stdout) < 1e-4
+    done = run_without_moeify(without, tmp_path / "dense", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert 0 < float(done.stdout) < 1e-4
     thinned, _ = load_model(tmp_path / "out")
     assert len(sparse_inputs(thinned)) == len(record["skipped"])
 

@@ -1,14 +1,13 @@
 """Changing activations, and what a checkpoint says of it."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
 from families.models import build
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, LlamaModel
+from without_moeify import run_without_moeify
 
 from moeify.convert import ConvertConfig, convert, replace_projections, to_dense
 from moeify.errors import CheckpointError, ConfigError, UnsupportedModelError
@@ -38,12 +37,11 @@ def reloaded(model, directory):
 
 def load_without_moeify(directory):
     script = (
-        "import sys; sys.modules['moeify'] = None\n"
-        "import torch; from transformers import AutoModelForCausalLM\n"
+        "import sys, torch; from transformers import AutoModelForCausalLM\n"
         "m = AutoModelForCausalLM.from_pretrained(sys.argv[1]).eval()\n"
         "print(m(input_ids=torch.arange(6)[None]).logits.double().sum().item())"
     )
-    return subprocess.run([sys.executable, "-c", script, str(directory)], capture_output=True, text=True, timeout=120)
+    return run_without_moeify(script, directory)
 
 
 def test_set_activation_when_all_layers_agree_writes_an_ordinary_config(tmp_path):

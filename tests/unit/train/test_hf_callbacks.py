@@ -199,10 +199,13 @@ from dataclasses import replace
 
 folder = Path(sys.argv[1])
 half = replace(STEPS, batch_sequences=2, micro_sequences=1)  # of each process
-model, callback = STAGES[sys.argv[2]]()
-trainer = trainer_of(model, whole_rows(), half, folder, callbacks=[callback], ddp_backend="gloo")
-assert trainer.accelerator.num_processes == 2
-losses = trainer_losses(trainer)
+losses = {}
+for stage, make in STAGES.items():
+    torch.manual_seed(0)
+    model, callback = make()
+    trainer = trainer_of(model, whole_rows(), half, folder / stage, callbacks=[callback], ddp_backend="gloo")
+    assert trainer.accelerator.num_processes == 2
+    losses[stage] = trainer_losses(trainer)
 if trainer.is_world_process_zero():
     (folder / "losses.json").write_text(json.dumps(losses))
 torch.distributed.barrier()
@@ -211,21 +214,28 @@ os._exit(0)  # gloo's threads may abort while the interpreter tears down, after 
 """
 
 
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory, request):
+    """Losses of every stage in two processes; starting them takes longer than they do."""
+    folder = tmp_path_factory.mktemp("launched")
+    script = folder / "run.py"
+    script.write_text(SCRIPT)
+    tests = request.config.rootpath / "tests"
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", str(script), str(folder)]
+    environment = os.environ | {"MOEIFY_TESTS": str(tests), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(launch, env=environment, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads((folder / "losses.json").read_text())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
-def test_callbacks_when_accelerate_launches_two_processes_train_as_one_does(stage, ours, tmp_path, request):
+def test_callbacks_when_accelerate_launches_two_processes_train_as_one_does(stage, ours, launched):
     if stage == "sparsify":
         wanted = ours[0].losses
     else:
         model = convert_tiny(tiny_llama())
         with Finetuning(model, FINETUNE) if stage == "finetune" else RouterTraining(model) as part:
             wanted = train(model, whole_rows(), STEPS, parts=[part]).losses
-    script = tmp_path / "run.py"
-    script.write_text(SCRIPT)
-    tests = request.config.rootpath / "tests"
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", str(script), str(tmp_path), stage]
-    environment = os.environ | {"MOEIFY_TESTS": str(tests), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(launch, env=environment, capture_output=True, text=True, check=False, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert json.loads((tmp_path / "losses.json").read_text()) == pytest.approx(wanted, rel=1e-5)
+    assert launched[stage] == pytest.approx(wanted, rel=1e-5)
