@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM
 
 import moeify
 from moeify.kernels import IMPLS
+from moeify.routers import ROUTERS
 from moeify.select import RULES, DynKMax
 from moeify.split import SPLITS, split_neurons
 
@@ -18,15 +19,15 @@ def blocks_of(page, request):
 
 
 def test_extending(tmp_path, monkeypatch, request, capsys):
-    for table in (RULES, SPLITS, IMPLS):
+    for table in (RULES, SPLITS, ROUTERS, IMPLS):
         for name in list(table):
             monkeypatch.setitem(table, name, table[name])
     tiny.save_converted_tiny(tmp_path / "DIR", rule=DynKMax(tau=0.9))
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "DIR")
-    before = {name: dict(table) for name, table in (("rules", RULES), ("splits", SPLITS), ("impls", IMPLS))}
+    before = {name: dict(table) for name, table in (("rules", RULES), ("splits", SPLITS), ("routers", ROUTERS), ("impls", IMPLS))}
     namespace = {"model": model, "batch": {"input_ids": torch.arange(12)[None]}}
     blocks = blocks_of("extending.md", request)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     try:
         for block in blocks:
             exec(block, namespace)
@@ -37,7 +38,7 @@ def test_extending(tmp_path, monkeypatch, request, capsys):
         scores_TE = torch.rand(7, 5)
         assert torch.equal(rule(scores_TE), type(rule).critical(scores_TE) >= 1.0)
     finally:
-        for table, was in ((RULES, "rules"), (SPLITS, "splits"), (IMPLS, "impls")):
+        for table, was in ((RULES, "rules"), (SPLITS, "splits"), (ROUTERS, "routers"), (IMPLS, "impls")):
             table.clear()
             table.update(before[was])
     out = capsys.readouterr().out
