@@ -72,7 +72,7 @@ class Block:
 
     def commands(self) -> list[str]:
         """Its commands, continued lines joined, without comments and those that are not run."""
-        lines = re.sub(r"\\\n\s*", " ", self.text).splitlines()
+        lines = re.sub(r"\s*\\\n\s*", " ", self.text).splitlines()
         found = [re.sub(r"(^|\s+)#.*$", "", line).removeprefix("$ ").strip() for line in lines]
         return [line for line in found if line and not any(line.startswith(prefix) for prefix in self.skipped)]
 

@@ -35,7 +35,7 @@ from moeify import cli
 
 SMALLER = {
     "--window": "32",
-    "--max-tokens": "256",
+    "--max-tokens": "128",
     "--validation-tokens": "64",
     "--steps": "2",
     "--batch-tokens": "64",
@@ -51,6 +51,8 @@ SMALLER = {
     "--latency-tokens": "1",
 }
 """Every command that has one of these options gets it with this value."""
+MORE = {"sweep": ("--targets", "0.5,1"), "preset": ("--no-latency",)}
+"""What some get beside."""
 NEEDS = {"--window": "--data", "--max-tokens": "--data", "--projection-epochs": "--attention", "--projection-tokens": "--attention"}
 NEEDS |= {name: name for name in ("--steps", "--batch-tokens", "--batch-sequences", "--device", "--limit", "--latency-tokens")}
 """Those that are given only beside another, or only where the page gives them."""
@@ -141,7 +143,8 @@ def build(root: Path) -> Path:
     (root / "recipes/gpt_pydoc.toml").write_text(PYDOC)
     for name, text in (("gpt", RECIPE), ("bert", BERT), ("t5", T5)):
         file = recipe_file(root / "recipes/pretrain", text)
-        shutil.move(file, root / f"recipes/pretrain/{name}.toml")
+        short = file.read_text().replace("steps = 20", "steps = 6").replace("eval_every = 10", "eval_every = 6")
+        file.rename(root / f"recipes/pretrain/{name}.toml").write_text(short)
     assert run_in(root, "convert MODEL --data text.txt --out DIR --expert-size 8 --target-active 0.5") == 0
     assert run_in(root, "convert CLASSIFIER --data shoes --out VIT --expert-size 8 --target-active 0.5") == 0
     assert run_in(root, "preset DIR --data text.txt --no-latency") == 0
@@ -170,6 +173,8 @@ def smaller(arguments: list[str]) -> list[str]:
         elif option in known and NEEDS.get(option, "") in ["", *rest] and not (option == "--router-width" and "--router" in rest):
             rest += [option, value]
     rest = [re.sub(r"^train.steps=\d+$", "train.steps=2", word) for word in rest]
+    if MORE.get(name, ("--",))[0] in known and not {"--targets", "--values"} & set(rest):
+        rest += MORE[name]
     if "--overwrite" in known and "--overwrite" not in rest:
         rest.append("--overwrite")  # a page shows the same output folder twice
     return [name, *rest]

@@ -2,6 +2,8 @@
 command line's own entry, Python with the names that the page's text speaks of. What is not run says so in the page (scripts/check_docs.py
 asks for that)."""
 
+from pathlib import Path
+
 import docs_world
 import pytest
 import tiny
@@ -38,6 +40,7 @@ def runs(block):
 @pytest.fixture(autouse=True)
 def _quiet(monkeypatch):
     monkeypatch.setattr("moeify._terminal.make_progress", lambda: NO_PROGRESS)
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda _figure, path, **_options: Path(path).touch())  # see tests/unit/report
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
