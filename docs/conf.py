@@ -156,17 +156,13 @@ def missing(app: Sphinx, env: object) -> None:
     shown = set()
     for name, entry in documented.items():
         module, _, attribute = name.rpartition(".")
-        if module in sys.modules and entry.docname.startswith("api/"):
-            shown.add(id(getattr(sys.modules[module], attribute, None)))
+        if entry.objtype in ("class", "function", "exception") and entry.docname.startswith("api/"):
+            shown.add(id(getattr(importlib.import_module(module), attribute)))
     folder = ROOT / "src" / "moeify"
-    sources = [
-        path
-        for path in (*folder.glob("*.py"), *folder.glob("*/__init__.py"))
-        if not path.name.startswith("_") or path.name == "__init__.py"
-    ]
+    sources = [path for path in (*folder.glob("*.py"), *folder.glob("*/__init__.py")) if path.name == "__init__.py" or path.name[0] != "_"]
     for source in sorted(sources):
         if source.parent.name != "cli":  # commands, which docs/cli.md and --help describe
-            for name, obj in public(source).items():
+            for name, obj in sorted(public(source).items()):
                 if (inspect.isclass(obj) or inspect.isfunction(obj)) and id(obj) not in shown:
                     logging.getLogger(__name__).warning("%s stands on no page of docs/api", name)
 
