@@ -39,6 +39,7 @@ contracts: $(VENV)/.dev
 docs-check: $(VENV)/.dev
 	$(BIN)/python scripts/check_docs.py
 	$(BIN)/python scripts/families.py --check
+	$(BIN)/python scripts/pictures.py --check
 	test ! -f docs/paper.md || $(BIN)/python -m bench.paper --out docs/paper --page docs/paper.md --check
 
 # The site, in build/site; a warning is an error.

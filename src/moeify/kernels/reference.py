@@ -25,7 +25,7 @@ def moe_ffn(x_TD: Tensor, weights: FFNWeights, plan: DispatchPlan, *, activation
     Returns:
         y_TD; a token without experts gets the output bias alone.
 
-    Source: methods.md 14.1, D2DMoE algorithm (arXiv:2310.04361, section 3.3). Differentiable in every floating input.
+    Source: D2DMoE, the algorithm of Szatkowski et al. 2024 (arXiv:2310.04361, section 3.3). Differentiable in every floating input.
     Cost: one host sync for the counts; about ten small operations per expert; autograd keeps N*D inputs.
     """
     weights = weights.dequantized(x_TD.dtype)
