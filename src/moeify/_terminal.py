@@ -103,9 +103,9 @@ def _lines(value: Mapping[str, Any], indent: str = "") -> Iterator[str]:
         if _is_bulk(item):
             continue
         if hasattr(item, "to_json"):
-            from .report import curve_markdown
+            from .report import curve_lines
 
-            yield from (indent + line for line in curve_markdown(item).splitlines())
+            yield from (indent + line for line in curve_lines(item))
         elif isinstance(item, Mapping) and item:
             yield f"{indent}{key}:"
             yield from _lines(item, indent + "  ")

@@ -23,7 +23,7 @@ from moeify._progress import NO_PROGRESS
 from moeify.cli._help import HEADINGS, _Formatter
 from moeify.data import AugmentConfig, DataConfig
 from moeify.errors import CheckpointError, TrainingError
-from moeify.evaluate import ExecutedExperts, TokenCosts
+from moeify.evaluate import Curve, ExecutedExperts, TokenCosts
 from moeify.layers import moe_layers
 from moeify.pipeline import METHODS, NeuronConfig
 from moeify.sparsity import EnforcementConfig
@@ -602,7 +602,16 @@ def test_sweep_writes_the_curve_and_prints_a_table(converted, tmp_path, capsys):
     assert curve["points"][1]["active_fraction"] < 1
     assert {point["rule"] for point in curve["points"]} == {"threshold"}, "the checkpoint's own"
     assert "perplexity" in out
-    assert len(out.strip().splitlines()) == 5, "header, rule, two points, dense"
+    assert len(out.strip().splitlines()) == 4, "header, two points, dense"
+    assert all(0 < point["bytes_fraction"] <= 1.1 for point in curve["points"])
+    assert not any("latency_fraction" in point for point in curve["points"])
+    code, out, _ = run(capsys, "sweep", converted, "--values", "0.0,2.5", "--out", tmp_path / "curve.json", "--latency", *SMALL)
+    timed = json.loads((tmp_path / "curve.json").read_text())["points"]
+    assert code == 0
+    assert [point["value"] for point in timed] == [0.0, 2.5], "points without a time are measured again"
+    assert all(point["latency_fraction"] > 0 and "float32, 1 x 1" in point["machine"] for point in timed)
+    assert max(map(len, out.splitlines())) <= 80
+    assert "time" in out.splitlines()[0].split()
 
 
 def test_sweep_with_json_prints_what_it_writes(converted, tmp_path, capsys):
@@ -671,7 +680,10 @@ def test_report_with_data_and_text_runs_the_checkpoint(converted, tmp_path, caps
     code, out, err = run(capsys, "report", converted, *options)
     assert (code, err) == (0, "")
     files = json.loads(out)
-    assert set(files) == {"html", "page", "analysis", "experts", "active", "tokens"}, "there is no curve, and none is needed"
+    assert set(files) == {"html", "page", "analysis", "experts", "active", "tokens", "curve", "png", "svg"}
+    measured = Curve.read(tmp_path / "page" / "curve.json")
+    assert {round(p.active_fraction, 1) for p in measured.points} >= {0.3, 0.5, 0.8}, "what was missing is measured"
+    assert all(p.latency_fraction for p in measured.points)
     assert sorted(map(str, (tmp_path / "page").iterdir())) == sorted(files.values())
     found = json.loads((tmp_path / "page" / "analysis.json").read_text())
     settings = ExecutedExperts.from_json(found["experts"]).active_fraction()
@@ -687,6 +699,33 @@ def test_report_with_data_and_text_runs_the_checkpoint(converted, tmp_path, caps
         for part in ("experts.png", "active.png", "(tokens.html)", "| layer | calibrated | target 0.25 | target 1 |", '"\\<"', "## Routers")
     )
     assert "<b>" not in (tmp_path / "page" / "tokens.html").read_text(encoding="utf-8")
+    html = (tmp_path / "page" / "report.html").read_text(encoding="utf-8")
+    for wanted in ("bytes of weights that a decoded token reads", "measured time", "near what moeify preset makes", "Timed on "):
+        assert wanted in html
+
+
+def test_report_of_a_thinned_checkpoint_measures_what_is_missing_and_shows_kept_channels(dense, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    out = tmp_path / "thin"
+    assert run(capsys, "thin", dense, "--out", out, "--target", "0.4", *SMALL)[0] == 0
+    code, _, err = run(capsys, "report", out, "--no-latency", *SMALL)
+    assert (code, err) == (0, "")
+    page = (out / "report" / "report.html").read_text(encoding="utf-8")
+    for wanted in (
+        "Kept channels by layer",
+        "model.layers.0: attention",
+        "model.layers.1: FFN",
+        "linear layers that skip channels",
+        "What each token of a text costs",
+    ):
+        assert wanted in page
+    assert "measured time" not in page
+    markdown = (out / "report" / "report.md").read_text(encoding="utf-8")
+    assert "## Kept channels" in markdown and "## Cost of a text" in markdown
+    first = (out / "report" / "curve.json").stat().st_mtime_ns
+    code, _, err = run(capsys, "report", out)
+    assert (code, err) == (0, ""), "the curve that a report measured is found again"
+    assert (out / "report" / "curve.json").stat().st_mtime_ns == first
 
 
 @pytest.mark.parametrize(

@@ -21,23 +21,23 @@ body { background: #fff; color: #111; font: 16px/2 system-ui, sans-serif; margin
 """
 
 
-def token_costs_html(tokens: Sequence[str], costs: TokenCosts, path: str | Path, *, title: str = "") -> None:
-    """Write a page with a text whose tokens are coloured by their cost in the MoE layers; each shows its number under the pointer.
+def token_costs_html(tokens: Sequence[str], costs: TokenCosts, path: str | Path, *, title: str = "", of: str = "MoE layers") -> None:
+    """Write a page with a text whose tokens are coloured by their cost in the sparse layers; each shows its number under the pointer.
 
     Args:
         tokens: the text of each position, in order; escaped here.
         costs: of one sequence of as many positions; padding is left out.
         path: .html file.
         title: above the text; escaped here.
+        of: which layers the costs are of; escaped here.
 
     Raises:
         DataError: another number of tokens, nothing but padding, or the file cannot be written.
     """
     spans, key = tokens_html(tokens, costs)
-    page = (
-        f'<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n<title>{html.escape(title)}</title>\n<style>{_STYLE}</style>\n'
-        f'<h1>{html.escape(title)}</h1>\n<p class="key">FLOPs of MoE layers / dense: {key}</p>\n<p class="tokens">{spans}</p>\n</html>\n'
-    )
+    head = f'<meta charset="utf-8">\n<title>{html.escape(title)}</title>\n<style>{_STYLE}</style>\n'
+    body = f'<p class="key">FLOPs of {html.escape(of)} / dense: {key}</p>\n<p class="tokens">{spans}</p>\n'
+    page = f'<!doctype html>\n<html lang="en">\n{head}<h1>{html.escape(title)}</h1>\n{body}</html>\n'
     try:
         Path(path).write_text(page, encoding="utf-8")
     except OSError as error:

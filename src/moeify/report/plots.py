@@ -17,7 +17,7 @@ from ..evaluate import BINS, METRICS, Curve, CurvePoint, Distribution, ExecutedE
 FORMATS = (".png", ".svg", ".pdf")
 
 _FFN_FLOPS = "FFN FLOPs / dense (routers included)"
-_TOKEN_FLOPS = "FLOPs of MoE layers / dense"
+_TOKEN_FLOPS = "FLOPs of the sparse layers / dense"
 _HEAT, _MARK = "YlGnBu", "tab:red"  # light where there is nothing; even steps of lightness, so that it reads in grey, too
 _PANELS_ABREAST, _MOST_ROWS = 4, 36
 _VALUES_A_BIN, _MERGED_BINS = 3, (1, 2, 4, 5, 10)
@@ -149,7 +149,12 @@ def plot_nonzeros(counts: Mapping[str, Sequence[float]], path: str | Path, *, ti
 
 
 def plot_executed_experts(
-    experts: ExecutedExperts | Mapping[str, ExecutedExperts], path: str | Path, *, settings: Sequence[str] | None = None, title: str = ""
+    experts: ExecutedExperts | Mapping[str, ExecutedExperts],
+    path: str | Path,
+    *,
+    settings: Sequence[str] | None = None,
+    title: str = "",
+    what: str = "executed experts",
 ) -> None:
     """Heat-maps of how many experts tokens execute: a row for each layer, the first one on top, and the executed share along x.
 
@@ -162,6 +167,7 @@ def plot_executed_experts(
         path: .png, .svg or .pdf file.
         settings: labels of the settings to draw, in this order; None: all that every model has.
         title: above the plot.
+        what: is counted; stands at the axis.
 
     Raises:
         DataError: as `plot_curve`; also no model, a setting that a model lacks, or none in common.
@@ -203,7 +209,7 @@ def plot_executed_experts(
         for axes in axes_list[len(panels) :]:
             axes.set_visible(False)
         for axes in axes_list[max(0, len(panels) - columns) : len(panels)]:
-            axes.set_xlabel("executed experts / all")
+            axes.set_xlabel(f"{what} / all")
             axes.tick_params(labelbottom=True)
         for axes in axes_list[::columns]:
             axes.set_ylabel("layer")

@@ -186,7 +186,7 @@ def test_plot_patch_costs_puts_the_class_token_beside_the_patches(tmp_path):
     costs, pixels = _costs(positions=7, grid=(2, 3)), [torch.rand(8, 12).tolist()]
     plot_patch_costs(costs, pixels, tmp_path / "a.svg")
     texts = _texts(tmp_path / "a.svg")
-    for text in ("image", "cost of patches (class token 0.25)", "FLOPs of MoE layers / dense"):
+    for text in ("image", "cost of patches (class token 0.25)", "FLOPs of the sparse layers / dense"):
         assert text in texts
     plot_patch_costs(_costs(positions=6, grid=(2, 3)), pixels, tmp_path / "b.svg")
     assert "cost of patches" in _texts(tmp_path / "b.svg")
