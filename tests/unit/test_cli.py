@@ -245,7 +245,7 @@ def test_convert_with_options_of_router_and_experts_writes_them_to_the_manifest(
         (["thin", "m", "--data", "d", "--out", "o", "--target", "0.5"], "thin_checkpoint"),
         (["sweep", "m", "--data", "d"], "sweep_checkpoint"),
         (["profile", "m", "--data", "d"], "profile_checkpoint"),
-        (["generate", "m", "text"], "generate_text"),
+        (["generate", "m", "text"], "timed_text"),
     ],
 )
 def test_dtype_and_device_reach_the_pipeline(monkeypatch, arguments, name):
@@ -777,10 +777,15 @@ def test_profile_with_eps_counts_what_is_at_most_that(dense, capsys):
 
 
 def test_generate_continues_the_prompt_the_same_way_every_time(converted, capsys):
-    first = run(capsys, "generate", converted, "The ", "--max-new-tokens", "4")
-    assert first[0] == 0
-    assert first[1].startswith("The ")
-    assert run(capsys, "generate", converted, "The ", "--max-new-tokens", "4") == first
+    code, first, err = run(capsys, "generate", converted, "The ", "--max-new-tokens", "4")
+    assert code == 0
+    assert first.startswith("The ")
+    assert re.fullmatch(r"4 tokens, \S+ tokens/s, \d+\.\d% active\n", err)
+    code, out, err = run(capsys, "generate", converted, "The ", "--max-new-tokens", "4", "--json")
+    found = json.loads(out)
+    assert (code, err, found["text"] + "\n") == (0, "", first)
+    assert found["tokens_per_s"] == pytest.approx(found["new_tokens"] / found["seconds"])
+    assert 0 < found["active_fraction"] < 1
 
 
 @pytest.mark.parametrize("draft", ["0.25", "threshold=0.5"])
@@ -879,7 +884,7 @@ def test_interrupt_exits_with_130_and_says_whether_it_resumes(monkeypatch, capsy
         raise KeyboardInterrupt
 
     names = ("convert", "sparsify", "thin", "sweep", "profile")
-    for name in (*(f"{name}_checkpoint" for name in names), "generate_text", "read_recipe"):
+    for name in (*(f"{name}_checkpoint" for name in names), "timed_text", "read_recipe"):
         monkeypatch.setattr(f"moeify.pipeline.{name}", interrupt)
     line = "error: interrupted; the same command again continues where it stopped.\n" if resumes else "error: interrupted.\n"
     assert run(capsys, *arguments) == (130, "", line)
@@ -1005,3 +1010,67 @@ def test_a_reader_that_closes_its_pipe_causes_no_message():
     command = f"{sys.executable} -c 'from moeify.cli import main; main()' doctor | true"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120)
     assert done.stderr == ""
+
+
+# -- 80 columns ------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def narrow(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("NO_COLOR", "1")
+
+
+def too_wide(text):
+    """Lines beyond 80 columns that could have been broken: not those whose longest word alone is as wide."""
+    assert "\x1b" not in text, "colour"
+    return [line for line in text.splitlines() if len(line) > 80 and max(map(len, line.split())) < 70]
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_help_is_readable_at_80_columns(narrow, capsys, command):
+    code, out, _ = run(capsys, *([command] if command else []), "--help")
+    assert code == 0
+    assert too_wide(out) == []
+
+
+def test_results_are_readable_at_80_columns_without_colour(narrow, converted, tmp_path, capsys):
+    moe = tmp_path / "moe"
+    shutil.copytree(converted, moe)
+    for command in (
+        ["preset", moe, "--at", "half=0.5", *SMALL],
+        ["sweep", moe, "--values", "0.0,2.5", *SMALL],
+        ["info", moe],
+        ["profile", moe, *SMALL],
+        ["doctor"],
+        ["doctor", "--all"],
+        ["generate", moe, "The ", "--max-new-tokens", "4"],
+    ):
+        code, out, err = run(capsys, *command)
+        assert code == 0, err
+        assert out
+        assert too_wide(out + err) == [], command[0]
+
+
+def test_version_is_one_line(capsys):
+    code, out, err = run(capsys, "--version")
+    assert (code, err) == (0, "")
+    assert re.fullmatch(r"moeify (\d+\.\d+.*|, from a source tree that is not installed)\n", out)
+
+
+def test_doctor_is_a_screenful_and_says_what_is_missing_and_how_to_get_it(monkeypatch, capsys):
+    from moeify import doctor
+
+    monkeypatch.setattr(doctor, "extras", lambda: {"onnx": ("onnxruntime-nowhere",), "report": ("jinja2",)})
+    monkeypatch.setattr(doctor.kernels.cpu, "unavailable", lambda: "the compiled library is missing: install g++")
+    monkeypatch.setattr(doctor, "_caches", lambda: {"hub": f"/somewhere{doctor._UNWRITABLE}"})
+    code, out, err = run(capsys, "doctor")
+    assert (code, err) == (0, "")
+    assert len(out.splitlines()) < 30
+    missing = out.partition("Missing:")[2]
+    assert "onnx, missing: onnxruntime-nowhere: pip install 'moeify[onnx]'" in missing
+    assert "the compiled library is missing: install g++" in missing
+    assert "/somewhere" in missing
+    assert "moeify[report]" not in missing
+    assert "1 token at 10%" in out
+    assert len(run(capsys, "doctor", "--all")[1].splitlines()) > 60

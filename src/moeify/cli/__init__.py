@@ -58,6 +58,7 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("TQDM_DISABLE", "1")  # of transformers, which reads GGUF files with a bar
     warnings.formatwarning = lambda message, *_args, **_kwargs: f"warning: {message}\n"
     sys.exit(run(sys.argv[1:]))
 

@@ -160,7 +160,7 @@ def _evaluation_text(record: Mapping[str, Any]) -> str:
             cells = [f"{record['results'][mode][name][metric]:.4g}" for mode in modes]
             table.add_row(name, metric, *cells, str(found["examples"]))
     text = io.StringIO()
-    Console(file=text, width=100).print(table)
+    Console(file=text, width=min(100, _terminal.width())).print(table)
     cost = ", ".join(f"{key} {value:.4g}" for key, value in record["cost"].items() if value is not None)
     return text.getvalue() + (f"of dense, while evaluating: {cost}" if cost else "a dense model: nothing is skipped")
 
