@@ -12,7 +12,7 @@ DEVICE ?= local
 # Folder of `make paper` with novels, minilm, emotion and fashion_mnist; bench/paper/README.md has the commands that get them.
 INPUTS ?= inputs
 
-.PHONY: demo test lint types contracts docs-check docs bench paper sanitize clean
+.PHONY: demo test lint types contracts docs-check docs dist bench paper sanitize clean
 
 demo: $(VENV)/.runtime
 	$(BIN)/moeify demo --out demo-out --overwrite
@@ -39,6 +39,12 @@ docs-check: $(VENV)/.dev
 # The site, in build/site; a warning is an error.
 docs: $(VENV)/.dev
 	$(BIN)/sphinx-build -W --keep-going -q -b html docs build/site
+
+# The source distribution, and the wheel of what is in it, in dist; tests/e2e/test_wheel.py installs the same and runs it elsewhere.
+dist: $(VENV)/.dev
+	rm -rf dist
+	$(BIN)/python -c "from setuptools.build_meta import build_sdist; build_sdist('dist')"
+	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --no-build-isolation -w dist dist/*.tar.gz
 
 bench: $(VENV)/.dev
 	$(PIP) -e '.[bench]'
