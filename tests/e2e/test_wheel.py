@@ -1,5 +1,5 @@
-"""The wheel, built from the source distribution: with a compiler it brings the kernels and works in an environment of its own, without one it
-installs all the same and says so."""
+"""The wheel, built from the source distribution: with a compiler it brings the kernels and works in an environment of its own, without one
+it installs all the same and says so."""
 
 import importlib.metadata
 import json

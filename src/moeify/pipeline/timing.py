@@ -41,7 +41,8 @@ def timed_inputs(
     inputs = [_short(batch, tokens) for batch in batches[:: max(1, len(batches) // _TIMED)][:_TIMED]]
     first = next(iter(inputs[0].values()))
     processor = platform.processor() or platform.machine()
-    return inputs, f"{processor}, {first.device.type}, {torch.get_num_threads()} threads, {dtype}, 1 x {first.shape[1]}"
+    threads = torch.get_num_threads()
+    return inputs, f"{processor}, {first.device.type}, {threads} thread{'s' * (threads != 1)}, {dtype}, 1 x {first.shape[1]}"
 
 
 def _short(batch: Mapping[str, Tensor], tokens: int | None) -> dict[str, Tensor]:

@@ -43,8 +43,7 @@ def chart(lines: Sequence[Line], *, x_label: str, y_label: str, level: float, le
         level: drawn as a dashed line across, such as the dense model's quality.
         level_name: its name.
         title: what a screen reader says in place of the picture.
-        lower: whether less is better; then what is beyond four times the distance of the third quarter of the points from the level is cut
-            off, with an arrow in its place.
+        lower: whether less is better; what is far worse than the level and than most points is cut off, with an arrow in its place.
 
     Returns:
         An ``<svg>`` element; everything from outside is escaped.
@@ -137,7 +136,7 @@ def pareto(points: Sequence[tuple[float, float]], *, lower: bool) -> list[bool]:
 def _bounds(values: Sequence[float], *, level: float, lower: bool) -> tuple[float, float]:
     """Ends of the axis: what is far off would press everything else together."""
     away = sorted(abs(value - level) for value in values)
-    reach = 4 * max(away[(3 * len(away)) // 4], 1e-3 * abs(level), 1e-9)
+    reach = max(6 * away[len(away) // 2], 0.5 * abs(level), 1e-9)
     low, high = min(values), max(values)
     if lower:
         high = min(high, level + reach)

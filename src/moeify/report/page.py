@@ -24,6 +24,12 @@ AXES = {
     "latency_fraction": "measured time",
     "active_fraction": "active fraction",
 }
+_SWITCH = {
+    "flops_fraction": "FLOPs",
+    "ffn_flops_fraction": "FLOPs of the FFNs",
+    "bytes_fraction": "bytes a token",
+    "latency_fraction": "time",
+}
 """Costs of a curve's points, all shares of the dense model's; the first is shown first, and what no point has is not shown."""
 _SHARES = ("active_fraction", "ffn_flops_fraction", "flops_fraction", "bytes_fraction", "latency_fraction")
 MOST_BYTES = 2 << 20
@@ -144,6 +150,8 @@ def _tiles(report: Report) -> list[tuple[str, str]]:
     ]
     if fastest := min((p for p in report.presets if p.latency_fraction), key=lambda p: p.latency_fraction or 1.0, default=None):
         tiles.append((f"{1 / (fastest.latency_fraction or 1.0):.2f}\u00d7", f"the dense speed with preset {fastest.name}, measured"))
+    elif point.latency_fraction:
+        tiles.append((f"{1 / point.latency_fraction:.2f}\u00d7", "the dense speed, measured"))
     return tiles
 
 
@@ -187,7 +195,15 @@ def _axes(report: Report) -> list[dict[str, Any]]:
         caption = f"{better} is better. Filled: no other point of its line is cheaper and as good."
         if attribute == "latency_fraction" and (places := dict.fromkeys(p.machine for p in curve.points if p.machine)):
             caption += f" Timed on {'; '.join(places)}."
-        found.append({"name": name, "svg": svg, "caption": caption, "legend": [(line.name, line.shape) for line in lines]})
+        found.append(
+            {
+                "name": name,
+                "short": _SWITCH.get(attribute, name),
+                "svg": svg,
+                "caption": caption,
+                "legend": [(line.name, line.shape) for line in lines],
+            }
+        )
     return found
 
 
@@ -303,7 +319,12 @@ def _parts(curve: Curve | None) -> _Section | None:
     own = None if point is None else curve.cost_by_part(point)
     shown = {label: key for label, key in PARTS.items() if key in dense}
     header = ["part", "dense", *([] if own is None else ["calibrated"])]
-    rows = [_Row(cells=[label, *(f"{one[key] / 1e6:.3f}" for one in (dense, own) if one is not None)]) for label, key in shown.items()]
+    columns = [dense] if own is None else [dense, own]
+    if any(one["experts"] for one in columns):
+        shown = {label: key for label, key in shown.items() if any(one[key] for one in columns)}
+    else:  # nothing was converted; what skips channels is an FFN as it was
+        shown = {label.partition(" not")[0]: key for label, key in shown.items() if any(one[key] for one in columns)}
+    rows = [_Row(cells=[label, *(f"{one[key] / 1e6:.3f}" for one in columns)]) for label, key in shown.items()]
     rows.append(_Row(cells=["all", *(f"{sum(one.values()) / 1e6:.3f}" for one in (dense, own) if one is not None)], is_own=True))
     table = _Table(caption="Millions of FLOPs a token; a multiplication and an addition are two.", header=header, rows=rows)
     return _Section(id="parts", title="Where the FLOPs are", tables=[table])
