@@ -128,8 +128,8 @@ def _wrapped(text: str, indent: str, *, width: int) -> list[str]:
     """A line of text, broken between words where it is longer."""
     if len(indent) + len(text) <= width:
         return [indent + text]
-    options = {"break_long_words": False, "break_on_hyphens": False}
-    return textwrap.wrap(text, width, initial_indent=indent, subsequent_indent=f"{indent}  ", **options)
+    hanging = indent + "  "
+    return textwrap.wrap(text, width, initial_indent=indent, subsequent_indent=hanging, break_long_words=False, break_on_hyphens=False)
 
 
 def _is_bulk(value: Any) -> bool:

@@ -262,8 +262,10 @@ def doctor_text(found: Mapping[str, Any]) -> str:
 def _broken(line: str) -> list[str]:
     """A line as several of at most 80 columns, but for paths that are longer."""
     indent = " " * (len(line) - len(line.lstrip()))
-    options = {"break_long_words": False, "break_on_hyphens": False}
-    return textwrap.wrap(line.strip(), 80, initial_indent=indent, subsequent_indent=f"{indent}  ", **options) if len(line) > 80 else [line]
+    if len(line) <= 80:
+        return [line]
+    hanging = indent + "  "
+    return textwrap.wrap(line.strip(), 80, initial_indent=indent, subsequent_indent=hanging, break_long_words=False, break_on_hyphens=False)
 
 
 def _case(row: Mapping[str, Any]) -> str:

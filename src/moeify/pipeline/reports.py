@@ -262,7 +262,9 @@ def _curve_of(directory: Path, curve: Path | None, *folders: Path, is_needed: bo
         if Path(found.model).name == directory.resolve().name:
             return found
     if is_needed:
-        raise DataError(f"no such file: '{inside}', nor a curve of this checkpoint beside it; --data measures one, --curve names one.")
+        raise DataError(
+            f"no such file: '{inside}', nor a curve of this checkpoint beside it; moeify sweep or --data measures one, --curve names one."
+        )
     return None
 
 
