@@ -22,6 +22,12 @@ _HEAT, _MARK = "YlGnBu", "tab:red"  # light where there is nothing; even steps o
 _PANELS_ABREAST, _MOST_ROWS = 4, 36
 _VALUES_A_BIN, _MERGED_BINS = 3, (1, 2, 4, 5, 10)
 _ALL_FLOPS = "all FLOPs / dense"
+_COSTS = {
+    "ffn_flops_fraction": _FFN_FLOPS,
+    "flops_fraction": _ALL_FLOPS,
+    "bytes_fraction": "bytes that a decoded token reads / dense",
+    "latency_fraction": "measured time / dense",
+}
 _QUALITY = {
     "perplexity": "perplexity / dense (lower is better)",
     "pseudo_perplexity": "pseudo-perplexity / dense (lower is better)",
@@ -31,7 +37,8 @@ _QUALITY = {
 
 
 def plot_curve(curve: Curve | Mapping[str, Curve], path: str | Path, *, max_ratio: float = 2.0) -> None:
-    """Quality ratio against FFN FLOPs and against all FLOPs, side by side, with the dense model and the calibrated points marked.
+    """Quality ratio against FFN FLOPs and all FLOPs, and where points have them bytes and time, side by side, with the dense model and the
+    calibrated points marked.
 
     Args:
         curve: one curve, or several by the name that the legend shows; a curve with several rules becomes one line per rule.
@@ -42,14 +49,16 @@ def plot_curve(curve: Curve | Mapping[str, Curve], path: str | Path, *, max_rati
         DataError: unknown extension, no point, matplotlib missing, or the file cannot be written.
     """
     curves = {"": curve} if isinstance(curve, Curve) else dict(curve)
-    with _figure(path, size=(10, 4)) as figure:
+    costs = {
+        attribute: label
+        for attribute, label in _COSTS.items()
+        if any(getattr(point, attribute) is not None for one in curves.values() for point in one.points)
+    }
+    with _figure(path, size=(5 * max(2, len(costs)), 4)) as figure:
         if not any(one.points for one in curves.values()):
             raise DataError("the curve has no point to plot; moeify sweep measures them.")
-        panels = figure.subplots(1, 2, sharey=True)
-        for axes, attribute, label in (
-            (panels[0], "ffn_flops_fraction", _FFN_FLOPS),
-            (panels[1], "flops_fraction", _ALL_FLOPS),
-        ):
+        panels = figure.subplots(1, len(costs), sharey=True)
+        for axes, (attribute, label) in zip(panels, costs.items(), strict=True):
             for name, one in curves.items():
                 _draw(axes, one, attribute, name)
             axes.plot(1.0, 1.0, marker="s", linestyle="none", color="black", label="dense")
@@ -403,7 +412,8 @@ def _is_lower_better(metric: str) -> bool:
 def _draw(axes: Any, curve: Curve, attribute: str, name: str) -> None:
     calibrated = curve.calibrated_point()
     for rule in dict.fromkeys(point.rule for point in curve.points):
-        points = sorted((p for p in curve.points if p.rule == rule), key=lambda p: float(getattr(p, attribute)))
+        points = [p for p in curve.points if p.rule == rule and getattr(p, attribute) is not None]
+        points.sort(key=lambda p: float(getattr(p, attribute)))
         (line,) = axes.plot(*_xy(points, attribute), marker="o", markersize=4, label=" ".join(filter(None, (name, rule))))
         if calibrated in points:
             axes.plot(

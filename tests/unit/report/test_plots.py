@@ -60,6 +60,13 @@ def test_plot_curve_marks_dense_calibrated_and_each_rule(tmp_path):
     labels = (tmp_path / "a.svg").read_text()
     for label in ("norm dynk_max", "norm topk", "mlp topk", "dense", "calibrated", "FFN FLOPs / dense", "all FLOPs / dense"):
         assert f"<!-- {label}" in labels
+    assert "measured time" not in labels
+
+
+def test_plot_curve_has_bytes_and_time_where_points_have_them(tmp_path):
+    points = [replace(_point("topk", share, 1.1), bytes_fraction=share, latency_fraction=share) for share in (0.4, 0.6)]
+    plot_curve(_curve(*points, _point("topk", 0.8, 1.0)), tmp_path / "a.svg")
+    assert {"bytes that a decoded token reads / dense", "measured time / dense"} <= set(_texts(tmp_path / "a.svg"))
 
 
 def test_plot_curve_with_bad_arguments_says_what_to_do(tmp_path, monkeypatch):
