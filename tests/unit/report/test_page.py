@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 from dataclasses import replace
 from html.parser import HTMLParser
 
@@ -229,6 +230,12 @@ def test_far_points_are_cut_off_with_an_arrow():
     falls = Line(name="a", marks=(*marks, Mark(x=0.05, y=-1000.0, text="far")))
     svg = chart([falls], x_label="x", y_label="y", level=8, level_name="dense", title="t", lower=False)
     assert "l-5 -9h10z" in svg, "beyond the lower end it points down"
+
+
+def test_without_jinja_the_error_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    with pytest.raises(DataError, match=r"the page needs Jinja2; pip install 'moeify\[report\]'"):
+        report_html(Report(title="moe"))
 
 
 def test_pages_beyond_two_megabytes_are_refused(tmp_path):
