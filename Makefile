@@ -16,7 +16,7 @@ INPUTS ?= inputs
 # What an installation is made from.
 BUILT  := pyproject.toml constraints.txt setup.py $(wildcard csrc/*)
 
-.PHONY: demo test lint types contracts docs-check docs bench paper sanitize sanitize-gpu clean
+.PHONY: demo test lint types contracts docs-check docs dist bench paper sanitize sanitize-gpu clean
 
 demo: $(VENV)/.runtime
 	$(BIN)/moeify demo --out demo-out --overwrite
@@ -45,6 +45,12 @@ docs-check: $(VENV)/.dev
 # The site, in build/site; a warning is an error.
 docs: $(VENV)/.dev
 	$(BIN)/sphinx-build -W --keep-going -q -b html docs build/site
+
+# The source distribution, and the wheel of what is in it, in dist; tests/e2e/test_wheel.py installs the same and runs it elsewhere.
+dist: $(VENV)/.dev
+	rm -rf dist
+	$(BIN)/python -c "from setuptools.build_meta import build_sdist; build_sdist('dist')"
+	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --no-build-isolation -w dist dist/*.tar.gz
 
 bench: $(VENV)/.dev
 	$(PIP) -e '.[bench]'

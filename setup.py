@@ -15,6 +15,7 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 from setuptools.errors import CompileError
 
 SUFFIX = ".dylib" if sys.platform == "darwin" else ".so"
@@ -70,6 +71,24 @@ def _run(command: list[str]) -> None:
         raise CompileError(f"{shlex.join(command)}\n{done.stderr}")
 
 
+class WithRecipes(build_py):
+    """Puts ``recipes`` beside the modules, where `moeify.pipeline.builtin` finds them; an editable installation has them in the sources."""
+
+    def run(self) -> None:
+        super().run()
+        for path in [] if self.editable_mode else self._recipes():
+            target = Path(self.build_lib, "moeify", path)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            self.copy_file(str(path), str(target))
+
+    def get_outputs(self, include_bytecode: bool = True) -> list[str]:
+        return [*super().get_outputs(include_bytecode), *(str(Path(self.build_lib, "moeify", path)) for path in self._recipes())]
+
+    @staticmethod
+    def _recipes() -> list[Path]:
+        return sorted(Path("recipes").rglob("*.toml"))
+
+
 class PlatformWheel(bdist_wheel):
     """Tag py3-none-<platform>: the library knows neither Python nor torch."""
 
@@ -81,5 +100,5 @@ setup(
     ext_modules=[
         Extension("moeify.kernels.libmoeify_cpu", sources=[], depends=[str(p) for p in sorted(Path("csrc").glob("*"))], optional=True)
     ],
-    cmdclass={"build_ext": BuildLibrary, "bdist_wheel": PlatformWheel},
+    cmdclass={"build_ext": BuildLibrary, "build_py": WithRecipes, "bdist_wheel": PlatformWheel},
 )

@@ -1,7 +1,9 @@
 """What the command line writes: progress on stderr, results on stdout."""
 
 import json
+import shutil
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -10,6 +12,7 @@ from typing import Any, TextIO
 from ._progress import Progress, Task
 
 _WIDEST = 140
+_LONG_CELL = 40  # of sentences: a table of those is no table
 
 
 def make_progress() -> Progress:
@@ -24,7 +27,12 @@ def show(result: Any, *, as_json: bool) -> None:
     elif isinstance(result, str):
         print(result)
     else:
-        print("\n".join(_lines(result if isinstance(result, Mapping) else {"curve": result})))
+        print("\n".join(_lines(result if isinstance(result, Mapping) else {"curve": result}, width=width())))
+
+
+def width() -> int:
+    """Columns of a line: the terminal's, or those that COLUMNS names; a result that goes into a file has some more than most terminals."""
+    return min(shutil.get_terminal_size((_WIDEST, 24)).columns, _WIDEST)
 
 
 class Bars:
@@ -93,27 +101,35 @@ def _plain(value: Any) -> Any:
     return value.to_json()
 
 
-def _lines(value: Mapping[str, Any], indent: str = "") -> Iterator[str]:
+def _lines(value: Mapping[str, Any], indent: str = "", *, width: int) -> Iterator[str]:
     rows = list(value.values())
     if len(rows) > 1 and all(isinstance(row, Mapping) for row in rows) and len({tuple(row) for row in rows}) == 1:
         # the same things measured in many layers
-        yield from (indent + line for line in _table([{"": name, **_flat(row)} for name, row in value.items()]))
+        yield from _table([{"": name, **_flat(row)} for name, row in value.items()], indent, width=width)
         return
     for key, item in value.items():
         if _is_bulk(item):
             continue
         if hasattr(item, "to_json"):
-            from .report import curve_markdown
+            from .report import curve_lines
 
-            yield from (indent + line for line in curve_markdown(item).splitlines())
+            yield from (indent + line for line in curve_lines(item))
         elif isinstance(item, Mapping) and item:
             yield f"{indent}{key}:"
-            yield from _lines(item, indent + "  ")
+            yield from _lines(item, indent + "  ", width=width)
         elif isinstance(item, list) and item and all(isinstance(row, Mapping) for row in item):
             yield f"{indent}{key}:"
-            yield from (f"{indent}  {line}" for line in _table(item))
+            yield from _table(item, indent + "  ", width=width)
         else:
-            yield f"{indent}{key}: {_cell(item)}"
+            yield from _wrapped(f"{key}: {_cell(item)}", indent, width=width)
+
+
+def _wrapped(text: str, indent: str, *, width: int) -> list[str]:
+    """A line of text, broken between words where it is longer."""
+    if len(indent) + len(text) <= width:
+        return [indent + text]
+    hanging = indent + "  "
+    return textwrap.wrap(text, width, initial_indent=indent, subsequent_indent=hanging, break_long_words=False, break_on_hyphens=False)
 
 
 def _is_bulk(value: Any) -> bool:
@@ -128,18 +144,28 @@ def _flat(row: Mapping[str, Any]) -> dict[str, Any]:
     return {k: ", ".join(f"{n} {_cell(x)}" for n, x in v.items()) if isinstance(v, Mapping) else v for k, v in row.items()}
 
 
-def _table(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """Rows in columns; where that is wider than anybody's screen, one line a value."""
+def _table(rows: Sequence[Mapping[str, Any]], indent: str, *, width: int) -> Iterator[str]:
+    """Rows in columns; where that is wider than the screen, as several tables of the same rows, or with sentences one line a value."""
     columns = list(rows[0])
     cells = [columns, *([_cell(row.get(column)) for column in columns] for row in rows)]
     widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
-    if sum(widths) + 2 * len(widths) > _WIDEST:
+    fits = len(indent) + sum(widths) + 2 * (len(widths) - 1) <= width
+    if not fits and (max(widths) > _LONG_CELL or len(columns) == 1):
         for row in cells[1:]:
-            yield row[0]
-            yield from (f"  {name}: {cell}" for name, cell in zip(columns[1:], row[1:], strict=True))
+            yield from _wrapped(row[0], indent, width=width)
+            for name, cell in zip(columns[1:], row[1:], strict=True):
+                yield from _wrapped(f"{name}: {cell}", f"{indent}  ", width=width)
         return
-    for line in cells:
-        yield "  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip()
+    parts, used = [[0]], 0
+    for i in range(1, len(columns)):
+        used += 2 + widths[i]
+        if len(indent) + widths[0] + used > width and len(parts[-1]) > 1:
+            parts.append([0])
+            used = 2 + widths[i]
+        parts[-1].append(i)
+    for part in parts:
+        for line in cells:
+            yield indent + "  ".join(line[i].ljust(widths[i]) for i in part).rstrip()
 
 
 def _cell(value: Any) -> str:

@@ -569,9 +569,10 @@ def sparse_inputs(model: nn.Module) -> dict[str, SparseInput]:
 
 
 @contextmanager
-def record_channels(model: nn.Module) -> Iterator[ChannelRecorder]:
-    """Count what the sparse layers of ``model`` skip within the block; padding too, but inside a `moeify.controls.token_mask`."""
-    recorder = ChannelRecorder()
+def record_channels(model: nn.Module, recorder: ChannelRecorder | None = None) -> Iterator[ChannelRecorder]:
+    """Count what the sparse layers of ``model`` skip within the block, or whatever ``recorder`` counts; padding too, but inside a
+    `moeify.controls.token_mask`."""
+    recorder = recorder or ChannelRecorder()
     with kept(sparse_inputs(model).values(), "recorder"):
         for executor in sparse_inputs(model).values():
             executor.recorder = recorder

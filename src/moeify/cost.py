@@ -360,6 +360,10 @@ class WeightCost:
         skipped = sum(size * (1 - _fraction_of(active, name)) for name, size in self.channels.items())
         return experts + sum(size for _, size in self.router.values()) + self.embedding_row_bytes + self.rest[1] - skipped
 
+    def read_bytes_fraction(self, active: Active = 1.0) -> float:
+        """`read_bytes_per_token` over that of the dense model, which has no routers."""
+        return self.read_bytes_per_token(active) / (self.read_bytes_per_token(1.0) - sum(size for _, size in self.router.values()))
+
     def _sum(self, i: int) -> int:
         parts = [*self.ffn.values(), *self.router.values(), self.embedding, self.rest]
         return sum(part[i] for part in parts)

@@ -8,6 +8,8 @@ import re
 import shlex
 import shutil
 import subprocess
+import textwrap
+from collections.abc import Mapping
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from .kernels.linear import explain_linear
 from .sites import FFNWeights
 
 _NOT_SHOWN = ("autoload", "bench", "dev", "docs")  # extras that nobody needs in order to use the library
+_UNWRITABLE = " (cannot be written)"
 _COMPILERS = ("c++", "g++", "clang++", "nvcc")
 
 _CPU_FLAGS = ("avx2", "fma", "f16c", "avx512f", "avx512_bf16", "avx512_vnni", "amx_tile", "amx_bf16", "asimd", "sve", "bf16")
@@ -226,4 +229,55 @@ def _caches() -> dict[str, str]:
 def _state(folder: Path) -> str:
     if not folder.exists():
         return " (not there yet)"
-    return "" if folder.is_dir() and os.access(folder, os.W_OK) else " (cannot be written)"
+    return "" if folder.is_dir() and os.access(folder, os.W_OK) else _UNWRITABLE
+
+
+def doctor_text(found: Mapping[str, Any]) -> str:
+    """What `doctor` found in a screenful: what runs here, what is missing and how to get it."""
+    versions, cpu, speed = found["versions"], found["cpu"], found["speed"]
+    names = ("moeify", "python", "torch", "transformers")
+    lines = [
+        ", ".join(f"{name} {versions[name]}" for name in names if name in versions),
+        f"processor: {cpu['name']}, {cpu['cores']} cores, {cpu['torch_threads']} threads in use, {cpu['torch_capability']}",
+        f"  {speed['matmul_flops_per_s'] / 1e9:.0f} GFLOP/s in fp32, {speed['copy_bytes_per_s'] / 1e9:.1f} GB/s",
+        f"GPU: {found['cuda']}",
+        f"compiled CPU kernels: {found['compiled_kernels']}",
+        "",
+        "What runs here:",
+    ]
+    for device in dict.fromkeys(row["device"] for row in found["kernels"]):
+        rows = [row for row in found["kernels"] if row["device"] == device and row["chosen"]]
+        said = [f"{_case(row)} {row['name']}" for row in rows]
+        lines.append(f"  experts on {device}: {'; '.join(said)}")
+        rows = [row for row in found["linear_kernels"] if row["device"] == device and row["chosen"]]
+        said = [f"{_tokens(row)} {row['name']}" for row in rows]
+        lines.append(f"  skipped channels on {device}: {'; '.join(said)}")
+    missing = {extra: state for extra, state in found["extras"].items() if state != "installed"}
+    wanted = [f"  {extra}, {state}: pip install 'moeify[{extra}]'" for extra, state in missing.items()]
+    if not found["extras"]:
+        wanted.append("  extras: unknown, for moeify runs from a source tree; pip install .")
+    if (why_not := kernels.cpu.unavailable()) is not None:
+        wanted.append(f"  {why_not}")
+    if torch.version.cuda is not None and not torch.cuda.is_available():
+        wanted.append("  a GPU: torch is built for one and finds none; see GPU above")
+    wanted += [f"  cache folder {path}: make it writable" for path in found["caches"].values() if path.endswith(_UNWRITABLE)]
+    lines += ["", "Missing:" if wanted else "Nothing is missing.", *wanted]
+    lines += ["", "moeify doctor --all: every kernel with its reason, compilers, caches"]
+    return "\n".join(broken for line in lines for broken in _broken(line))
+
+
+def _broken(line: str) -> list[str]:
+    """A line as several of at most 80 columns, but for paths that are longer."""
+    indent = " " * (len(line) - len(line.lstrip()))
+    if len(line) <= 80:
+        return [line]
+    hanging = indent + "  "
+    return textwrap.wrap(line.strip(), 80, initial_indent=indent, subsequent_indent=hanging, break_long_words=False, break_on_hyphens=False)
+
+
+def _case(row: Mapping[str, Any]) -> str:
+    return "training" if row["training"] else f"{_tokens(row)} at {row['active']:.0%}"
+
+
+def _tokens(row: Mapping[str, Any]) -> str:
+    return "1 token" if row["tokens"] == 1 else f"{row['tokens']} tokens"

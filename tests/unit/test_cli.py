@@ -23,9 +23,9 @@ from moeify._progress import NO_PROGRESS
 from moeify.cli._help import HEADINGS, _Formatter
 from moeify.data import AugmentConfig, DataConfig
 from moeify.errors import CheckpointError, TrainingError
-from moeify.evaluate import ExecutedExperts, TokenCosts
+from moeify.evaluate import Curve, ExecutedExperts, TokenCosts
 from moeify.layers import moe_layers
-from moeify.pipeline import METHODS, NeuronConfig
+from moeify.pipeline import METHODS, NeuronConfig, TimedText
 from moeify.sparsity import EnforcementConfig
 from moeify.thin import ThinConfig
 from moeify.train.distill import DistillConfig
@@ -245,7 +245,7 @@ def test_convert_with_options_of_router_and_experts_writes_them_to_the_manifest(
         (["thin", "m", "--data", "d", "--out", "o", "--target", "0.5"], "thin_checkpoint"),
         (["sweep", "m", "--data", "d"], "sweep_checkpoint"),
         (["profile", "m", "--data", "d"], "profile_checkpoint"),
-        (["generate", "m", "text"], "generate_text"),
+        (["generate", "m", "text"], "timed_text"),
     ],
 )
 def test_dtype_and_device_reach_the_pipeline(monkeypatch, arguments, name):
@@ -253,7 +253,7 @@ def test_dtype_and_device_reach_the_pipeline(monkeypatch, arguments, name):
 
     def take(*_, dtype, device, **__):
         got.update(dtype=dtype, device=device)
-        return {}
+        return TimedText(text="", new_tokens=1, seconds=1.0, active_fraction=1.0) if name == "timed_text" else {}
 
     monkeypatch.setattr(f"moeify.pipeline.{name}", take)
     assert cli.run([*arguments, "--json"]) == 0
@@ -602,7 +602,16 @@ def test_sweep_writes_the_curve_and_prints_a_table(converted, tmp_path, capsys):
     assert curve["points"][1]["active_fraction"] < 1
     assert {point["rule"] for point in curve["points"]} == {"threshold"}, "the checkpoint's own"
     assert "perplexity" in out
-    assert len(out.strip().splitlines()) == 5, "header, rule, two points, dense"
+    assert len(out.strip().splitlines()) == 4, "header, two points, dense"
+    assert all(0 < point["bytes_fraction"] <= 1.1 for point in curve["points"])
+    assert not any("latency_fraction" in point for point in curve["points"])
+    code, out, _ = run(capsys, "sweep", converted, "--values", "0.0,2.5", "--out", tmp_path / "curve.json", "--latency", *SMALL)
+    timed = json.loads((tmp_path / "curve.json").read_text())["points"]
+    assert code == 0
+    assert [point["value"] for point in timed] == [0.0, 2.5], "points without a time are measured again"
+    assert all(point["latency_fraction"] > 0 and "float32, 1 x 1" in point["machine"] for point in timed)
+    assert max(map(len, out.splitlines())) <= 80
+    assert "time" in out.splitlines()[0].split()
 
 
 def test_sweep_with_json_prints_what_it_writes(converted, tmp_path, capsys):
@@ -671,7 +680,10 @@ def test_report_with_data_and_text_runs_the_checkpoint(converted, tmp_path, caps
     code, out, err = run(capsys, "report", converted, *options)
     assert (code, err) == (0, "")
     files = json.loads(out)
-    assert set(files) == {"html", "page", "analysis", "experts", "active", "tokens"}, "there is no curve, and none is needed"
+    assert set(files) == {"html", "page", "analysis", "experts", "active", "tokens", "curve", "png", "svg"}
+    measured = Curve.read(tmp_path / "page" / "curve.json")
+    assert {round(p.active_fraction, 1) for p in measured.points} >= {0.3, 0.5, 0.8}, "what was missing is measured"
+    assert all(p.latency_fraction for p in measured.points)
     assert sorted(map(str, (tmp_path / "page").iterdir())) == sorted(files.values())
     found = json.loads((tmp_path / "page" / "analysis.json").read_text())
     settings = ExecutedExperts.from_json(found["experts"]).active_fraction()
@@ -687,6 +699,33 @@ def test_report_with_data_and_text_runs_the_checkpoint(converted, tmp_path, caps
         for part in ("experts.png", "active.png", "(tokens.html)", "| layer | calibrated | target 0.25 | target 1 |", '"\\<"', "## Routers")
     )
     assert "<b>" not in (tmp_path / "page" / "tokens.html").read_text(encoding="utf-8")
+    html = (tmp_path / "page" / "report.html").read_text(encoding="utf-8")
+    for wanted in ("bytes of weights that a decoded token reads", "measured time", "near what moeify preset makes", "Timed on "):
+        assert wanted in html
+
+
+def test_report_of_a_thinned_checkpoint_measures_what_is_missing_and_shows_kept_channels(dense, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    out = tmp_path / "thin"
+    assert run(capsys, "thin", dense, "--out", out, "--target", "0.4", *SMALL)[0] == 0
+    code, _, err = run(capsys, "report", out, "--no-latency", *SMALL)
+    assert (code, err) == (0, "")
+    page = (out / "report" / "report.html").read_text(encoding="utf-8")
+    for wanted in (
+        "Kept channels by layer",
+        "model.layers.0: attention",
+        "model.layers.1: FFN",
+        "linear layers that skip channels",
+        "What each token of a text costs",
+    ):
+        assert wanted in page
+    assert "measured time" not in page
+    markdown = (out / "report" / "report.md").read_text(encoding="utf-8")
+    assert "## Kept channels" in markdown and "## Cost of a text" in markdown
+    first = (out / "report" / "curve.json").stat().st_mtime_ns
+    code, _, err = run(capsys, "report", out)
+    assert (code, err) == (0, ""), "the curve that a report measured is found again"
+    assert (out / "report" / "curve.json").stat().st_mtime_ns == first
 
 
 @pytest.mark.parametrize(
@@ -738,10 +777,15 @@ def test_profile_with_eps_counts_what_is_at_most_that(dense, capsys):
 
 
 def test_generate_continues_the_prompt_the_same_way_every_time(converted, capsys):
-    first = run(capsys, "generate", converted, "The ", "--max-new-tokens", "4")
-    assert first[0] == 0
-    assert first[1].startswith("The ")
-    assert run(capsys, "generate", converted, "The ", "--max-new-tokens", "4") == first
+    code, first, err = run(capsys, "generate", converted, "The ", "--max-new-tokens", "4")
+    assert code == 0
+    assert first.startswith("The ")
+    assert re.fullmatch(r"4 tokens, \S+ tokens/s, \d+\.\d% active\n", err)
+    code, out, err = run(capsys, "generate", converted, "The ", "--max-new-tokens", "4", "--json")
+    found = json.loads(out)
+    assert (code, err, found["text"] + "\n") == (0, "", first)
+    assert found["tokens_per_s"] == pytest.approx(found["new_tokens"] / found["seconds"])
+    assert 0 < found["active_fraction"] < 1
 
 
 @pytest.mark.parametrize("draft", ["0.25", "threshold=0.5"])
@@ -840,7 +884,7 @@ def test_interrupt_exits_with_130_and_says_whether_it_resumes(monkeypatch, capsy
         raise KeyboardInterrupt
 
     names = ("convert", "sparsify", "thin", "sweep", "profile")
-    for name in (*(f"{name}_checkpoint" for name in names), "generate_text", "read_recipe"):
+    for name in (*(f"{name}_checkpoint" for name in names), "timed_text", "read_recipe"):
         monkeypatch.setattr(f"moeify.pipeline.{name}", interrupt)
     line = "error: interrupted; the same command again continues where it stopped.\n" if resumes else "error: interrupted.\n"
     assert run(capsys, *arguments) == (130, "", line)
@@ -931,7 +975,8 @@ def test_an_error_of_several_lines_is_printed_on_one(failing, capsys):
 def test_main_in_a_process_prints_only_the_result(converted):
     done = process("generate", converted, "The ", "--max-new-tokens", "2")
     out, err = done.communicate(timeout=120)
-    assert (done.returncode, err) == (0, "")
+    assert done.returncode == 0
+    assert re.fullmatch(r"2 tokens, .* active\n", err), "what it took, and nothing of the libraries'"
     assert out.startswith("The ")
 
 
@@ -966,3 +1011,67 @@ def test_a_reader_that_closes_its_pipe_causes_no_message():
     command = f"{sys.executable} -c 'from moeify.cli import main; main()' doctor | true"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120)
     assert done.stderr == ""
+
+
+# -- 80 columns ------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def narrow(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("NO_COLOR", "1")
+
+
+def too_wide(text):
+    """Lines beyond 80 columns that could have been broken: not those whose longest word alone is as wide."""
+    assert "\x1b" not in text, "colour"
+    return [line for line in text.splitlines() if len(line) > 80 and max(map(len, line.split())) < 70]
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_help_is_readable_at_80_columns(narrow, capsys, command):
+    code, out, _ = run(capsys, *([command] if command else []), "--help")
+    assert code == 0
+    assert too_wide(out) == []
+
+
+def test_results_are_readable_at_80_columns_without_colour(narrow, converted, tmp_path, capsys):
+    moe = tmp_path / "moe"
+    shutil.copytree(converted, moe)
+    for command in (
+        ["preset", moe, "--at", "half=0.5", *SMALL],
+        ["sweep", moe, "--values", "0.0,2.5", *SMALL],
+        ["info", moe],
+        ["profile", moe, *SMALL],
+        ["doctor"],
+        ["doctor", "--all"],
+        ["generate", moe, "The ", "--max-new-tokens", "4"],
+    ):
+        code, out, err = run(capsys, *command)
+        assert code == 0, err
+        assert out
+        assert too_wide(out + err) == [], command[0]
+
+
+def test_version_is_one_line(capsys):
+    code, out, err = run(capsys, "--version")
+    assert (code, err) == (0, "")
+    assert re.fullmatch(r"moeify (\d+\.\d+.*|, from a source tree that is not installed)\n", out)
+
+
+def test_doctor_is_a_screenful_and_says_what_is_missing_and_how_to_get_it(monkeypatch, capsys):
+    from moeify import doctor
+
+    monkeypatch.setattr(doctor, "extras", lambda: {"onnx": ("onnxruntime-nowhere",), "report": ("jinja2",)})
+    monkeypatch.setattr(doctor.kernels.cpu, "unavailable", lambda: "the compiled library is missing: install g++")
+    monkeypatch.setattr(doctor, "_caches", lambda: {"hub": f"/somewhere{doctor._UNWRITABLE}"})
+    code, out, err = run(capsys, "doctor")
+    assert (code, err) == (0, "")
+    assert len(out.splitlines()) < 30
+    missing = out.partition("Missing:")[2]
+    assert "onnx, missing: onnxruntime-nowhere: pip install 'moeify[onnx]'" in missing
+    assert "the compiled library is missing: install g++" in missing
+    assert "/somewhere" in missing
+    assert "moeify[report]" not in missing
+    assert "1 token at 10%" in out
+    assert len(run(capsys, "doctor", "--all")[1].splitlines()) > 60

@@ -2,7 +2,10 @@
 
 import io
 
-from moeify import _terminal
+from tqdm import auto
+from tqdm.std import tqdm
+
+from moeify import _terminal, cli
 
 
 class Clock:
@@ -48,3 +51,12 @@ def test_bars_nest_and_leave_the_terminal_as_it_was(capsys):
     err = capsys.readouterr().err
     assert all(label in err for label in ("outer", "inner", "again"))
     assert "eta" in err
+
+
+def test_bars_of_other_libraries_are_hidden_where_nobody_watches(monkeypatch, capsys):
+    assert list(auto.tqdm(range(3))) == [0, 1, 2]
+    assert "3/3" in capsys.readouterr().err
+    monkeypatch.setattr(tqdm, "__init__", tqdm.__init__)  # to be given back
+    cli._hide_bars()
+    assert list(auto.tqdm(range(3))) == [0, 1, 2]
+    assert capsys.readouterr().err == ""

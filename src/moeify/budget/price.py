@@ -63,8 +63,7 @@ class Counted:
         found = {"flops": self.flops.flops_fraction(active)}
         if self.flops.ffns:
             found["ffn_flops"] = self.flops.ffn_flops_fraction(active)
-        dense_bytes = self.weights.read_bytes_per_token(1.0) - sum(size for _, size in self.weights.router.values())
-        return found | {"bytes": self.weights.read_bytes_per_token(active) / dense_bytes}
+        return found | {"bytes": self.weights.read_bytes_fraction(active)}
 
     def prices(self, unit: str, names: Sequence[str]) -> Prices:
         """What each layer costs in a unit: these are linear in the active fraction."""

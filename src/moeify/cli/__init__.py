@@ -4,6 +4,7 @@ Nothing is decided here. Results go to stdout, everything else (progress, warnin
 `options` are what several take; the commands are in `convert`, `train`, `measure` and `use`.
 """
 
+import functools
 import os
 import sys
 import traceback
@@ -58,8 +59,16 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        _hide_bars()
     warnings.formatwarning = lambda message, *_args, **_kwargs: f"warning: {message}\n"
     sys.exit(run(sys.argv[1:]))
+
+
+def _hide_bars() -> None:
+    """No bar of tqdm's in what is no terminal: transformers reads GGUF files with one. Its environment variable would be read too early."""
+    from tqdm.std import tqdm  # type: ignore[import-untyped]
+
+    tqdm.__init__ = functools.partialmethod(tqdm.__init__, disable=True)
 
 
 def _fail(message: str, code: int, *, kind: str = "error") -> int:

@@ -24,14 +24,32 @@ app = typer.Typer(
 )
 
 
+def _print_version(is_asked: bool) -> None:
+    if is_asked:
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            print(f"moeify {version('moeify')}")
+        except PackageNotFoundError:
+            print("moeify, from a source tree that is not installed")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version and stop.")] = False,
+) -> None:
+    """Turn dense Transformers into dynamic-k mixtures of experts."""
+
+
 def command(
-    *, resumes: Callable[[Mapping[str, Any]], bool] = lambda _values: False, text: Callable[[Any], Any] = lambda result: result
+    *, resumes: Callable[[Mapping[str, Any]], bool] = lambda _values: False, text: Callable[..., Any] = lambda result: result
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Add a function that returns a JSON-like result, or None to print nothing, to the command line, with ``--json`` and ``--debug``.
 
     Args:
         resumes: whether the command, interrupted with these values of its options, continues when run again.
-        text: of a result, what people see of it without ``--json``.
+        text: of a result, what people see of it without ``--json``; further parameters are those options' values.
     """
 
     def add(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -46,7 +64,8 @@ def command(
                     raise
                 raise MoeifyError(_out_of_memory(error, options=values)) from error
             if result is not None:
-                show(result if json_ else text(result), as_json=json_)
+                options = {name: values[name] for name in [*inspect.signature(text).parameters][1:]}
+                show(result if json_ else text(result, **options), as_json=json_)
 
         as_json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON value.")]
         debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]

@@ -1,6 +1,7 @@
 """Commands that measure a checkpoint, some of which then set its knobs: sweep, preset, budget, eval, report."""
 
 import dataclasses
+import functools
 import shlex
 import sys
 from collections.abc import Mapping
@@ -40,6 +41,8 @@ def sweep(
         str | None,
         typer.Option(help="Instead of values: active fractions, a,b,c, multiples of 0.05; the calibrated point is measured, too."),
     ] = None,
+    latency: Annotated[bool, typer.Option("--latency", help="Time each point, too, in turns with the dense model.")] = False,
+    latency_tokens: LatencyTokens = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Windows per forward.")] = 1,
     dtype: DType = "float32",
     device: Device = "cpu",
@@ -61,6 +64,8 @@ def sweep(
         batch_size=batch_size,
         dtype=dtype,
         device=device,
+        latency=latency,
+        latency_tokens=latency_tokens,
         out=out,
         progress=_terminal.make_progress(),
     )
@@ -155,7 +160,7 @@ def _evaluation_text(record: Mapping[str, Any]) -> str:
             cells = [f"{record['results'][mode][name][metric]:.4g}" for mode in modes]
             table.add_row(name, metric, *cells, str(found["examples"]))
     text = io.StringIO()
-    Console(file=text, width=100).print(table)
+    Console(file=text, width=min(100, _terminal.width())).print(table)
     cost = ", ".join(f"{key} {value:.4g}" for key, value in record["cost"].items() if value is not None)
     return text.getvalue() + (f"of dense, while evaluating: {cost}" if cost else "a dense model: nothing is skipped")
 
@@ -200,14 +205,29 @@ def eval(
     )
 
 
+_REPORT_DATA = {"max_tokens": 4096}  # seven points of a curve and four settings: minutes for a small model on two cores
+
+
 @command()
-@takes("data", DataConfig, skip=("seed",), optional=("data",), build=data_or_none, split="data_split")
+@takes(
+    "data",
+    DataConfig,
+    skip=("seed",),
+    optional=("data",),
+    defaults=_REPORT_DATA,
+    build=functools.partial(data_or_none, **_REPORT_DATA),
+    split="data_split",
+)
 def report(
     directory: Converted,
     *,
     data: DataConfig | None,
-    curve: Annotated[Path | None, typer.Option(help="curve.json of a sweep; by default the one in or beside the folder.")] = None,
-    text: Annotated[str | None, typer.Option(help="A text: what each of its tokens costs, as tokens.html.")] = None,
+    curve: Annotated[
+        Path | None, typer.Option(help="curve.json of a sweep; by default the one in or beside the folder, else one is measured on --data.")
+    ] = None,
+    text: Annotated[
+        str | None, typer.Option(help="A text: what each of its tokens costs, as tokens.html; with --data by default a sample.")
+    ] = None,
     image: Annotated[Path | None, typer.Option(help="An image file: what each of its patches costs, as patches.png.")] = None,
     compare: Annotated[
         list[str] | None, typer.Option(help="Another checkpoint's curve of the same data, NAME=curve.json: a table at equal cost.")
@@ -218,18 +238,25 @@ def report(
     targets: Annotated[
         str | None, typer.Option(help="With --data: active fractions, a,b,c, multiples of 0.05; by default 0.25,0.5,0.75.")
     ] = None,
+    latency: Annotated[bool, typer.Option("--latency/--no-latency", help="Time the points of a curve that is measured here.")] = True,
     batch_size: Annotated[int, typer.Option(min=1, help="Windows per forward.")] = 1,
     dtype: DType = "float32",
     device: Device = "cpu",
     out: Annotated[Path | None, typer.Option(help="Folder for report.html, report.md and pictures; by default DIR/report.")] = None,
     seed: Seed = None,
 ) -> Any:
-    """Write one HTML page: curve, presets, costs and the routers' quality; with --data, --text or --image also which experts run."""
+    """Write one HTML page: quality against cost, presets, routers; with --data also what is missing is measured, and what runs where."""
     from ..pipeline import PanelRequest, report_checkpoint
 
     fractions = None if targets is None else read_numbers(targets, option="--targets")
     request = PanelRequest(data=data and dataclasses.replace(data, seed=seed), text=text, image=image)
-    options: dict[str, Any] = {"batch_size": batch_size, "dtype": dtype, "device": device, "progress": _terminal.make_progress()}
+    options: dict[str, Any] = {
+        "latency": latency,
+        "batch_size": batch_size,
+        "dtype": dtype,
+        "device": device,
+        "progress": _terminal.make_progress(),
+    }
     curves = read_named_paths(compare or [], option="--compare", taken=directory.name)
     options["commands"] = [shlex.join(["moeify", *sys.argv[1:]])]
     return report_checkpoint(directory, curve=curve, out=out, request=request, compare=curves, within=within, targets=fractions, **options)

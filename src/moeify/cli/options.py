@@ -66,7 +66,14 @@ def _option_type(hint: Any) -> tuple[type, Callable[[Any], Any] | None, str | No
 
 
 def takes(
-    parameter: str, config: type, *, skip: Sequence[str] = (), optional: Sequence[str] = (), build: Any = None, **names: str
+    parameter: str,
+    config: type,
+    *,
+    skip: Sequence[str] = (),
+    optional: Sequence[str] = (),
+    defaults: Any = types.MappingProxyType({}),
+    build: Any = None,
+    **names: str,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Replace a command's ``parameter`` by one option per field of ``config``, helped by the field's docstring.
 
@@ -75,6 +82,7 @@ def takes(
         config: config dataclass whose fields are scalars.
         skip: fields that keep their default.
         optional: required fields that may be left out; they are None then, and it is for ``build`` to take that.
+        defaults: by field, where they are not the config's own.
         build: makes of the dictionary of fields what the command receives; None: the config.
         names: option name of a field where it is not the field's own.
     """
@@ -91,7 +99,7 @@ def takes(
             help_text = " ".join(docs[field.name].split())
             annotation, parser, metavar = _option_type(hints[field.name])
             info = typer.Option("--" + option.replace("_", "-"), help=help_text, parser=parser, metavar=metavar)
-            default = field.default
+            default = defaults.get(field.name, field.default)
             if default is dataclasses.MISSING:
                 default = None if field.name in optional else inspect.Parameter.empty
             hint: Any = annotation if default is not None else annotation | None
@@ -101,11 +109,11 @@ def takes(
     return decorate
 
 
-def data_or_none(fields: Mapping[str, Any]) -> DataConfig | None:
-    """The data, or None where none is named and so nothing is said of it."""
+def data_or_none(fields: Mapping[str, Any], /, **changed: Any) -> DataConfig | None:
+    """The data, or None where none is named and so nothing is said of it; ``changed`` are defaults that are not the config's own."""
     if fields["data"] is not None:
         return _config.from_dict(DataConfig, fields)
-    defaults = {f.name: f.default for f in dataclasses.fields(DataConfig)}
+    defaults = {f.name: f.default for f in dataclasses.fields(DataConfig)} | changed
     if given := [name for name, value in fields.items() if name != "data" and value != defaults[name]]:
         raise ConfigError(f"{options_text([f'data_{name}' if name == 'split' else name for name in given])} without --data; name the data.")
     return None

@@ -12,12 +12,18 @@ from .. import _config, _terminal
 from ..data import AugmentConfig, DataConfig
 from ..errors import ConfigError
 from ..pipeline import STAGES, TASKS
+from ..pipeline.builtin import recipe_names
 from ..sparsity import EnforcementConfig
 from ..train.distill import DistillConfig
 from ..train.loop import TrainConfig
 from ..train.sparsify import SparsifyConfig
 from ._app import command
 from .options import Attention, Device, DType, Model, Patterns, Seed, read_object, read_projections, takes, takes_projections
+
+
+def _built_in(*, training: bool) -> str:
+    names = [name for name in recipe_names() if name.startswith("pretrain/") == training]
+    return ", ".join(name.removeprefix("pretrain/") for name in names) or "none here"
 
 
 @command(resumes=lambda _values: True)
@@ -124,7 +130,7 @@ def _pretrain_text(result: Mapping[str, Any]) -> Any:
 
 @command(resumes=lambda _values: True, text=_pretrain_text)
 def pretrain(
-    recipe: Annotated[Path, typer.Argument(help="TOML file; see docs/pretraining.md.")],
+    recipe: Annotated[Path, typer.Argument(help=f"TOML file, or one of {_built_in(training=True)}.")],
     *,
     out: Annotated[
         Path | None, typer.Option(help="New folder for the checkpoint; a killed run continues there. By default the recipe's name.")
@@ -171,7 +177,7 @@ def _recipe_text(result: Mapping[str, Any]) -> Any:
 
 @command(resumes=lambda _values: True, text=_recipe_text)
 def pipeline(
-    recipe: Annotated[Path, typer.Argument(help="TOML file; see docs/recipes.md.")],
+    recipe: Annotated[Path, typer.Argument(help=f"TOML file, or one of {_built_in(training=False)}.")],
     *,
     out: Annotated[Path, typer.Option(help="Folder of the recipe's stages and result; what it holds of them is used and continued.")],
     set_: Annotated[

@@ -17,9 +17,20 @@ from ._app import command
 from .options import Converted, Device, DType, Seed, data_or_none, takes
 
 
-@command()
-def doctor() -> Any:
-    """Show versions, processor, kernels (chosen or refused, and why), extras and caches."""
+def _doctor_text(result: Mapping[str, Any], all_: bool) -> Any:
+    from ..doctor import doctor_text
+
+    return result if all_ else doctor_text(result)
+
+
+@command(text=_doctor_text)
+def doctor(
+    *,
+    all_: Annotated[
+        bool, typer.Option("--all", help="Versions, speed, every kernel with the reason it runs or does not, compilers, caches.")
+    ] = False,
+) -> Any:
+    """Say what runs here, what is missing and how to get it."""
     from ..doctor import doctor as examine
 
     return examine()
@@ -39,11 +50,9 @@ def info(directory: Annotated[Path, typer.Argument(help="Folder of any checkpoin
     return checkpoint_info(directory)
 
 
-def _generated_text(result: Any) -> Any:
-    """The text; what is to be said of its draft goes beside it."""
-    if not isinstance(result, Mapping) or "draft" not in result:
-        return result
-    print(result["draft"], file=sys.stderr)
+def _generated_text(result: Mapping[str, Any]) -> Any:
+    """The text; what it took goes beside it."""
+    print(result["took"], file=sys.stderr)
     return result["text"]
 
 
@@ -70,17 +79,18 @@ def generate(
     device: Device = "cpu",
     seed: Seed = None,
 ) -> Any:
-    """Continue a prompt with a converted model."""
-    from ..pipeline import generate_text, speculate_text
+    """Continue a prompt with a converted or thinned model, and say how fast and with what share of it."""
+    from ..pipeline import speculate_text, timed_text
 
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed or 0, "preset": preset}
     options |= {"dtype": dtype, "device": device}
     if draft is None:
         if (draft_tokens, draft_confidence) != (8, 0.0):
             raise ConfigError("--draft-tokens and --draft-confidence are of a draft; name it with --draft, or leave them out.")
-        return generate_text(directory, prompt, **options)
+        written = timed_text(directory, prompt, **options)
+        return {**_config.to_dict(written), "tokens_per_s": written.tokens_per_s, "took": written.line()}
     found = speculate_text(directory, prompt, draft=draft, draft_tokens=draft_tokens, confidence=draft_confidence, **options)
-    return {**_config.to_dict(found), "tokens_per_s": found.tokens_per_s, "draft": found.line()}
+    return {**_config.to_dict(found), "tokens_per_s": found.tokens_per_s, "took": found.line()}
 
 
 @command()

@@ -14,6 +14,8 @@ from .analysis import executed_experts as executed_experts
 from .analysis import nonzero_activations as nonzero_activations
 from .analysis import rules_at as rules_at
 from .analysis import token_costs as token_costs
+from .kept import channel_costs as channel_costs
+from .kept import kept_channels as kept_channels
 from .quality import METRICS as METRICS
 from .quality import Agreement as Agreement
 from .quality import DenseReference as DenseReference

@@ -224,7 +224,7 @@ def executed_experts(
     if not settings:
         raise ConfigError("there is no rule to run with; give at least one, or None for those of the model.")
     found = {}
-    with _moe_mode(model), progress.task("executed experts", total=len(settings) * len(batches)) as task:
+    with sparse_mode(model), progress.task("executed experts", total=len(settings) * len(batches)) as task:
         own = {name: layer.rule for name, layer in moe_layers(model).items()}
         for label, rule in settings.items():
             set_rule(model, {**own, **rule} if isinstance(rule, Mapping) else rule)
@@ -409,12 +409,12 @@ def token_costs(model: nn.Module, batch: Batch, *, layers: Sequence[str] | None 
     for name in chosen:
         _config.lookup(executors, name, where="layers")
     recorder = _TokenRecorder()
-    with _moe_mode(model), record_active(model, recorder):
+    with sparse_mode(model), record_active(model, recorder):
         run_batch(model, batch)
     if silent := [name for name in chosen if name not in recorder.active]:
         raise ConfigError(f"'{silent[0]}' did not run in this forward; name the layers that do.")
     num_sequences = len(next(value for name, value in batch.items() if name != "labels"))
-    shapes = {name: _positions(recorder.shapes[name], num_sequences) for name in chosen}
+    shapes = {name: positions(recorder.shapes[name], num_sequences) for name in chosen}
     if len(set(shapes.values())) > 1:
         found = ", ".join(f"'{name}' {shape}" for name, shape in {shape: (name, shape) for name, shape in shapes.items()}.values())
         raise ConfigError(f"the MoE layers see different positions: {found}; name layers of one kind.")
@@ -430,17 +430,17 @@ def token_costs(model: nn.Module, batch: Batch, *, layers: Sequence[str] | None 
         flops_LBS=torch.stack(flops),
         dense_flops=tuple(dense),
         router_flops=tuple(router),
-        grid=_patch_grid(model, batch, shape_BS[1]),
+        grid=patch_grid(model, batch, shape_BS[1]),
     )
 
 
-def _positions(shape: tuple[int, ...], num_sequences: int) -> tuple[int, int]:
+def positions(shape: tuple[int, ...], num_sequences: int) -> tuple[int, int]:
     """(B, S) of what a layer saw, also where the model has flattened it."""
     tokens = math.prod(shape)
     return (shape[0], tokens // max(1, shape[0])) if len(shape) == 2 else (num_sequences, tokens // num_sequences)
 
 
-def _patch_grid(model: nn.Module, batch: Batch, positions: int) -> tuple[int, int] | None:
+def patch_grid(model: nn.Module, batch: Batch, positions: int) -> tuple[int, int] | None:
     """Rows and columns of patches, if the batch holds images and there are positions for all of them."""
     pixels, config = batch.get("pixel_values"), getattr(model, "config", None)
     size = getattr(getattr(config, "vision_config", None) or config, "patch_size", None)
@@ -458,7 +458,7 @@ def _layers_of(model: nn.Module) -> dict[str, MoEFFN]:
 
 
 @contextmanager
-def _moe_mode(model: nn.Module) -> Iterator[None]:
+def sparse_mode(model: nn.Module) -> Iterator[None]:
     """Eval and moe mode inside; rules, modes and training flags are given back, also after an error."""
     with eval_mode(model), rules_restored(model):
         set_mode(model, "moe")

@@ -54,6 +54,12 @@ class CurvePoint:
     """Mean KL(dense || moe) per token or example in nats; none for models without logits."""
     projection_flops_fraction: float | None = field(default=None, metadata=LATER)
     """Where linear layers were replaced by MLPs: (experts + routers) of these / the layers; contained in ``ffn_flops_fraction``."""
+    bytes_fraction: float | None = field(default=None, metadata=LATER)
+    """Bytes of weights that decoding one token reads."""
+    latency_fraction: float | None = field(default=None, metadata=LATER)
+    """Measured time / dense time, both on ``machine``; None where it was not timed."""
+    machine: str | None = field(default=None, metadata=LATER)
+    """Where ``latency_fraction`` was measured, on how many threads and tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +75,7 @@ class DenseQuality:
 _EXTRA: dict[str, tuple[type, ...]] = {"calibrated": (str, int, float), "cost": (int, float), "versions": (str,)}
 """Objects among a curve's further keys, and the types of their values."""
 _COST = {"ffn_dense", "ffn_unconverted", "experts", "router", "attention_proj", "attention_scores", "head", "other"}
-_FINITE = ("value", "active_fraction", "ffn_flops_fraction", "flops_fraction")
+_FINITE = ("value", "active_fraction", "ffn_flops_fraction", "flops_fraction", "bytes_fraction", "latency_fraction")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,7 +201,7 @@ class Curve:
         numbers = {f"points[{i}].{name}": getattr(point, name) for i, point in enumerate(curve.points) for name in _FINITE}
         numbers |= {"dense.quality": curve.dense.quality, "dense.flops_per_token": curve.dense.flops_per_token}
         numbers |= {f"cost.{name}": value for name, value in (cost or {}).items()}
-        if bad := next((name for name, value in numbers.items() if not math.isfinite(value)), None):
+        if bad := next((name for name, value in numbers.items() if value is not None and not math.isfinite(value)), None):
             raise DataError(f"'{path}' is not a curve of moeify: {bad} is {numbers[bad]}; moeify sweep writes one.")
         return curve
 
@@ -237,6 +243,7 @@ def sweep(
     quality: str = "perplexity",
     cost: CostBreakdown | None = None,
     reference: DenseReference | None = None,
+    clock: Callable[[], tuple[float, str]] | None = None,
     done: Sequence[CurvePoint] = (),
     on_point: Callable[[CurvePoint], None] | None = None,
     progress: Progress = NO_PROGRESS,
@@ -252,6 +259,8 @@ def sweep(
         quality: key of `METRICS`.
         cost: from `model_cost`; measured on the first batch if None.
         reference: dense outputs of the same batches; made if None.
+        clock: called with the rules of each new point set: its time over the dense model's, and where that was measured. None: points have
+            no time.
         done: points of an earlier run on the same batches; a value that is among them is not measured again. Of steps with one value and
             different rules, the first takes the first such point.
         on_point: called after each new point, so that the caller can save it.
@@ -279,6 +288,7 @@ def sweep(
     if todo:
         cost = cost or model_cost(model, batches[0])
         reference = reference or DenseReference(model, batches, metric=quality, progress=progress)
+        weights = model_weights(model)
         with rules_restored(model), progress.task(f"sweep {rule_type.name}", total=len(todo) * len(batches)) as task:
             for i in todo:
                 value, rule = distinct[i]
@@ -290,7 +300,9 @@ def sweep(
                     labels=(rule_type.name, float(value)),
                     quality=quality,
                     cost=cost,
+                    weights=weights,
                     reference=reference,
+                    clock=clock,
                     progress=_Forward(task.advance),
                 )
                 if on_point is not None:
@@ -318,7 +330,9 @@ def _measure_point(
     labels: tuple[str, float],
     quality: str,
     cost: CostBreakdown,
+    weights: WeightCost,
     reference: DenseReference,
+    clock: Callable[[], tuple[float, str]] | None,
     progress: Progress,
 ) -> CurvePoint:
     """The model with the rules that it has now, under the name and the knob of ``labels``."""
@@ -328,6 +342,7 @@ def _measure_point(
     active = stats.active_fraction() if per_layer else 1 - skipped.skipped_frac()
     per_layer |= {name: 1 - share for name, share in skipped.per_layer().items() if not math.isnan(share)}
     assert measured.agreement is not None
+    latency, machine = (None, None) if clock is None else clock()
     return CurvePoint(
         rule=labels[0],
         value=labels[1],
@@ -338,6 +353,9 @@ def _measure_point(
         quality_ratio=measured.value / reference.quality,
         kl=measured.agreement.kl,
         projection_flops_fraction=cost.projection_flops_fraction(per_layer),
+        bytes_fraction=weights.read_bytes_fraction(per_layer),
+        latency_fraction=latency,
+        machine=machine,
     )
 
 

@@ -17,7 +17,9 @@ from .convert import CalibrationConfig as CalibrationConfig
 from .convert import convert_checkpoint as convert_checkpoint
 from .convert import convert_model as convert_model
 from .decode import DraftedText as DraftedText
+from .decode import TimedText as TimedText
 from .decode import speculate_text as speculate_text
+from .decode import timed_text as timed_text
 from .export import export_checkpoint as export_checkpoint
 from .inputs import calibration_batches as calibration_batches
 from .inputs import evaluation_batches as evaluation_batches

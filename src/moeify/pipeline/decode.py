@@ -1,18 +1,76 @@
-"""A converted or thinned checkpoint that drafts for itself, from the command line."""
+"""Text from the command line, with what it took: of a checkpoint as it is, or one that drafts for itself."""
 
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from .. import _config
 from .._random import seeded
+from ..channels import record_channels
+from ..controls import record_active
 from ..errors import ConfigError
 from ..hf.draft import self_draft
 from ..hf.speculate import Speculation
+from ..layers import moe_layers
 from ..select import RULES, Rule
 from .measure import load_for_text, rules_at, text_options
 from .names import torch_device
+
+
+@dataclass(frozen=True, kw_only=True)
+class TimedText:
+    """What a model wrote, and what it took."""
+
+    text: str
+    """Prompt and continuation."""
+    new_tokens: int
+    """Tokens of the continuation."""
+    seconds: float
+    """Of the whole call, reading the prompt included."""
+    active_fraction: float
+    """Executed / all neurons, of a model without MoE layers kept / all input channels, of one forward over the whole text: counting while
+    it is written would slow it down."""
+
+    @property
+    def tokens_per_s(self) -> float:
+        """New tokens by the seconds of the whole call."""
+        return self.new_tokens / self.seconds
+
+    def line(self) -> str:
+        """For people."""
+        return f"{self.new_tokens} tokens, {self.tokens_per_s:.3g} tokens/s, {self.active_fraction:.1%} active"
+
+
+def timed_text(
+    directory: str | Path,
+    prompt: str,
+    *,
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    seed: int = 0,
+    preset: str | None = None,
+    dtype: str = "float32",
+    device: str = "cpu",
+) -> TimedText:
+    """`generate_text` with what it took; arguments and errors are its."""
+    model, tokenizer, inputs = load_for_text(directory, prompt, temperature=temperature, preset=preset, dtype=dtype, device=device)
+    with seeded(seed, torch_device(device)):
+        start = time.perf_counter()
+        ids = model.generate(**inputs, **text_options(tokenizer, max_new_tokens=max_new_tokens, temperature=temperature))
+        seconds = time.perf_counter() - start
+    # An encoder-decoder's ids are the continuation alone, which follows a start token.
+    is_pair = bool(getattr(model.config, "is_encoder_decoder", False))
+    with torch.no_grad(), record_active(model) as executed, record_channels(model) as skipped:
+        model(**(inputs | {"decoder_input_ids": ids} if is_pair else {"input_ids": ids}))
+    return TimedText(
+        text=str(tokenizer.decode(ids[0], skip_special_tokens=True)),
+        new_tokens=ids.shape[1] - (1 if is_pair else inputs["input_ids"].shape[1]),
+        seconds=seconds,
+        active_fraction=executed.active_fraction() if moe_layers(model) else 1 - skipped.skipped_frac(),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,6 @@
 """The verbs that read a checkpoint: sweep, profile, generate."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from statistics import fmean
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .. import _config
 from .._progress import NO_PROGRESS, Progress
 from .._random import seeded
+from ..budget.price import Clock
 from ..channels import sparse_inputs
 from ..controls import set_mode, set_rule
 from ..data import DataConfig, check_source
@@ -38,6 +39,7 @@ from ..sites import find_ffn_sites
 from ..sparsity import ActivationProfile, profile_activations
 from .inputs import calibration_batches, evaluation_batches
 from .names import torch_device, torch_dtype
+from .timing import check_latency_tokens, timed_inputs
 from .work import fingerprint, run_id, weights_checksum
 
 _Steps = list[float | LayerRules]
@@ -74,6 +76,8 @@ def sweep_checkpoint(
     batch_size: int = 1,
     dtype: str = "float32",
     device: str = "cpu",
+    latency: bool = False,
+    latency_tokens: int | None = None,
     out: Path | None = None,
     progress: Progress = NO_PROGRESS,
 ) -> Curve:
@@ -91,8 +95,10 @@ def sweep_checkpoint(
         batch_size: sequences per forward.
         dtype: of the weights, "float32", "bfloat16" or "float16".
         device: "cpu", "cuda" or "cuda:1".
+        latency: time each point, too, in turns with the dense model.
+        latency_tokens: of each timed forward; None: one of a model that generates, else one sequence.
         out: ``curve.json``, written after every point. Points that it holds of the same weights, routers, rules, data and versions are not
-            measured again, and those of other values or rules stay in it.
+            measured again unless they lack a time that is wanted, and those of other values or rules stay in it.
         progress: told every batch.
 
     Returns:
@@ -112,6 +118,7 @@ def sweep_checkpoint(
     own_type, names = own_rule(directory)
     rule_type = _config.lookup(RULES, rule, where="--rule") if rule is not None else own_type
     steps = _checked(values, rule_type) if values is not None else calibrated_steps(rule_type, calibration, targets, names=names)
+    check_latency_tokens(latency_tokens)
     earlier = Curve.read(out) if out is not None and out.exists() else None
     if out is not None:
         check_writable(out.parent, out)
@@ -141,7 +148,18 @@ def sweep_checkpoint(
     }
     dense = DenseQuality(quality=reference.quality, flops_per_token=cost.dense_flops_per_token)
     curve = Curve(model=str(directory), metric=metric, dense=dense, extra=extra)
-    return _measure_curve(curve, earlier, model, batches, runs, out=out, cost=cost, reference=reference, progress=progress)
+    clock = _clock(model, batches, tokens=latency_tokens, dtype=dtype) if latency else None
+    return _measure_curve(curve, earlier, model, batches, runs, out=out, cost=cost, reference=reference, clock=clock, progress=progress)
+
+
+def _clock(model: nn.Module, batches: Sequence[Mapping[str, Tensor]], *, tokens: int | None, dtype: str) -> Callable[[], tuple[float, str]]:
+    """What times the model with the rules that it has, against the dense one, and says where."""
+    place = next(model.parameters()).device
+    inputs, machine = timed_inputs(
+        model, [{key: value.to(place) for key, value in batch.items()} for batch in batches], tokens=tokens, dtype=dtype
+    )
+    clock = Clock(model, inputs)
+    return lambda: (clock()[0], machine)
 
 
 def _measure_curve(
@@ -156,6 +174,8 @@ def _measure_curve(
 ) -> Curve:
     """``curve`` with the points that ``earlier`` has of the same run, and those of ``runs``; written after every point."""
     done = earlier.points if earlier is not None and earlier.is_same_run(curve) else ()
+    if options.get("clock") is not None:
+        done = tuple(point for point in done if point.latency_fraction is not None)
     curve = replace(curve, points=done)
 
     def on_point(point: CurvePoint) -> None:

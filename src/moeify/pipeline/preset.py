@@ -1,6 +1,5 @@
 """Named operating points of a checkpoint: at wanted active fractions, or within a budget that `moeify.budget` spreads over layers."""
 
-import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,14 +26,11 @@ from ..presets import Preset, check_name
 from ..select import Rule, RuleConfig
 from .inputs import evaluation_batches
 from .names import torch_device, torch_dtype
+from .timing import check_latency_tokens, timed_inputs
 
 FRACTIONS = {"quality": 0.75, "balanced": 0.5, "fast": 0.25}
 """Active fractions of the presets that everybody has: quarters, as reports show. What each costs and keeps is measured, not promised."""
 
-LATENCY_TOKENS = 1
-"""Of a timed forward of a model that generates: the step that decoding repeats. Others run one sequence of the data."""
-
-_TIMED = 4  # forwards of one run, so that no single token's experts decide
 _CLOSE, _TRIALS = 0.005, 4  # of the active fraction on calibration data
 _CACHE_BYTES = 1 << 26
 
@@ -155,8 +151,7 @@ def _load(
     progress: Progress,
 ) -> _Loaded:
     directory = Path(directory)
-    if latency_tokens is not None and latency_tokens < 1:
-        raise ConfigError(f"--latency-tokens must be at least 1, got {latency_tokens}.")
+    check_latency_tokens(latency_tokens)
     read_manifest(directory)
     check_writable(directory, directory / "config.json")
     place = torch_device(device)
@@ -169,17 +164,8 @@ def _load(
             f"'{data.data}' gave one batch; presets need two, one to set knobs on and one to measure: give more data, or smaller --window."
         )
     batches = [{key: value.to(place) for key, value in batch.items()} for batch in batches]
-    is_decoder = model.can_generate() and set(batches[0]) == {"input_ids"}
-    tokens = latency_tokens or (LATENCY_TOKENS if is_decoder else None)
-    inputs = [_short(batch, tokens) for batch in batches[:: max(1, len(batches) // _TIMED)][:_TIMED]]
-    length = next(iter(inputs[0].values())).shape[1]
-    machine = f"{platform.processor() or platform.machine()}, {place.type}, {torch.get_num_threads()} threads, {dtype}, 1 x {length}"
+    inputs, machine = timed_inputs(model, batches, tokens=latency_tokens, dtype=dtype)
     return _Loaded(directory=directory, model=model, calibration=batches[::2], held_out=batches[1::2], inputs=inputs, machine=machine)
-
-
-def _short(batch: Mapping[str, Tensor], tokens: int | None) -> dict[str, Tensor]:
-    """One sequence, cut where it is text and a length is given."""
-    return {key: value[:1, :tokens] if tokens and value.dim() == 2 else value[:1] for key, value in batch.items() if key != "labels"}
 
 
 def _rules_at(loaded: _Loaded, knobs: Knobs, fraction: float, *, is_global: bool) -> Mapping[str, Rule]:

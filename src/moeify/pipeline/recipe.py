@@ -25,6 +25,7 @@ from ..train.fit import RouterTrainConfig
 from ..train.loop import TrainConfig
 from ..train.regress import RegressConfig
 from ..train.sparsify import SparsifyConfig
+from .builtin import builtin_recipe, recipe_names
 from .convert import CalibrationConfig
 from .project import ProjectionsConfig, check_teaching
 from .tasks import TASKS
@@ -318,7 +319,7 @@ def read_recipe(path: str | Path, *, settings: Iterable[str] = (), smoke: bool =
     """Read a recipe file.
 
     Args:
-        path: TOML file; a path in it that exists relative to the file's folder is meant so.
+        path: TOML file, or the name of one that moeify brings along; a path in it that exists relative to the file's folder is meant so.
         settings: "dotted.path=value" each, put in over what the file has; a value is TOML, or else a string as it stands. Entries of a
             list are named by their ``name`` or by number: "variant.relu.train.lr=1e-4".
         smoke: shrink every stage to seconds (`shrunk`): whether a recipe runs through, not what it gives.
@@ -338,7 +339,7 @@ def read_toml(path: str | Path, settings: Iterable[str], *, places: Iterable[tup
     """A TOML file with settings put in, paths made absolute.
 
     Args:
-        path: the file.
+        path: the file, or the name of one that moeify brings along (`builtin_recipe`), if there is no such file.
         settings: as in `read_recipe`.
         places: (table, key) of what may be a path relative to the file's folder.
 
@@ -347,9 +348,12 @@ def read_toml(path: str | Path, settings: Iterable[str], *, places: Iterable[tup
     """
     path = Path(path)
     try:
+        if not path.is_file():
+            path = builtin_recipe(path.as_posix()) or path
         raw: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError(f"cannot read the recipe '{path}': {error.strerror}.") from None
+        known = f"; built in are {', '.join(recipe_names())}" if isinstance(error, FileNotFoundError) else ""
+        raise ConfigError(f"cannot read the recipe '{path}': {error.strerror}{known}.") from None
     except ValueError as error:  # TOML's errors and those of the encoding
         raise ConfigError(f"'{path}' is not TOML: {error}") from None
     _make_absolute(raw, path.parent, places)

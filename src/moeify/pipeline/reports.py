@@ -8,7 +8,7 @@ from typing import Any
 
 from .._progress import NO_PROGRESS, Progress
 from ..errors import CheckpointError, ConfigError, DataError
-from ..evaluate import METRICS, AblationTable, Curve, ablation
+from ..evaluate import METRICS, AblationTable, Curve, CurvePoint, ablation
 from ..hf.load import load_model, read_calibration, read_manifest
 from ..hf.save import library_versions
 from ..manifest import Manifest
@@ -24,13 +24,16 @@ from ..report import (
     report_html,
 )
 from ..select import Rule
-from .measure import KnobRecord, calibrated_steps, calibration_of, own_rule, rules_of
+from .measure import KnobRecord, calibrated_steps, calibration_of, own_rule, rules_of, sweep_checkpoint
 from .names import torch_device, torch_dtype
 from .panels import CALIBRATED, PanelRequest, Panels, check_request, run_panels, write_panels
+from .preset import FRACTIONS
 
-_TOLD = ("data", "split", "column", "window", "tokens", "seed")
 REPORT_TARGETS = (0.25, 0.5, 0.75)
 """Active fractions at which a report shows executed experts, beside the calibrated rules."""
+SWEEP_TARGETS = (0.25, 0.4, 0.5, 0.6, 0.75, 0.9)
+"""Active fractions of the curve that a report measures where there is none, beside the checkpoint's own point."""
+_NEAR = 0.06
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +55,7 @@ def report_checkpoint(
     compare: Mapping[str, Path] | None = None,
     within: float | None = None,
     targets: Sequence[float] | None = None,
+    latency: bool = True,
     batch_size: int = 1,
     dtype: str = "float32",
     device: str = "cpu",
@@ -62,16 +66,19 @@ def report_checkpoint(
 
     Args:
         directory: converted or thinned checkpoint.
-        curve: ``curve.json`` of a sweep; None looks for one in the checkpoint's folder and beside it, and with a request does without.
+        curve: ``curve.json`` of a sweep; None looks for one in the checkpoint's folder and beside it. Where there is none, one is measured
+            on the request's data at `SWEEP_TARGETS`, into ``out``; points that it has are not measured again.
         out: folder for ``report.html``, ``report.md``, ``curve.png`` and ``curve.svg``; None means ``<directory>/report``. A request adds
             ``analysis.json`` and, by what it asks for, ``experts.png``, ``active.png``, ``tokens.html``, ``patches.png``.
-        request: data, text or image to run the checkpoint on; nothing by default, and nothing is loaded then.
+        request: data, text or image to run the checkpoint on; nothing by default, and nothing is loaded then. With data and no text a
+            model that reads texts shows what each token of `SAMPLE_TEXT` costs.
         compare: ``curve.json`` of other checkpoints by the name that the page gives them, of the same metric and batches: the page gets a
             table of all at equal cost, and at (nearly) equal quality, and ``compare.png``.
         within: what the latter may lose against this curve's dense model, in units of the metric; None: 0.01 where more is better, else 2 %
             of the dense model's.
         targets: stored active fractions (multiples of 0.05) and 1, to run the data at beside the checkpoint's own rules; None:
             `REPORT_TARGETS`.
+        latency: time the points of a curve that is measured here.
         batch_size: sequences per forward.
         dtype: of the weights, "float32", "bfloat16" or "float16".
         device: "cpu", "cuda" or "cuda:1".
@@ -90,7 +97,12 @@ def report_checkpoint(
     if targets is not None and request.data is None:
         raise ConfigError("--targets are the active fractions to run --data at; name the data.")
     calibration = calibration_of(directory, ScoreRecord)
-    measured = _curve_of(directory, curve, is_needed=not request or bool(compare))
+    out = out or directory / "report"
+    sweeps = request.data is not None
+    measured = _curve_of(directory, curve, *([] if sweeps else [out]), is_needed=not sweeps and (not request or bool(compare)))
+    sweeps = sweeps and measured is None
+    if sweeps and compare:
+        raise DataError("--compare needs a curve of the checkpoint on the same batches; moeify sweep writes one, --curve names one.")
     others = _comparable(measured, compare or {})
     if within is not None and not others:
         raise ConfigError("--within is what curves to --compare may lose; name at least one.")
@@ -101,7 +113,6 @@ def report_checkpoint(
         check_request(directory, request)
         if request.data is not None:
             settings = _panel_settings(directory, REPORT_TARGETS if targets is None else targets)
-    out = out or directory / "report"
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -109,10 +120,16 @@ def report_checkpoint(
     manifest = read_manifest(directory)
     drawn: dict[str, str] = {}
     sections, panels, table = "", Panels(), None
+    if sweeps:
+        assert request.data is not None
+        options: dict[str, Any] = {"batch_size": batch_size, "dtype": dtype, "device": device, "latency": latency, "progress": progress}
+        measured = sweep_checkpoint(directory, data=request.data, targets=SWEEP_TARGETS, out=out / "curve.json", **options)
+        drawn["curve"] = str(out / "curve.json")
     if request:
         model, processor = load_model(directory, dtype=kind, progress=progress)
         panels = run_panels(model.to(place), processor, request, settings, batch_size=batch_size, progress=progress)
-        drawn, sections = write_panels(panels, out, title=directory.name)
+        found, sections = write_panels(panels, out, title=directory.name, skips_channels=not manifest.sites)
+        drawn |= found
     files, page = {"html": str(out / "report.html"), "page": str(out / "report.md")}, f"# {directory.name}\n\n"
     if measured is not None:
         if draws := has_plots():  # the HTML page draws its own
@@ -142,6 +159,7 @@ def report_checkpoint(
         others=others,
         table=table,
         presets=manifest.presets,
+        suggested={} if manifest.presets or measured is None else _suggested(measured),
         experts=panels.experts,
         tokens=panels.tokens,
         text_costs=panels.text_costs,
@@ -214,25 +232,40 @@ def _facts(directory: Path, manifest: Manifest, calibration: Mapping[str, Any], 
         kept = {
             key: curve.extra[key] for key in ("data", "split", "column", "window", "tokens", "seed") if curve.extra.get(key) is not None
         }
+        facts["curve: of"] = Path(curve.model).name
         facts |= {f"curve: {key}": without_folders(str(value)) for key, value in kept.items()}
         facts |= {f"version of {name}": str(version) for name, version in (curve.extra.get("versions") or {}).items()}
     return facts | {f"report by {name}": version for name, version in library_versions().items()}
 
 
-def _curve_of(directory: Path, curve: Path | None, *, is_needed: bool) -> Curve | None:
-    """The curve that is named, or the one in the folder or, if it is of this checkpoint, beside it; None where there is none and none is
-    needed."""
+def _suggested(curve: Curve) -> dict[str, CurvePoint]:
+    """Points near those that `moeify preset` makes unless told otherwise."""
+    rule = (curve.extra.get("calibrated") or {}).get("rule")
+    points = [point for point in curve.points if point.rule == rule]
+    found = {}
+    for name, share in FRACTIONS.items():
+        away = [abs(point.active_fraction - share) for point in points]
+        if away and min(away) <= _NEAR:
+            found[name] = points[away.index(min(away))]
+    return found
+
+
+def _curve_of(directory: Path, curve: Path | None, *folders: Path, is_needed: bool) -> Curve | None:
+    """The curve that is named, or the one in the folder, one of ``folders`` or, if it is of this checkpoint, beside it; None where there is
+    none and none is needed."""
     if curve is not None:
         return Curve.read(curve)
     inside, beside = directory / "curve.json", directory.parent / "curve.json"
-    if inside.exists():
-        return Curve.read(inside)
+    if (found_at := next((path for folder in (directory, *folders) if (path := folder / "curve.json").exists()), None)) is not None:
+        return Curve.read(found_at)
     if beside.exists():
         found = Curve.read(beside)
         if Path(found.model).name == directory.resolve().name:
             return found
     if is_needed:
-        raise DataError(f"no such file: '{inside}', nor a curve of this checkpoint beside it; moeify sweep writes one, --curve names one.")
+        raise DataError(
+            f"no such file: '{inside}', nor a curve of this checkpoint beside it; moeify sweep or --data measures one, --curve names one."
+        )
     return None
 
 

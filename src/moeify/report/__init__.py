@@ -15,6 +15,7 @@ from .plots import plot_qualities as plot_qualities
 from .text import ablation_markdown as ablation_markdown
 from .text import cost_markdown as cost_markdown
 from .text import costliest_markdown as costliest_markdown
+from .text import curve_lines as curve_lines
 from .text import curve_markdown as curve_markdown
 from .text import experts_markdown as experts_markdown
 from .text import layers_markdown as layers_markdown

@@ -8,6 +8,7 @@ from markupsafe import Markup, escape
 
 _WIDTH, _HEIGHT = 640, 380
 _LEFT, _RIGHT, _TOP, _BOTTOM = 64, 16, 16, 46
+_SHADES = 6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,8 +43,7 @@ def chart(lines: Sequence[Line], *, x_label: str, y_label: str, level: float, le
         level: drawn as a dashed line across, such as the dense model's quality.
         level_name: its name.
         title: what a screen reader says in place of the picture.
-        lower: whether less is better; then what is beyond four times the distance of the third quarter of the points from the level is cut
-            off, with an arrow in its place.
+        lower: whether less is better; what is far worse than the level and than most points is cut off, with an arrow in its place.
 
     Returns:
         An ``<svg>`` element; everything from outside is escaped.
@@ -104,11 +104,15 @@ def strip(histogram: Sequence[int], mean: float, *, bins: int = 50) -> Markup:
     """
     step = len(histogram) // bins
     counts = [sum(histogram[i : i + step]) for i in range(0, len(histogram), step)]
-    most = max(counts)
+    most = math.log1p(max(counts))
+    shades: dict[int, list[int]] = {}
+    for i, count in enumerate(counts):
+        if count:
+            shades.setdefault(math.ceil(_SHADES * math.log1p(count) / most), []).append(i)
+    # One path a shade: a page has hundreds of strips, and must stay small.
     cells = "".join(
-        f'<rect x="{i}" width="1" height="10" fill-opacity="{0.12 + 0.88 * math.log1p(count) / math.log1p(most):.2f}"/>'
-        for i, count in enumerate(counts)
-        if count
+        f'<path fill-opacity="{0.12 + 0.88 * shade / _SHADES:.2f}" d="{"".join(f"M{i} 0h1v10h-1z" for i in places)}"/>'
+        for shade, places in sorted(shades.items())
     )
     bar = f'<rect class="mean" x="{round(bins * mean, 1) - 0.3}" width="0.6" height="10"/>'
     return Markup(f'<svg class="strip" viewBox="0 0 {bins} 10" preserveAspectRatio="none" aria-hidden="true">{cells}{bar}</svg>')
@@ -132,7 +136,7 @@ def pareto(points: Sequence[tuple[float, float]], *, lower: bool) -> list[bool]:
 def _bounds(values: Sequence[float], *, level: float, lower: bool) -> tuple[float, float]:
     """Ends of the axis: what is far off would press everything else together."""
     away = sorted(abs(value - level) for value in values)
-    reach = 4 * max(away[(3 * len(away)) // 4], 1e-3 * abs(level), 1e-9)
+    reach = max(6 * away[len(away) // 2], 0.5 * abs(level), 1e-9)
     low, high = min(values), max(values)
     if lower:
         high = min(high, level + reach)

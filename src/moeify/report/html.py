@@ -21,23 +21,23 @@ body { background: #fff; color: #111; font: 16px/2 system-ui, sans-serif; margin
 """
 
 
-def token_costs_html(tokens: Sequence[str], costs: TokenCosts, path: str | Path, *, title: str = "") -> None:
-    """Write a page with a text whose tokens are coloured by their cost in the MoE layers; each shows its number under the pointer.
+def token_costs_html(tokens: Sequence[str], costs: TokenCosts, path: str | Path, *, title: str = "", of: str = "MoE layers") -> None:
+    """Write a page with a text whose tokens are coloured by their cost in the sparse layers; each shows its number under the pointer.
 
     Args:
         tokens: the text of each position, in order; escaped here.
         costs: of one sequence of as many positions; padding is left out.
         path: .html file.
         title: above the text; escaped here.
+        of: which layers the costs are of; escaped here.
 
     Raises:
         DataError: another number of tokens, nothing but padding, or the file cannot be written.
     """
     spans, key = tokens_html(tokens, costs)
-    page = (
-        f'<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n<title>{html.escape(title)}</title>\n<style>{_STYLE}</style>\n'
-        f'<h1>{html.escape(title)}</h1>\n<p class="key">FLOPs of MoE layers / dense: {key}</p>\n<p class="tokens">{spans}</p>\n</html>\n'
-    )
+    head = f'<meta charset="utf-8">\n<title>{html.escape(title)}</title>\n<style>{_STYLE}</style>\n'
+    body = f'<p class="key">FLOPs of {html.escape(of)} / dense: {key}</p>\n<p class="tokens">{spans}</p>\n'
+    page = f'<!doctype html>\n<html lang="en">\n{head}<h1>{html.escape(title)}</h1>\n{body}</html>\n'
     try:
         Path(path).write_text(page, encoding="utf-8")
     except OSError as error:
@@ -53,18 +53,24 @@ def tokens_html(tokens: Sequence[str], costs: TokenCosts) -> tuple[Markup, Marku
     shares = [(token, share) for token, share in zip(tokens, token_shares(tokens, costs), strict=True) if not math.isnan(share)]
     if not shares:
         raise DataError("there is no token to show.")
-    low, high = min(share for _, share in shares), max(share for _, share in shares)
+    ordered = sorted(share for _, share in shares)
+    # A few tokens, such as the first, cost far more than all others, which should differ in colour, too.
+    cut = len(ordered) // 20
+    low, high = ordered[cut], ordered[-1 - cut]
     spans = "".join(
         f'<span style="background:{_color(share, low, high)}" title="{i}: {share:.3f}">{_shown(token)}</span>'
         for i, (token, share) in enumerate(shares)
     )
     steps = [low + (high - low) * i / 4 for i in range(5)]
-    key = "".join(f'<span style="background:{_color(step, low, high)}">{step:.3f}</span>' for step in steps)
+    signs = ["\u2264 " * (low > ordered[0]), "", "", "", "\u2265 " * (high < ordered[-1])]
+    key = "".join(
+        f'<span style="background:{_color(step, low, high)}">{sign}{step:.3f}</span>' for sign, step in zip(signs, steps, strict=True)
+    )
     return Markup(spans), Markup(key)
 
 
 def _color(share: float, low: float, high: float) -> str:
-    part = (share - low) / (high - low) if high > low else 0.0
+    part = min(max((share - low) / (high - low), 0.0), 1.0) if high > low else 0.0
     return "#" + "".join(f"{round(a + (b - a) * part):02x}" for a, b in zip(_LIGHT, _DARK, strict=True))
 
 

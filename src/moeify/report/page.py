@@ -20,9 +20,18 @@ from .text import PARTS, token_shares
 AXES = {
     "flops_fraction": "FLOPs of the whole model",
     "ffn_flops_fraction": "FLOPs of the FFNs, routers included",
+    "bytes_fraction": "bytes of weights that a decoded token reads",
+    "latency_fraction": "measured time",
     "active_fraction": "active fraction",
 }
-"""Costs of a curve's points, all shares of the dense model's; the first is shown first."""
+_SWITCH = {
+    "flops_fraction": "FLOPs",
+    "ffn_flops_fraction": "FLOPs of the FFNs",
+    "bytes_fraction": "bytes a token",
+    "latency_fraction": "time",
+}
+"""Costs of a curve's points, all shares of the dense model's; the first is shown first, and what no point has is not shown."""
+_SHARES = ("active_fraction", "ffn_flops_fraction", "flops_fraction", "bytes_fraction", "latency_fraction")
 MOST_BYTES = 2 << 20
 """A page is refused beyond this: pictures are the only thing that could make it so large."""
 
@@ -45,8 +54,10 @@ class Report:
     """All of them at equal cost."""
     presets: Sequence[Preset] = ()
     """The checkpoint's named operating points."""
+    suggested: Mapping[str, CurvePoint] = field(default_factory=dict)
+    """Of a checkpoint without presets: points of the curve that are near those which `moeify preset` would make, by name."""
     experts: ExecutedExperts | None = None
-    """Which experts ran, by setting and layer."""
+    """Which experts ran, by setting and layer; of a model that skips channels which of these were kept, by part of each block."""
     tokens: Sequence[str] | None = None
     """A text, one piece for each position."""
     text_costs: TokenCosts | None = None
@@ -139,6 +150,8 @@ def _tiles(report: Report) -> list[tuple[str, str]]:
     ]
     if fastest := min((p for p in report.presets if p.latency_fraction), key=lambda p: p.latency_fraction or 1.0, default=None):
         tiles.append((f"{1 / (fastest.latency_fraction or 1.0):.2f}\u00d7", f"the dense speed with preset {fastest.name}, measured"))
+    elif point.latency_fraction:
+        tiles.append((f"{1 / point.latency_fraction:.2f}\u00d7", "the dense speed, measured"))
     return tiles
 
 
@@ -154,7 +167,8 @@ def _axes(report: Report) -> list[dict[str, Any]]:
         lines = []
         for label, one in {report.title: curve, **report.others}.items():
             for rule in dict.fromkeys(point.rule for point in one.points):
-                points = sorted((p for p in one.points if p.rule == rule and math.isfinite(p.quality)), key=lambda p: getattr(p, attribute))
+                points = [p for p in one.points if p.rule == rule and math.isfinite(p.quality) and getattr(p, attribute) is not None]
+                points.sort(key=lambda p: float(getattr(p, attribute)))
                 best = pareto([(getattr(p, attribute), p.quality) for p in points], lower=lower)
                 marks = tuple(
                     Mark(x=getattr(p, attribute), y=p.quality, text=_said(p, curve, is_own=p == own), is_best=good)
@@ -162,10 +176,11 @@ def _axes(report: Report) -> list[dict[str, Any]]:
                 )
                 if marks:
                     lines.append(Line(name=f"{label}, {rule}", marks=marks))
-        if named := _preset_marks(report, curve.metric, attribute):
-            lines.append(Line(name="presets", marks=tuple(Mark(x=x, y=y, text=text) for x, y, text in named), shape="diamond"))
         if not lines:
             continue
+        if named := _preset_marks(report, curve, attribute):
+            label = "presets" if report.presets else "near what moeify preset makes"
+            lines.append(Line(name=label, marks=tuple(Mark(x=x, y=y, text=text) for x, y, text in named), shape="diamond"))
         title = f"{_words(curve.metric)} against {name}; the table below has the numbers"
         svg = chart(
             lines,
@@ -178,24 +193,45 @@ def _axes(report: Report) -> list[dict[str, Any]]:
         )
         better = "Less" if lower else "More"
         caption = f"{better} is better. Filled: no other point of its line is cheaper and as good."
-        found.append({"name": name, "svg": svg, "caption": caption, "legend": [(line.name, line.shape) for line in lines]})
+        if attribute == "latency_fraction" and (places := dict.fromkeys(p.machine for p in curve.points if p.machine)):
+            caption += f" Timed on {'; '.join(places)}."
+        found.append(
+            {
+                "name": name,
+                "short": _SWITCH.get(attribute, name),
+                "svg": svg,
+                "caption": caption,
+                "legend": [(line.name, line.shape) for line in lines],
+            }
+        )
     return found
 
 
-def _preset_marks(report: Report, metric: str, attribute: str) -> list[tuple[float, float, str]]:
-    marks = []
+def _preset_marks(report: Report, curve: Curve, attribute: str) -> list[tuple[float, float, str]]:
+    """Cost, height and name. A preset that was measured on other batches stands as far from this dense model as from its own."""
+    marks: list[tuple[float, float, str]] = []
+    metric, dense = curve.metric, curve.dense.quality
     for preset in report.presets:
-        x = getattr(preset, attribute)
-        if preset.metric == metric and preset.quality is not None and math.isfinite(preset.quality) and x is not None:
-            marks.append((x, preset.quality, f"{preset.name}: {_words(metric)} {preset.quality:.4g} at {_percent(x)}"))
+        x, quality = getattr(preset, attribute), preset.quality
+        if preset.metric != metric or quality is None or not math.isfinite(quality) or x is None:
+            continue
+        text, own = f"{preset.name}: {_words(metric)} {quality:.4g} at {_percent(x)}", preset.dense_quality
+        if own is not None and math.isfinite(own) and own > 0 and not math.isclose(own, dense, rel_tol=1e-6):
+            text += f", measured where dense has {own:.4g}"
+            quality = quality * dense / own if METRICS[metric].lower_is_better else quality + dense - own
+        marks.append((x, quality, text))
+    for name, point in report.suggested.items():
+        if (x := getattr(point, attribute)) is not None and math.isfinite(point.quality):
+            marks.append((x, point.quality, f"{name}: {_words(metric)} {point.quality:.4g} at {_percent(x)}"))
     return marks
 
 
 def _said(point: CurvePoint, curve: Curve, *, is_own: bool) -> str:
     own = ", the checkpoint's own" if is_own else ""
+    timed = "" if point.latency_fraction is None else f", {_percent(point.latency_fraction)} of the time"
     return (
         f"{point.rule} {point.value:.4g}{own}: {_words(curve.metric)} {point.quality:.4g}, {_percent(point.flops_fraction)} of all FLOPs,"
-        f" {_percent(point.ffn_flops_fraction)} of the FFNs', {_percent(point.active_fraction)} active"
+        f" {_percent(point.ffn_flops_fraction)} of the FFNs', {_percent(point.active_fraction)} active{timed}"
     )
 
 
@@ -208,8 +244,8 @@ def _sections(report: Report) -> list[_Section | None]:
         _presets(report.presets),
         _compared(report.table),
         _parts(report.curve),
-        _experts(report.experts),
-        _text(report.tokens, report.text_costs),
+        _experts(report.experts, skips_channels=report.skips_channels),
+        _text(report.tokens, report.text_costs, skips_channels=report.skips_channels),
         _image(report.patches),
         *(_numbers(title, rows) for title, rows in report.layers.items()),
         _environment(report),
@@ -220,13 +256,13 @@ def _points(curve: Curve | None) -> _Section | None:
     if curve is None or not curve.points:
         return None
     own = curve.calibrated_point()
-    header = ["rule", "knob", "active", "FFN FLOPs", "all FLOPs", _words(curve.metric), "over dense", "KL, nats"]
+    header = ["rule", "knob", "active", "FFN FLOPs", "all FLOPs", "bytes a token", "time", _words(curve.metric), "over dense", "KL, nats"]
     rows = [
         _Row(
             cells=[
                 point.rule,
                 f"{point.value:.4g}",
-                *(_percent(getattr(point, name)) for name in ("active_fraction", "ffn_flops_fraction", "flops_fraction")),
+                *(_percent(getattr(point, name)) for name in _SHARES),
                 f"{point.quality:.4g}",
                 f"{point.quality_ratio:.4f}",
                 "" if point.kl is None else f"{point.kl:.4f}",
@@ -235,7 +271,8 @@ def _points(curve: Curve | None) -> _Section | None:
         )
         for point in sorted(curve.points, key=lambda p: p.flops_fraction)
     ]
-    rows.append(_Row(cells=["dense", "", "100.0 %", "100.0 %", "100.0 %", f"{curve.dense.quality:.4g}", "1.0000", ""]))
+    dense = ["100.0 %" if any(getattr(point, name) is not None for point in curve.points) else "" for name in _SHARES]
+    rows.append(_Row(cells=["dense", "", *dense, f"{curve.dense.quality:.4g}", "1.0000", ""]))
     caption = "Every measured point; in bold the checkpoint's own rules. Shares are of the dense model."
     return _Section(id="points", title="The points", tables=[_Table(caption=caption, header=header, rows=rows).without_empty()])
 
@@ -282,13 +319,18 @@ def _parts(curve: Curve | None) -> _Section | None:
     own = None if point is None else curve.cost_by_part(point)
     shown = {label: key for label, key in PARTS.items() if key in dense}
     header = ["part", "dense", *([] if own is None else ["calibrated"])]
-    rows = [_Row(cells=[label, *(f"{one[key] / 1e6:.3f}" for one in (dense, own) if one is not None)]) for label, key in shown.items()]
+    columns = [dense] if own is None else [dense, own]
+    if any(one["experts"] for one in columns):
+        shown = {label: key for label, key in shown.items() if any(one[key] for one in columns)}
+    else:  # nothing was converted; what skips channels is an FFN as it was
+        shown = {label.partition(" not")[0]: key for label, key in shown.items() if any(one[key] for one in columns)}
+    rows = [_Row(cells=[label, *(f"{one[key] / 1e6:.3f}" for one in columns)]) for label, key in shown.items()]
     rows.append(_Row(cells=["all", *(f"{sum(one.values()) / 1e6:.3f}" for one in (dense, own) if one is not None)], is_own=True))
     table = _Table(caption="Millions of FLOPs a token; a multiplication and an addition are two.", header=header, rows=rows)
     return _Section(id="parts", title="Where the FLOPs are", tables=[table])
 
 
-def _experts(experts: ExecutedExperts | None) -> _Section | None:
+def _experts(experts: ExecutedExperts | None, *, skips_channels: bool) -> _Section | None:
     if experts is None:
         return None
     from .chart import strip
@@ -305,19 +347,21 @@ def _experts(experts: ExecutedExperts | None) -> _Section | None:
             )
             for name, found in layers.items()
         ]
-        header = ["layer", "tokens by executed share, 0 to 100 %", "mean", "5 % of tokens below", "median", "95 % below"]
+        share = "kept" if skips_channels else "executed"
+        header = ["layer", f"tokens by {share} share, 0 to 100 %", "mean", "5 % of tokens below", "median", "95 % below"]
         tables.append(_Table(caption=f"Setting: {label}", header=header, rows=rows, pictures=header[1:2]))
-    text = (
-        "A strip has all tokens of a layer by the share of its neurons that they execute, darker where there are more; the bar is the mean."
-    )
-    return _Section(id="experts", title="Executed experts by layer", texts=[text], tables=tables)
+    of = "input channels that they keep, weighed by parameters" if skips_channels else "neurons that they execute"
+    text = f"A strip has all tokens of a layer by the share of its {of}, darker where there are more; the bar is the mean."
+    title = "Kept channels by layer" if skips_channels else "Executed experts by layer"
+    return _Section(id="experts", title=title, texts=[text], tables=tables)
 
 
-def _text(tokens: Sequence[str] | None, costs: TokenCosts | None) -> _Section | None:
+def _text(tokens: Sequence[str] | None, costs: TokenCosts | None, *, skips_channels: bool) -> _Section | None:
     if tokens is None or costs is None:
         return None
     painted, scale = tokens_html(tokens, costs)
-    text = "Each token by the FLOPs of its MoE layers, a share of the dense FFNs'; the number is under the pointer, the dearest are below."
+    of = "linear layers that skip channels, a share of the dense ones'" if skips_channels else "MoE layers, a share of the dense FFNs'"
+    text = f"Each token by the FLOPs of its {of}; the number is under the pointer, the dearest are below."
     shares = [(i, share) for i, share in enumerate(token_shares(tokens, costs)) if not math.isnan(share)]
     dearest = sorted(shares, key=lambda found: -found[1])[:10]
     rows = [_Row(cells=[str(i), json.dumps(tokens[i], ensure_ascii=False), f"{share:.3f}"]) for i, share in dearest]
@@ -332,7 +376,7 @@ def _image(picture: Path | None) -> _Section | None:
         data = base64.b64encode(picture.read_bytes()).decode()
     except OSError as error:
         raise CheckpointError(f"cannot read '{picture}': {error.strerror}.") from error
-    alt = "The image as the model got it, and beside it its patches coloured by the FLOPs of their MoE layers"
+    alt = "The image as the model got it, and beside it its patches coloured by the FLOPs of their sparse layers"
     return _Section(id="image", title="What each patch of an image costs", picture=data, alt=alt)
 
 

@@ -17,11 +17,17 @@ from ..evaluate import BINS, METRICS, Curve, CurvePoint, Distribution, ExecutedE
 FORMATS = (".png", ".svg", ".pdf")
 
 _FFN_FLOPS = "FFN FLOPs / dense (routers included)"
-_TOKEN_FLOPS = "FLOPs of MoE layers / dense"
+_TOKEN_FLOPS = "FLOPs of the sparse layers / dense"
 _HEAT, _MARK = "YlGnBu", "tab:red"  # light where there is nothing; even steps of lightness, so that it reads in grey, too
 _PANELS_ABREAST, _MOST_ROWS = 4, 36
 _VALUES_A_BIN, _MERGED_BINS = 3, (1, 2, 4, 5, 10)
 _ALL_FLOPS = "all FLOPs / dense"
+_COSTS = {
+    "ffn_flops_fraction": _FFN_FLOPS,
+    "flops_fraction": _ALL_FLOPS,
+    "bytes_fraction": "bytes that a decoded token reads / dense",
+    "latency_fraction": "measured time / dense",
+}
 _QUALITY = {
     "perplexity": "perplexity / dense (lower is better)",
     "pseudo_perplexity": "pseudo-perplexity / dense (lower is better)",
@@ -31,7 +37,8 @@ _QUALITY = {
 
 
 def plot_curve(curve: Curve | Mapping[str, Curve], path: str | Path, *, max_ratio: float = 2.0) -> None:
-    """Quality ratio against FFN FLOPs and against all FLOPs, side by side, with the dense model and the calibrated points marked.
+    """Quality ratio against FFN FLOPs and all FLOPs, and where points have them bytes and time, side by side, with the dense model and the
+    calibrated points marked.
 
     Args:
         curve: one curve, or several by the name that the legend shows; a curve with several rules becomes one line per rule.
@@ -42,14 +49,16 @@ def plot_curve(curve: Curve | Mapping[str, Curve], path: str | Path, *, max_rati
         DataError: unknown extension, no point, matplotlib missing, or the file cannot be written.
     """
     curves = {"": curve} if isinstance(curve, Curve) else dict(curve)
-    with _figure(path, size=(10, 4)) as figure:
+    costs = {
+        attribute: label
+        for attribute, label in _COSTS.items()
+        if any(getattr(point, attribute) is not None for one in curves.values() for point in one.points)
+    }
+    with _figure(path, size=(5 * max(2, len(costs)), 4)) as figure:
         if not any(one.points for one in curves.values()):
             raise DataError("the curve has no point to plot; moeify sweep measures them.")
-        panels = figure.subplots(1, 2, sharey=True)
-        for axes, attribute, label in (
-            (panels[0], "ffn_flops_fraction", _FFN_FLOPS),
-            (panels[1], "flops_fraction", _ALL_FLOPS),
-        ):
+        panels = figure.subplots(1, len(costs), sharey=True)
+        for axes, (attribute, label) in zip(panels, costs.items(), strict=True):
             for name, one in curves.items():
                 _draw(axes, one, attribute, name)
             axes.plot(1.0, 1.0, marker="s", linestyle="none", color="black", label="dense")
@@ -149,7 +158,12 @@ def plot_nonzeros(counts: Mapping[str, Sequence[float]], path: str | Path, *, ti
 
 
 def plot_executed_experts(
-    experts: ExecutedExperts | Mapping[str, ExecutedExperts], path: str | Path, *, settings: Sequence[str] | None = None, title: str = ""
+    experts: ExecutedExperts | Mapping[str, ExecutedExperts],
+    path: str | Path,
+    *,
+    settings: Sequence[str] | None = None,
+    title: str = "",
+    what: str = "executed experts",
 ) -> None:
     """Heat-maps of how many experts tokens execute: a row for each layer, the first one on top, and the executed share along x.
 
@@ -162,6 +176,7 @@ def plot_executed_experts(
         path: .png, .svg or .pdf file.
         settings: labels of the settings to draw, in this order; None: all that every model has.
         title: above the plot.
+        what: is counted; stands at the axis.
 
     Raises:
         DataError: as `plot_curve`; also no model, a setting that a model lacks, or none in common.
@@ -203,7 +218,7 @@ def plot_executed_experts(
         for axes in axes_list[len(panels) :]:
             axes.set_visible(False)
         for axes in axes_list[max(0, len(panels) - columns) : len(panels)]:
-            axes.set_xlabel("executed experts / all")
+            axes.set_xlabel(f"{what} / all")
             axes.tick_params(labelbottom=True)
         for axes in axes_list[::columns]:
             axes.set_ylabel("layer")
@@ -397,7 +412,8 @@ def _is_lower_better(metric: str) -> bool:
 def _draw(axes: Any, curve: Curve, attribute: str, name: str) -> None:
     calibrated = curve.calibrated_point()
     for rule in dict.fromkeys(point.rule for point in curve.points):
-        points = sorted((p for p in curve.points if p.rule == rule), key=lambda p: float(getattr(p, attribute)))
+        points = [p for p in curve.points if p.rule == rule and getattr(p, attribute) is not None]
+        points.sort(key=lambda p: float(getattr(p, attribute)))
         (line,) = axes.plot(*_xy(points, attribute), marker="o", markersize=4, label=" ".join(filter(None, (name, rule))))
         if calibrated in points:
             axes.plot(

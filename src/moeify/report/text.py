@@ -10,7 +10,9 @@ from ..errors import DataError
 from ..evaluate import METRICS, AblationTable, Curve, CurvePoint, ExecutedExperts, NonzeroActivations, TokenCosts, on_line
 
 _MARKUP = re.compile(r"([\\`*_\[\]<>&|~])")
-_HEADER = ("rule", "knob", "active", "FFN FLOPs", "all FLOPs", "{metric}", "ratio", "KL")
+_HEADER = ("rule", "knob", "active", "FFN FLOPs", "all FLOPs", "bytes", "time", "{metric}", "ratio", "KL")
+_SHARES = ("active_fraction", "ffn_flops_fraction", "flops_fraction", "bytes_fraction", "latency_fraction")
+_SHORT = {"FFN FLOPs": "FFN", "all FLOPs": "FLOPs"}
 PARTS = {
     "experts": "experts",
     "routers": "router",
@@ -26,10 +28,23 @@ PARTS = {
 
 def curve_markdown(curve: Curve) -> str:
     """The curve as a markdown table, one line per point, cheapest first, the dense model last; the calibrated point in bold."""
-    header = _header(curve)
+    header, rows = _curve_table(curve)
     lines = [_markdown_row(header), _markdown_row(["---", *["---:"] * (len(header) - 1)])]
-    lines += [_markdown_row([f"**{cell}**" if marked and cell else cell for cell in cells]) for cells, marked in _rows(curve)]
+    lines += [_markdown_row([f"**{cell}**" if marked and cell else cell for cell in cells]) for cells, marked in rows]
     return "\n".join(lines) + "\n"
+
+
+def curve_lines(curve: Curve) -> list[str]:
+    """The same for a terminal: numbers aligned to the right, at most 80 wide with names of rules and metrics of today; the calibrated point
+    has a star."""
+    header, rows = _curve_table(curve)
+    shown = [name != "ratio" for name in header]  # which quality and the last line tell
+    table = [[_SHORT.get(name, name) for name in header]]
+    table += [[cell.replace(" %", "%") for cell in [f"{cells[0]}*" if marked else cells[0], *cells[1:]]] for cells, marked in rows]
+    table = [[cell for cell, is_shown in zip(row, shown, strict=True) if is_shown] for row in table]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in table]
+    return [*lines, *(["* the checkpoint's own rules; shares are of the dense model"] if any(marked for _, marked in rows) else [])]
 
 
 def cost_markdown(curve: Curve) -> str:
@@ -223,22 +238,22 @@ def _aligned(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([lines[0], rule, *lines[1:]]) + "\n"
 
 
-def _header(curve: Curve) -> list[str]:
-    return [name.format(metric=curve.metric) for name in _HEADER]
-
-
-def _rows(curve: Curve) -> list[tuple[list[str], bool]]:
-    """(cells, whether it is the calibrated point)."""
+def _curve_table(curve: Curve) -> tuple[list[str], list[tuple[list[str], bool]]]:
+    """Header, and of each row its cells and whether it is the calibrated point; without bytes and time where no point has them."""
     calibrated = curve.calibrated_point()
     rows = [(_cells(point), point == calibrated) for point in sorted(curve.points, key=lambda p: p.ffn_flops_fraction)]
-    return [*rows, (["dense", "", "100.0 %", "100.0 %", "100.0 %", f"{curve.dense.quality:.4g}", "1.0000", ""], False)]
+    rows.append((["dense", "", *["100.0 %"] * len(_SHARES), f"{curve.dense.quality:.4g}", "1.0000", ""], False))
+    has = {"bytes": "bytes_fraction", "time": "latency_fraction"}
+    kept = [name not in has or any(getattr(point, has[name]) is not None for point in curve.points) for name in _HEADER]
+    header = [name.format(metric=curve.metric) for name, is_kept in zip(_HEADER, kept, strict=True) if is_kept]
+    return header, [([cell for cell, is_kept in zip(cells, kept, strict=True) if is_kept], marked) for cells, marked in rows]
 
 
 def _cells(point: CurvePoint) -> list[str]:
     return [
         point.rule,
         f"{point.value:.4g}",
-        *(f"{100 * share:.1f} %" for share in (point.active_fraction, point.ffn_flops_fraction, point.flops_fraction)),
+        *("" if (share := getattr(point, name)) is None else f"{100 * share:.1f} %" for name in _SHARES),
         f"{point.quality:.4g}",
         f"{point.quality_ratio:.4f}",
         "" if point.kl is None else f"{point.kl:.4f}",

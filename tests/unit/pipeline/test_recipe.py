@@ -7,6 +7,7 @@ import pytest
 
 from moeify._config import from_dict, to_dict
 from moeify.errors import ConfigError
+from moeify.pipeline.pretrain_recipe import read_pretrain
 from moeify.pipeline.recipe import RecipeConfig, merged, read_recipe, shrunk
 from moeify.select import DynKMass, Threshold, TopK
 from moeify.train.loop import TrainConfig
@@ -160,7 +161,7 @@ def test_bad_files_are_refused(tmp_path, text, message):
 
 
 def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(ConfigError, match=r"cannot read the recipe '.*none.toml': No such file"):
+    with pytest.raises(ConfigError, match=r"cannot read the recipe '.*none.toml': No such file.*; built in are .*gpt_pydoc.*pretrain/gpt"):
         read_recipe(tmp_path / "none.toml")
 
 
@@ -229,3 +230,11 @@ def test_a_committed_result_is_of_its_recipe_as_it_is(path):
     stored = from_dict(RecipeConfig, json.loads(path.read_text())["config"])
     recipe = read_recipe(ROOT / f"recipes/{path.stem}.toml")
     assert without_sources(to_dict(stored)) == without_sources(to_dict(recipe))
+
+
+@pytest.mark.parametrize("name", ["gpt_pydoc", "recipes/gpt_pydoc.toml"])
+def test_recipes_that_moeify_brings_along_are_found_by_name_from_anywhere(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "gpt_pydoc").mkdir()  # what a recipe leaves is no recipe
+    assert read_recipe(name) == read_recipe(ROOT / "recipes" / "gpt_pydoc.toml")
+    assert read_pretrain("gpt").name == read_pretrain(ROOT / "recipes" / "pretrain" / "gpt.toml").name

@@ -1,8 +1,12 @@
 """The report's page: whole, escaped, offline, readable; in a browser where there is one."""
 
+import html
+import json
 import re
 import shutil
 import subprocess
+import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
@@ -51,7 +55,8 @@ def read(text):
 def point(value, active, ratio, *, rule="topk"):
     return CurvePoint(
         rule=rule, value=value, active_fraction=active, ffn_flops_fraction=active + 0.05, flops_fraction=0.3 + 0.7 * active,
-        quality=8 * ratio, quality_ratio=ratio, kl=0.01,
+        quality=8 * ratio, quality_ratio=ratio, kl=0.01, bytes_fraction=0.4 + 0.6 * active, latency_fraction=0.5 + 0.5 * active,
+        machine="a machine",
     )  # fmt: skip
 
 
@@ -178,6 +183,37 @@ def test_colours_have_contrast_in_light_and_dark():
             assert contrast(colours[f"c{i}"], colours["paper"]) >= 3  # WCAG 2.1, 1.4.11: parts of pictures
 
 
+def test_axes_are_those_that_points_have():
+    text = report_html(Report(title="moe", curve=curve()))
+    for name in ("FLOPs", "FLOPs of the FFNs", "bytes a token", "time", "active fraction"):
+        assert f">{name}</label>" in text
+    assert "Timed on a machine." in text
+    bare = tuple(replace(one, bytes_fraction=None, latency_fraction=None, machine=None) for one in curve().points)
+    text = report_html(Report(title="moe", curve=replace(curve(), points=bare)))
+    assert text.count("</label>") == 3
+    assert "bytes a token" not in text and ">time<" not in text
+
+
+def test_presets_stand_as_far_from_dense_as_they_were_measured():
+    def height(preset):
+        page = report_html(Report(title="moe", curve=curve(), presets=(preset,)))
+        return float(re.search(r'<path class="mark c1 d1" d="M[\d.]+ ([\d.]+)l7', page).group(1))
+
+    def preset(quality, dense):
+        fields = {"rules": {"a": TopK(k=8)}, "active_fraction": 0.5, "metric": "perplexity", "flops_fraction": 0.65}
+        return Preset(name="p", quality=quality, dense_quality=dense, **fields)
+
+    assert height(preset(16.32, 16.0)) == height(preset(8.16, 8.0)) == height(preset(8.16, None))
+    assert height(preset(17.0, 16.0)) < height(preset(16.32, 16.0)), "worse is higher"
+    assert "measured where dense has 16" in report_html(Report(title="moe", curve=curve(), presets=(preset(17.0, 16.0),)))
+
+
+def test_points_near_presets_are_marked_where_there_are_none():
+    own = curve()
+    text = report_html(Report(title="moe", curve=own, suggested={"balanced": own.points[1]}))
+    assert "near what moeify preset makes" in text and ">balanced</text>" in text
+
+
 def test_pareto_front_by_hand():
     points = [(0.2, 9.0), (0.3, 8.5), (0.4, 8.6), (0.5, 8.5), (0.6, 8.0), (0.6, 8.0)]
     assert pareto(points, lower=True) == [True, True, False, False, True, True]
@@ -196,6 +232,12 @@ def test_far_points_are_cut_off_with_an_arrow():
     assert "l-5 -9h10z" in svg, "beyond the lower end it points down"
 
 
+def test_without_jinja_the_error_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    with pytest.raises(DataError, match=r"the page needs Jinja2; pip install 'moeify\[report\]'"):
+        report_html(Report(title="moe"))
+
+
 def test_pages_beyond_two_megabytes_are_refused(tmp_path):
     (tmp_path / "patches.png").write_bytes(bytes(2 << 20))
     with pytest.raises(DataError, match="more than 2; give a shorter --text or a smaller --image"):
@@ -205,23 +247,70 @@ def test_pages_beyond_two_megabytes_are_refused(tmp_path):
 BROWSER = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
 
 
+PROBE = """
+<script>
+const found = { problems: [] };
+const heads = [...document.querySelectorAll("section[aria-labelledby=points] th button")];
+const knob = heads.find(b => b.textContent === "knob");
+const first = () => document.querySelector("section[aria-labelledby=points] tbody tr").cells[1].textContent;
+knob.click(); found.up = first(); knob.click(); found.down = first();
+found.fits = document.documentElement.scrollWidth <= window.innerWidth;
+found.hacked = typeof hacked;
+
+// The switch: one chart at a time, by the radio buttons, each of which the keyboard reaches and a label names.
+const radios = [...document.querySelectorAll("input[type=radio]")], figures = [...document.querySelectorAll(".charts > figure")];
+found.switches = radios.map((radio, i) => {
+  radio.labels[0].click();
+  return radio.tabIndex === 0 && radio.labels[0].textContent !== "" && figures.every((f, j) => (f.offsetParent !== null) === (i === j));
+});
+
+// Names of what can be used or seen, as a screen reader asks for them.
+for (const one of document.querySelectorAll("button, a, input, [role], [tabindex]")) {
+  const name = one.getAttribute("aria-label") || (one.labels && one.labels[0] && one.labels[0].textContent) || one.textContent;
+  if (!name.trim()) found.problems.push("no name: " + one.outerHTML.slice(0, 80));
+}
+for (const one of document.querySelectorAll("section")) {
+  if (!document.getElementById(one.getAttribute("aria-labelledby"))) found.problems.push("a section without a name");
+}
+
+// Contrast of every text with what is behind it: 4.5 : 1, WCAG 2.1, 1.4.3.
+const rgb = text => text.match(/[\\d.]+/g).map(Number);
+const light = color => rgb(color).slice(0, 3).map(c => c / 255).map(c => c <= 0.03928 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4)
+  .reduce((sum, c, i) => sum + c * [0.2126, 0.7152, 0.0722][i], 0);
+const behind = one => {
+  for (; one; one = one.parentElement) { const c = getComputedStyle(one).backgroundColor; if (!(rgb(c)[3] === 0)) return c; }
+  return "rgb(255, 255, 255)";
+};
+let texts = 0;
+const walk = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+while (walk.nextNode()) {
+  const one = walk.currentNode.parentElement;
+  if (!walk.currentNode.data.trim() || one.closest("script, title")) continue;
+  const style = getComputedStyle(one), own = light(one.closest("svg") ? style.fill : style.color);
+  const [a, b] = [own, light(behind(one))].sort((x, y) => y - x), contrast = (a + 0.05) / (b + 0.05);
+  texts++;
+  if (contrast < 4.5) found.problems.push("contrast " + contrast.toFixed(1) + ": " + walk.currentNode.data.slice(0, 40));
+}
+found.texts = texts;
+found.dark = light(getComputedStyle(document.body).backgroundColor) < 0.1;
+document.body.insertAdjacentHTML("beforeend", "<pre id=found></pre>");
+document.getElementById("found").textContent = JSON.stringify(found);
+</script>"""
+
+
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine")
-def test_a_browser_runs_the_page_sorts_a_table_and_stays_within_a_phone(tmp_path):
-    probe = """
-    <script>
-    const heads = [...document.querySelectorAll("#points ~ * th button, section[aria-labelledby=points] th button")];
-    heads.find(b => b.textContent === "knob").click();
-    const first = () => document.querySelector("section[aria-labelledby=points] tbody tr").cells[1].textContent;
-    const up = first(); heads.find(b => b.textContent === "knob").click();
-    document.title = JSON.stringify([up, first(), document.documentElement.scrollWidth <= window.innerWidth, typeof hacked]);
-    </script>"""
+@pytest.mark.parametrize("is_dark", [False, True], ids=["light", "dark"])
+def test_a_browser_runs_the_page_with_contrast_and_names_within_a_phone(tmp_path, is_dark):
     page = tmp_path / "page.html"
     hostile = "<script>hacked=1</script>"
     text = report_html(report(title=hostile, tokens=(hostile, "b", "c")))
-    page.write_text(text.replace("</body>", f"{probe}</body>"), encoding="utf-8")
+    page.write_text(text.replace("</body>", f"{PROBE}</body>"), encoding="utf-8")
     options = ["--headless", "--no-sandbox", "--disable-gpu", "--window-size=500,900", "--virtual-time-budget=2000", "--dump-dom"]
-    found = subprocess.run(
-        [BROWSER, *options, f"--user-data-dir={tmp_path / 'profile'}", page.as_uri()], capture_output=True, text=True, timeout=120
-    )
-    title = re.search(r"<title>(.*?)</title>", found.stdout).group(1)
-    assert title.replace("&quot;", '"') == '["8","32",true,"undefined"]'
+    options += [f"--blink-settings=preferredColorScheme={0 if is_dark else 1}", f"--user-data-dir={tmp_path / 'profile'}"]
+    done = subprocess.run([BROWSER, *options, page.as_uri()], capture_output=True, text=True, timeout=120)
+    found = json.loads(html.unescape(re.search(r'<pre id="found">(.*?)</pre>', done.stdout, flags=re.DOTALL).group(1)))
+    assert found["problems"] == []
+    assert (found["up"], found["down"], found["fits"], found["hacked"]) == ("8", "32", True, "undefined")
+    assert found["switches"] == [True] * 5
+    assert found["dark"] == is_dark
+    assert found["texts"] > 100

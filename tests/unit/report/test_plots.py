@@ -60,6 +60,13 @@ def test_plot_curve_marks_dense_calibrated_and_each_rule(tmp_path):
     labels = (tmp_path / "a.svg").read_text()
     for label in ("norm dynk_max", "norm topk", "mlp topk", "dense", "calibrated", "FFN FLOPs / dense", "all FLOPs / dense"):
         assert f"<!-- {label}" in labels
+    assert "measured time" not in labels
+
+
+def test_plot_curve_has_bytes_and_time_where_points_have_them(tmp_path):
+    points = [replace(_point("topk", share, 1.1), bytes_fraction=share, latency_fraction=share) for share in (0.4, 0.6)]
+    plot_curve(_curve(*points, _point("topk", 0.8, 1.0)), tmp_path / "a.svg")
+    assert {"bytes that a decoded token reads / dense", "measured time / dense"} <= set(_texts(tmp_path / "a.svg"))
 
 
 def test_plot_curve_with_bad_arguments_says_what_to_do(tmp_path, monkeypatch):
@@ -186,7 +193,7 @@ def test_plot_patch_costs_puts_the_class_token_beside_the_patches(tmp_path):
     costs, pixels = _costs(positions=7, grid=(2, 3)), [torch.rand(8, 12).tolist()]
     plot_patch_costs(costs, pixels, tmp_path / "a.svg")
     texts = _texts(tmp_path / "a.svg")
-    for text in ("image", "cost of patches (class token 0.25)", "FLOPs of MoE layers / dense"):
+    for text in ("image", "cost of patches (class token 0.25)", "FLOPs of the sparse layers / dense"):
         assert text in texts
     plot_patch_costs(_costs(positions=6, grid=(2, 3)), pixels, tmp_path / "b.svg")
     assert "cost of patches" in _texts(tmp_path / "b.svg")
