@@ -51,7 +51,7 @@ SMALLER = {
     "--latency-tokens": "1",
 }
 """Every command that has one of these options gets it with this value."""
-MORE = {"sweep": ("--targets", "0.5,1"), "preset": ("--no-latency",)}
+MORE = {"sweep": ("--targets", "0.5,1"), "preset": ("--no-latency",), "report": ("--no-latency",)}
 """What some get beside."""
 NEEDS = {"--window": "--data", "--max-tokens": "--data", "--projection-epochs": "--attention", "--projection-tokens": "--attention"}
 NEEDS |= {name: name for name in ("--steps", "--batch-tokens", "--batch-sequences", "--device", "--limit", "--latency-tokens")}
@@ -166,6 +166,8 @@ def run_in(folder: Path, command: str) -> int:
 def smaller(arguments: list[str]) -> list[str]:
     """A command's arguments at the size of these models."""
     name, *rest = arguments
+    if name.startswith("-"):  # an option of moeify itself
+        return arguments
     known = {o for p in get_command(cli.app).commands[name].params for o in (*p.opts, *p.secondary_opts)}  # type: ignore[attr-defined]
     for option, value in SMALLER.items():
         if option in rest:

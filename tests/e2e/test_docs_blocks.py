@@ -62,6 +62,7 @@ def here(world, tmp_path, monkeypatch):
     """The folder a page is run in: models and data by links, what commands change by copies."""
     docs_world.lay_out(world, tmp_path)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("moeify.pipeline.builtin.recipes_folder", lambda: tmp_path / "recipes")  # `moeify pretrain gpt` finds it there
     return tmp_path
 
 
