@@ -223,9 +223,16 @@ def _pretrained(recipe: PretrainConfig, out: Path) -> PretrainResult:
     if not (path := out / PRETRAINING_FILE).exists():
         return pretrain(recipe, out)
     found = from_dict(PretrainResult, json.loads(path.read_text(encoding="utf-8")), where=str(path))
-    if found.config != json.loads(json.dumps(to_dict(recipe))):
+    if _without_phases(found.config) != _without_phases(json.loads(json.dumps(to_dict(recipe)))):
         raise ConfigError(f"--work: '{out}' is of another recipe; give another folder.")
     return found
+
+
+def _without_phases(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe without the lengths of phases, if it has none: dense training is the same whatever SSD's are."""
+    if config["ssd"]["min_sparsity"] < 1:
+        return dict(config)
+    return {**config, "ssd": {key: value for key, value in config["ssd"].items() if key not in ("sparse_frac", "final_dense_frac")}}
 
 
 def _flops_of_step(result: PretrainResult, mode: str) -> float:
