@@ -344,6 +344,7 @@ def _triton_objection(x_TD: Tensor, plan: DispatchPlan, *, activation: str) -> s
 
 
 def _autocast(x_TD: Tensor, weights: FFNWeights) -> tuple[Tensor, FFNWeights]:
+    # Here and not by `torch.library.register_autocast`, which casts to one dtype that is fixed when it is called; autocast's is the user's.
     device = x_TD.device.type
     if device == "meta" or not torch.is_autocast_enabled(device) or x_TD.dtype is torch.float64:
         return x_TD, weights
