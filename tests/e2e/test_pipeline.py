@@ -220,7 +220,17 @@ def test_sweep_without_values_covers_the_range_and_the_calibrated_point(folder, 
     assert written["schema"] == 1
     assert written["metric"] == "perplexity"
     assert set(written["dense"]) == {"quality", "flops_per_token"}
-    fields = {"rule", "value", "active_fraction", "ffn_flops_fraction", "flops_fraction", "quality", "quality_ratio", "kl"}
+    fields = {
+        "rule",
+        "value",
+        "active_fraction",
+        "ffn_flops_fraction",
+        "flops_fraction",
+        "bytes_fraction",
+        "quality",
+        "quality_ratio",
+        "kl",
+    }
     assert all(set(point) == fields for point in written["points"])
     assert written["points"] == [to_dict(point) for point in curve.points]
 

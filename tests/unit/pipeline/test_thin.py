@@ -170,10 +170,10 @@ def test_cost_counts_every_thinned_layer_once(made):
     assert cost.ffn_flops(0.25) == pytest.approx(0.25 * ffn * cost.tokens)
 
 
-def test_report_of_a_thinned_model_has_no_experts_to_show(made, tmp_path):
+def test_report_of_a_thinned_model_paints_a_text(made, tmp_path):
     pytest.importorskip("matplotlib")
-    with pytest.raises(ConfigError, match="has no MoE layer; leave --data, --text and --image out"):
-        report_checkpoint(made[0], out=tmp_path / "page", request=PanelRequest(text="a"))
+    report_checkpoint(made[0], out=tmp_path / "page", request=PanelRequest(text="a"))
+    assert "## Cost of a text" in (tmp_path / "page/report.md").read_text()
 
 
 def test_report_of_a_thinned_model_lists_its_layers(made, curve, tmp_path):
