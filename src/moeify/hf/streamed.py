@@ -65,6 +65,9 @@ class StreamedModel:
         self._slots = self._find_slots(source)
         self._held: dict[str, int] = dict.fromkeys(self._slots, 0)
         self._skeleton: dict[str, list[Tensor | None]] = {}
+        self._tied = self._find_tied()
+        self._shared: dict[int, Tensor] = {}
+        """What is in memory of parts that share tensors, by the skeleton's."""
         first = next(iter(model.parameters()))
         self._anchor = next(
             part for part, slots in self._slots.items() if any(getattr(s.module, s.table).get(s.name) is first for s in slots)
@@ -173,25 +176,46 @@ class StreamedModel:
             stack.enter_context(self.loaded(part))
 
     def _enter(self, part: str) -> None:
-        self._held[part] += 1
-        if self._held[part] > 1:
-            return
-        slots = self._slots[part]
-        self._skeleton[part] = [getattr(slot.module, slot.table)[slot.name] for slot in slots]
-        for slot in slots:
-            tensor = self._read(slot).to(self._device)
-            getattr(slot.module, slot.table)[slot.name] = (
-                nn.Parameter(tensor, requires_grad=False) if slot.table == "_parameters" else tensor
-            )
-        self._lay_out(part)
+        for one in self._tied[part]:
+            self._held[one] += 1
+            if self._held[one] == 1:
+                self._load(one)
 
     def _leave(self, part: str) -> None:
-        self._held[part] -= 1
-        if self._held[part]:
-            return
+        for one in self._tied[part]:
+            self._held[one] -= 1
+            if not self._held[one]:
+                self._unload(one)
+
+    def _load(self, part: str) -> None:
+        slots = self._slots[part]
+        bare = self._skeleton[part] = [self._skeleton_of(slot) for slot in slots]
+        for slot, tensor in zip(slots, bare, strict=True):
+            if (loaded := self._shared.get(id(tensor))) is None:
+                loaded = self._read(slot).to(self._device)
+                loaded = nn.Parameter(loaded, requires_grad=False) if slot.table == "_parameters" else loaded
+            if len(self._tied[part]) > 1:  # others are not kept here: whoever replaces them wants their memory
+                self._shared[id(tensor)] = loaded
+            getattr(slot.module, slot.table)[slot.name] = loaded
+        self._lay_out(part)
+
+    def _unload(self, part: str) -> None:
         for slot, tensor in zip(self._slots[part], self._skeleton.pop(part), strict=True):
+            self._shared.pop(id(tensor), None)
             getattr(slot.module, slot.table)[slot.name] = tensor
         self._lay_out(part)
+
+    def _find_tied(self) -> dict[str, list[str]]:
+        """Of each part those that share a tensor with it, itself among them: they are in memory together, and the tensor once."""
+        parts_of: dict[int, list[str]] = {}
+        for part, slots in self._slots.items():
+            for slot in slots:
+                parts_of.setdefault(id(self._skeleton_of(slot)), []).append(part)
+        found: dict[str, list[str]] = {part: [part] for part in self._slots}
+        for parts in parts_of.values():
+            for part in parts:
+                found[part] += [other for other in parts if other not in found[part]]
+        return found
 
     def _lay_out(self, part: str) -> None:
         """An executor remembers the weights that it last ran with, and would keep them in memory."""

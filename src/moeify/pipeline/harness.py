@@ -393,7 +393,7 @@ def _cost(model: Any, kept: Mapping[str, float]) -> dict[str, Any]:
     return {
         "ffn_flops_fraction": cost.ffn_flops_fraction(kept),
         "flops_fraction": cost.flops_fraction(kept),
-        "read_bytes_fraction": weights.read_bytes_per_token(kept) / weights.read_bytes_per_token(),
+        "read_bytes_fraction": weights.read_bytes_fraction(kept),
         "params_fraction": total / (total - routers),
     }
 

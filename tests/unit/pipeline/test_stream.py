@@ -107,9 +107,6 @@ def test_streamed_conversion_gives_the_tensors_config_and_record_of_the_one_in_m
     record = converted(source, tmp_path / "stream", data, stream=True, **options)
 
     assert record.pop("streamed") is True
-    # Read part by part, a head that is tied to the embedding is a tensor of its own: the embedding's row is counted beside it.
-    bytes_fraction = record["measured"].pop("bytes_fraction")
-    assert bytes_fraction == pytest.approx(in_memory["measured"].pop("bytes_fraction"), rel=1e-3)
     assert {key: value for key, value in record.items() if key not in OURS} == {k: v for k, v in in_memory.items() if k not in OURS}
     ours, theirs = tensors_of(tmp_path / "stream"), tensors_of(tmp_path / "memory")
     assert ours.keys() == theirs.keys()
