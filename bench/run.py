@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers.utils.logging import disable_progress_bar
 
-from moeify.doctor import cpu_name
+from moeify._cpu import cpu_name
 from moeify.errors import MoeifyError
 
 from . import cases

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from . import kernels
+from ._cpu import cpu_field, cpu_name
 from .evaluate import measure_ms
 from .hf.save import library_versions
 from .kernels import gpu_ffn, gpu_linear, gpu_routed
@@ -57,26 +58,11 @@ def doctor() -> dict[str, Any]:
 def _cpu() -> dict[str, Any]:
     return {
         "name": cpu_name(),
-        "flags": sorted(set(_cpu_field("flags", "Features").split()) & set(_CPU_FLAGS)),
+        "flags": sorted(set(cpu_field("flags", "Features").split()) & set(_CPU_FLAGS)),
         "torch_capability": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
     }
-
-
-def cpu_name() -> str:
-    """What the processor calls itself, with family and model, for virtual machines often give a brand alone."""
-    name = _cpu_field("model name") or platform.processor() or platform.machine()
-    family, model = _cpu_field("cpu family"), _cpu_field("model")
-    return f"{name} (family {family}, model {model})" if family and model else name
-
-
-def _cpu_field(*names: str) -> str:
-    """A field of the first processor in /proc/cpuinfo; empty where there is no such file."""
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    fields = (line.partition(":") for line in lines)
-    return next((value.strip() for key, _, value in fields if key.strip() in names), "")
 
 
 def _cuda() -> str:

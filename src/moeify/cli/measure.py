@@ -16,6 +16,7 @@ from ..errors import ConfigError
 from ..select import RULES
 from ._app import command
 from .options import (
+    BatchSize,
     Converted,
     Device,
     DType,
@@ -43,7 +44,7 @@ def sweep(
     ] = None,
     latency: Annotated[bool, typer.Option("--latency", help="Time each point, too, in turns with the dense model.")] = False,
     latency_tokens: LatencyTokens = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Windows per forward.")] = 1,
+    batch_size: BatchSize = 1,
     dtype: DType = "float32",
     device: Device = "cpu",
     out: Annotated[Path | None, typer.Option(help="Where to write curve.json.")] = None,
@@ -83,7 +84,7 @@ def preset(
     ] = None,
     latency: Annotated[bool, typer.Option("--latency/--no-latency", help="Time each, too, in turns with the dense model.")] = True,
     latency_tokens: LatencyTokens = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Windows per forward.")] = 1,
+    batch_size: BatchSize = 1,
     dtype: DType = "float32",
     device: Device = "cpu",
     seed: Seed = None,
@@ -119,7 +120,7 @@ def budget(
     name: Annotated[str | None, typer.Option("--preset", help="Name of the preset to write; by default such as flops-0.6.")] = None,
     passes: Annotated[int, typer.Option(min=0, help="How often layers are measured again, all at the working point.")] = 4,
     latency_tokens: LatencyTokens = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Windows per forward.")] = 1,
+    batch_size: BatchSize = 1,
     dtype: DType = "float32",
     device: Device = "cpu",
     seed: Seed = None,
@@ -239,7 +240,7 @@ def report(
         str | None, typer.Option(help="With --data: active fractions, a,b,c, multiples of 0.05; by default 0.25,0.5,0.75.")
     ] = None,
     latency: Annotated[bool, typer.Option("--latency/--no-latency", help="Time the points of a curve that is measured here.")] = True,
-    batch_size: Annotated[int, typer.Option(min=1, help="Windows per forward.")] = 1,
+    batch_size: BatchSize = 1,
     dtype: DType = "float32",
     device: Device = "cpu",
     out: Annotated[Path | None, typer.Option(help="Folder for report.html, report.md and pictures; by default DIR/report.")] = None,

@@ -18,6 +18,7 @@ from ..pipeline import ProjectionsConfig
 
 Model = Annotated[str, typer.Argument(help="Hub id, folder or .gguf file of a dense model.")]
 Converted = Annotated[Path, typer.Argument(help="Folder that `moeify convert` or `moeify thin` wrote.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Windows per forward.")]
 DType = Annotated[str, typer.Option(metavar="float32|bfloat16|float16", help="Type of the weights.")]
 Device = Annotated[str, typer.Option(metavar="cpu|cuda|cuda:N", help="Where the model runs.")]
 LatencyTokens = Annotated[

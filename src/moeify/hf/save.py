@@ -40,14 +40,8 @@ def save_checkpoint(
         CheckpointError: ``out`` is in the way, or cannot be written (disk full); nothing has changed then.
         UnsupportedModelError: the model is dense.
     """
-    manifest = stamp(model)
-    record = {**manifest.to_dict(), "calibration": {**calibration, "versions": library_versions()}}
-    with progress.task(f"save {out}", total=1) as task:
-        with whole_folder(out, overwrite=overwrite) as partial:
-            (partial / MANIFEST_FILE).write_text(json.dumps(record, indent=2) + "\n")
-            _save(model, processor, partial)
-            (partial / "README.md").write_text(card)
-        task.advance(1)
+    files = {MANIFEST_FILE: _manifest_text(model, calibration), "README.md": card}
+    _save_whole(model, processor, out, files, marker=MANIFEST_FILE, overwrite=overwrite, progress=progress)
 
 
 def save_dense(model: nn.Module, processor: Any, out: Path) -> None:
@@ -84,12 +78,8 @@ def save_trained(
     Raises:
         CheckpointError: as in `save_checkpoint`.
     """
-    with progress.task(f"save {out}", total=1) as task:
-        with whole_folder(out, overwrite=overwrite, marker=TRAINING_FILE) as partial:
-            (partial / TRAINING_FILE).write_text(json.dumps(record, indent=2) + "\n")
-            _save(model, processor, partial)
-            (partial / "README.md").write_text(card)
-        task.advance(1)
+    files = {TRAINING_FILE: json.dumps(record, indent=2) + "\n", "README.md": card}
+    _save_whole(model, processor, out, files, marker=TRAINING_FILE, overwrite=overwrite, progress=progress)
 
 
 def save_pretrained_run(
@@ -120,17 +110,10 @@ def save_pretrained_run(
     Raises:
         CheckpointError: as in `save_checkpoint`.
     """
-    with progress.task(f"save {out}", total=1) as task:
-        with whole_folder(out, overwrite=overwrite, marker=PRETRAINING_FILE) as partial:
-            (partial / PRETRAINING_FILE).write_text(json.dumps(record, indent=1) + "\n")
-            if calibration is not None:
-                whole = {**stamp(model).to_dict(), "calibration": {**calibration, "versions": library_versions()}}
-                (partial / MANIFEST_FILE).write_text(json.dumps(whole, indent=2) + "\n")
-            _save(model, processor, partial)
-            (partial / "README.md").write_text(card)
-            for path in beside:
-                (shutil.copytree if path.is_dir() else shutil.copy)(path, partial / path.name)
-        task.advance(1)
+    files = {PRETRAINING_FILE: json.dumps(record, indent=1) + "\n", "README.md": card}
+    if calibration is not None:
+        files[MANIFEST_FILE] = _manifest_text(model, calibration)
+    _save_whole(model, processor, out, files, marker=PRETRAINING_FILE, beside=beside, overwrite=overwrite, progress=progress)
 
 
 @contextmanager
@@ -155,6 +138,38 @@ def library_versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:  # run from a source tree
             found[name] = "unknown"
     return found
+
+
+def _manifest_text(model: nn.Module, calibration: Mapping[str, Any]) -> str:
+    """``moeify.json`` of a converted model, whose config gets the manifest, too.
+
+    Raises:
+        UnsupportedModelError: the model is dense.
+    """
+    record = {**stamp(model).to_dict(), "calibration": {**calibration, "versions": library_versions()}}
+    return json.dumps(record, indent=2) + "\n"
+
+
+def _save_whole(
+    model: Any,
+    processor: Any,
+    out: Path,
+    files: Mapping[str, str],
+    *,
+    marker: str,
+    beside: Iterable[Path] = (),
+    overwrite: bool,
+    progress: Progress,
+) -> None:
+    """Model, processor, texts by file name and copies of ``beside`` into a new folder: all of them, or nothing."""
+    with progress.task(f"save {out}", total=1) as task:
+        with whole_folder(out, overwrite=overwrite, marker=marker) as partial:
+            _save(model, processor, partial)
+            for name, text in files.items():  # after the model, whose own model card they replace
+                (partial / name).write_text(text)
+            for path in beside:
+                (shutil.copytree if path.is_dir() else shutil.copy)(path, partial / path.name)
+        task.advance(1)
 
 
 def _save(model: Any, processor: Any, directory: Path) -> None:

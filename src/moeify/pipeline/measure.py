@@ -142,6 +142,7 @@ def sweep_checkpoint(
         "versions": library_versions(),
         # Of what the points depend on beside the data; a mean knob does not tell the rules of all layers.
         "checkpoint": run_id(_identity(model, calibration)),
+        "conversion": conversion_id(directory),
         "scope": calibration.scope if values is None else "global",
         "calibrated": {"rule": own_type.name, "value": own.value},
         "cost": cost.lines(),
@@ -309,6 +310,12 @@ def _identity(model: nn.Module, calibration: KnobRecord) -> dict[str, Any]:
     levels = {name: executor.level_K for name, executor in sparse_inputs(model).items()}
     weights = {"weights": weights_checksum(model), **({"levels": fingerprint([levels])} if levels else {})}
     return {**weights, **replace(manifest_of(model), presets=()).to_dict(), **_config.to_dict(calibration)}
+
+
+def conversion_id(directory: Path) -> str:
+    """A checksum of what a checkpoint's JSON files say of its layers, rules and calibration, presets apart: of its conversion, and known
+    without its weights."""
+    return run_id({"manifest": replace(read_manifest(directory), presets=()).to_dict(), "calibration": read_calibration(directory)})
 
 
 def own_rule(directory: Path) -> tuple[type[Rule], set[str]]:

@@ -24,7 +24,7 @@ from ..report import (
     report_html,
 )
 from ..select import Rule
-from .measure import KnobRecord, calibrated_steps, calibration_of, own_rule, rules_of, sweep_checkpoint
+from .measure import KnobRecord, calibrated_steps, calibration_of, conversion_id, own_rule, rules_of, sweep_checkpoint
 from .names import torch_device, torch_dtype
 from .panels import CALIBRATED, PanelRequest, Panels, check_request, run_panels, write_panels
 from .preset import FRACTIONS
@@ -251,22 +251,41 @@ def _suggested(curve: Curve) -> dict[str, CurvePoint]:
 
 
 def _curve_of(directory: Path, curve: Path | None, *folders: Path, is_needed: bool) -> Curve | None:
-    """The curve that is named, or the one in the folder, one of ``folders`` or, if it is of this checkpoint, beside it; None where there is
-    none and none is needed."""
+    """The curve that is named, or the one in the folder, one of ``folders`` or, if it bears this checkpoint's name, beside it; None where
+    there is none of this conversion and none is needed.
+
+    Raises:
+        DataError: the one that is named is of another conversion, or one is needed and there is none; says what is.
+    """
+    foreign = "was measured before this conversion, or on another checkpoint; moeify sweep or --data measures this one."
     if curve is not None:
-        return Curve.read(curve)
+        found = Curve.read(curve)
+        if not _is_of(found, directory):
+            raise DataError(f"'{curve}' {foreign}")
+        return found
     inside, beside = directory / "curve.json", directory.parent / "curve.json"
-    if (found_at := next((path for folder in (directory, *folders) if (path := folder / "curve.json").exists()), None)) is not None:
-        return Curve.read(found_at)
-    if beside.exists():
-        found = Curve.read(beside)
-        if Path(found.model).name == directory.resolve().name:
+    stale = []
+    for path in dict.fromkeys((inside, *(folder / "curve.json" for folder in folders), beside)):
+        if not path.exists():
+            continue
+        found = Curve.read(path)
+        if path == beside and Path(found.model).name != directory.resolve().name:
+            continue
+        if _is_of(found, directory):
             return found
+        stale.append(path)
     if is_needed:
+        if stale:
+            raise DataError(f"'{stale[0]}' {foreign}")
         raise DataError(
             f"no such file: '{inside}', nor a curve of this checkpoint beside it; moeify sweep or --data measures one, --curve names one."
         )
     return None
+
+
+def _is_of(curve: Curve, directory: Path) -> bool:
+    """Whether a curve is of the checkpoint as it is now, as far as it says."""
+    return "conversion" not in curve.extra or curve.extra["conversion"] == conversion_id(directory)
 
 
 def _panel_settings(directory: Path, targets: Sequence[float]) -> dict[str, Rule | Mapping[str, Rule]]:

@@ -1,12 +1,12 @@
 """What of a checkpoint is timed: a few short forwards, in turns with the dense model."""
 
-import platform
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .._cpu import cpu_name
 from ..errors import ConfigError
 
 LATENCY_TOKENS = 1
@@ -40,9 +40,8 @@ def timed_inputs(
     tokens = tokens or (LATENCY_TOKENS if is_decoder else None)
     inputs = [_short(batch, tokens) for batch in batches[:: max(1, len(batches) // _TIMED)][:_TIMED]]
     first = next(iter(inputs[0].values()))
-    processor = platform.processor() or platform.machine()
     threads = torch.get_num_threads()
-    return inputs, f"{processor}, {first.device.type}, {threads} thread{'s' * (threads != 1)}, {dtype}, 1 x {first.shape[1]}"
+    return inputs, f"{cpu_name()}, {first.device.type}, {threads} thread{'s' * (threads != 1)}, {dtype}, 1 x {first.shape[1]}"
 
 
 def _short(batch: Mapping[str, Tensor], tokens: int | None) -> dict[str, Tensor]:

@@ -8,6 +8,8 @@ and only then; wrappers of the model see ordinary gradients.
 
     term = weight / L * sum_l layer_weight_l * mean over real tokens of penalty(a_l)
 
+Where attention projections were replaced by MLPs, that is one such term for the FFNs and one for the MLPs, each with the L of its own.
+
 What multiplies the model's loss before ``backward`` must multiply the term: see `inflight`.
 """
 
@@ -25,6 +27,7 @@ from .._config import lookup
 from ..errors import ConfigError, UnsupportedModelError
 from ..sites.formula import ShiftedReLU
 from ..sites.policy import check_patterns, check_policy, matching_key
+from ..sites.projection import projection_mlps
 from ..sites.site import FFNSite, mask_name, token_mask_of
 from .activation import BlendedActivation, find_activation, put_module
 from .inflight import InFlight, Removable, read_scale
@@ -55,6 +58,9 @@ class EnforcementConfig:
     layer_weights: dict[str, float] = field(default_factory=dict)
     """Factors on the weight by site name, or by 're:' pattern on it; 0 leaves an FFN out, others have 1. An exact name wins, then the first
     matching pattern."""
+    mean_over: Literal["kinds", "all"] = "kinds"
+    """Replaced projections beside FFNs: a mean over each of the 'kinds', both added, so that the FFNs' share does not depend on how many
+    projections there are (as in the authors' code); or one mean over 'all' (as in the paper's equation)."""
     eps: float = EPS
     """Added to sum a^2: a token whose activations are below it counts less and less. Greater than 0."""
 
@@ -134,14 +140,16 @@ class Enforcement(Removable):
         if total_steps < 1:
             raise ConfigError(f"total_steps must be at least 1, got {total_steps}.")
         places = [_place(model, site, config) for site in enforced]
+        mlps = projection_mlps(model) if config.mean_over == "kinds" else {}
+        kinds = [site.name in mlps for site in enforced]
         self.config = config
         self.total_steps = total_steps
         self.weight = 0.0
         """Weight of the present step."""
         state = self._state = _State(model)
         self._terms = {
-            site.name: _Term(state, config, place, config.layer_weight(site.name) / len(enforced), mask_name=mask_name(model, site))
-            for site, place in zip(enforced, places, strict=True)
+            site.name: _Term(state, config, place, config.layer_weight(site.name) / kinds.count(kind), mask_name=mask_name(model, site))
+            for site, place, kind in zip(enforced, places, kinds, strict=True)
         }
         seen: set[nn.Module] = set()
         for place in places:  # one object in several layers: a hook could not tell them apart
@@ -183,7 +191,7 @@ class Enforcement(Removable):
         return {name: term.value for name, term in self._terms.items() if term.value is not None}
 
     def value(self) -> Tensor:
-        """Weighted mean over layers of `values`: what ``weight`` multiplies. NaN before the first forward."""
+        """Weighted mean over layers of `values`, or the sum of two: what ``weight`` multiplies. NaN before the first forward."""
         found = [term.value * term.factor for term in self._terms.values() if term.value is not None]
         return torch.stack([v.float().to(found[0].device) for v in found]).sum() if found else torch.tensor(float("nan"))
 

@@ -1,6 +1,7 @@
 """The verbs that read a checkpoint: what they refuse before they load it, and what the page of a report holds."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import tiny
@@ -9,6 +10,7 @@ from moeify.data import DataConfig
 from moeify.errors import CheckpointError, ConfigError, DataError
 from moeify.evaluate import Curve, CurvePoint, DenseQuality
 from moeify.pipeline import generate_text, measure, profile_checkpoint, report_checkpoint, reports
+from moeify.pipeline.measure import conversion_id
 from moeify.pipeline.reports import without_folders
 
 COST = {
@@ -82,6 +84,25 @@ def test_report_takes_no_curve_of_a_neighbour(tmp_path):
     assert "html" in report_checkpoint(tmp_path / "a")
     with pytest.raises(DataError, match=r"no such file: '.*b/curve\.json', nor a curve of this checkpoint beside it"):
         report_checkpoint(tmp_path / "b")
+
+
+def test_report_refuses_a_curve_from_before_the_conversion(tmp_path):
+    here = tmp_path / "moe"
+    tiny.save_converted_tiny(here)
+    (here / "moeify.json").write_text(json.dumps({"schema": 1, "sites": [], "calibration": {"scope": "global"}}))
+    dense = DenseQuality(quality=10.0, flops_per_token=9e6)
+    curve = Curve(model=str(here), metric="perplexity", dense=dense, points=(POINT,), extra={"conversion": conversion_id(here)})
+    curve.write(here / "curve.json")
+    assert "html" in report_checkpoint(here)
+
+    (here / "moeify.json").write_text(json.dumps({"schema": 1, "sites": [], "calibration": {"scope": "layer"}}))
+    message = r"moe/curve\.json' was measured before this conversion, or on another checkpoint; moeify sweep or --data measures this one"
+    with pytest.raises(DataError, match=message):
+        report_checkpoint(here)
+    with pytest.raises(DataError, match=message):
+        report_checkpoint(here, curve=here / "curve.json")
+    replace(curve, extra={"conversion": conversion_id(here)}).write(tmp_path / "curve.json")
+    assert "html" in report_checkpoint(here)  # one of this conversion lies beside it
 
 
 def test_paths_in_a_report_are_names_alone():

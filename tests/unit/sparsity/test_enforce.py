@@ -11,9 +11,9 @@ from families.models import build
 from torch import nn
 
 from moeify import _config
-from moeify.convert import ConvertConfig, convert
+from moeify.convert import ConvertConfig, convert, replace_projections
 from moeify.errors import ConfigError, UnsupportedModelError
-from moeify.sites import find_ffn_sites
+from moeify.sites import find_ffn_sites, find_projections, projection_mlps
 from moeify.sparsity import ActivationConfig, EnforcementConfig, displace, enforce_sparsity, set_activation, set_mix, sparsity_loss
 from moeify.sparsity.activation import find_activation
 
@@ -279,6 +279,25 @@ def test_enforce_sparsity_when_layers_have_weights_uses_them(llama):
             model(**batch()).loss.backward()
         same(grads_of(model), explicit)
         assert set(enforcement.values()) == {n for n in (first, second) if factors.get(n, 1.0)}
+
+
+@pytest.mark.parametrize("mean_over", ["kinds", "all"])
+def test_enforce_sparsity_pushes_ffns_as_hard_with_replaced_projections_as_without(mean_over):
+    model, inputs = build("llama")
+    replace_projections(model, find_projections(model, inputs, attention=("q", "o"), activation="relu"), None)
+    sites = find_ffn_sites(model, inputs)
+    ffns = set_activation(model, [site for site in sites if site.name not in projection_mlps(model)])
+    mlps = [site for site in sites if site.name in projection_mlps(model)]
+    assert (len(ffns), len(mlps)) == (2, 4)
+    model.double()
+    kinds = {site.name: 6 / len(kind) for kind in (ffns, mlps) for site in kind}  # the helper divides by all 6
+    loss, term = watched(model, [*ffns, *mlps], batch(), factors=kinds if mean_over == "kinds" else None)
+    (loss + WEIGHT * term).backward()
+    explicit = grads_of(model)
+    with enforce_sparsity(model, [*ffns, *mlps], config_of(mean_over=mean_over)) as enforcement:
+        model(**batch()).loss.backward()
+    same(grads_of(model), explicit)
+    assert enforcement.value().item() == pytest.approx(term.item(), rel=1e-6)
 
 
 def test_enforce_sparsity_when_layers_share_one_activation_object_tells_them_apart():
