@@ -37,7 +37,7 @@ def _built_in(*, training: bool) -> str:
     warmup_frac="weight_warmup_frac",
 )
 @takes("distillation", DistillConfig, **{field: f"distill_{field}" for field in _config.field_docs(DistillConfig)})
-@takes("train", TrainConfig, skip=("batch_sequences", "save_every", "betas", "seed", "expert_parallel"))
+@takes("train", TrainConfig, skip=("batch_sequences", "save_every", "save_frac", "betas", "seed", "expert_parallel"))
 @takes("augment", AugmentConfig)
 @takes_projections
 def sparsify(
@@ -72,7 +72,9 @@ def sparsify(
     ] = None,
     save_every: Annotated[
         int | None,
-        typer.Option(min=1, help="Steps between saved states, which a killed run continues from; by default a twentieth of the run."),
+        typer.Option(
+            min=1, help="Steps between saved states, which a killed run continues from; by default a twentieth of the run, or more."
+        ),
     ] = None,
     layer_weights: Annotated[
         str | None, typer.Option(help="JSON object, or the path of one. " + _config.field_docs(EnforcementConfig)["layer_weights"])

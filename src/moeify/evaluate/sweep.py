@@ -91,8 +91,8 @@ class Curve:
     points: tuple[CurvePoint, ...] = ()
     """In the order in which they were asked for."""
     extra: Mapping[str, Any] = field(default_factory=dict)
-    """Further top-level keys: data, column, window, tokens, seed, versions, checkpoint (weights, routers and rules), conversion (rules and calibration), calibrated ({"rule",
-    "value"}), cost (`CostBreakdown.lines` with every expert on)."""
+    """Further top-level keys: data, column, window, tokens, seed, versions, checkpoint (weights, routers and rules), conversion (rules and
+    calibration), calibrated ({"rule", "value"}), cost (`CostBreakdown.lines` with every expert on)."""
 
     def to_json(self) -> dict[str, Any]:
         """The JSON object."""

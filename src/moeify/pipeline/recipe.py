@@ -221,7 +221,8 @@ class RecipeConfig:
     augment: AugmentConfig | None = None
     """Variations of training images; none shows them as they are."""
     train: TrainConfig
-    """Training of the control and of every variant. States are saved every save_every steps, 20 times where that is not given."""
+    """Training of the control and of every variant. States are saved every save_every steps; where that is not given 20 times,
+    or less often if it would take much of the time."""
     control: ControlConfig = field(default_factory=ControlConfig)
     """How long the control is trained."""
     variant: tuple[VariantConfig, ...]

@@ -579,7 +579,7 @@ class _SeedRun:
     # -- what the stages share
 
     def _seeded(self, config: TrainConfig) -> TrainConfig:
-        return replace(config, seed=config.seed + self.seed, save_every=config.save_every or max(1, config.steps // 20))
+        return replace(config, seed=config.seed + self.seed).saving()
 
     def _start(self, progress: Progress) -> Loaded:
         return start_model(self.recipe, seed=self.seed, progress=progress)

@@ -62,7 +62,8 @@ def sparsify_checkpoint(
     Args:
         source: Hub id, folder or ``.gguf`` file of a dense model; never written to.
         out: new folder for an ordinary dense checkpoint, with ``sparsify.json``. A run that was killed continues from the state in
-            ``<out>.work``, where ``train.save_every`` steps are the most that are lost (None: a twentieth of the run).
+            ``<out>.work``, where ``train.save_every`` steps are the most that are lost (None: a twentieth of the run, or
+            more where states are so large that saving them would take much of its time).
         data: what to train on; with the split "all", all of it.
         config: activation function, penalty, distillation (from the source, loaded a second time).
         train: optimizer, schedule, batches, seed.
@@ -71,8 +72,8 @@ def sparsify_checkpoint(
             ``data``, up to `VALIDATION_TOKENS`.
         augment: variations of images.
         batch_tokens: tokens of an optimizer step instead of ``train.batch_sequences``, rounded down to whole windows.
-        projections: linear layers to replace by MLPs first, distilled on the training data; the penalty is then on FFNs and MLPs alike, its
-            mean over all of them. The result loads with moeify only. None replaces none.
+        projections: linear layers to replace by MLPs first, distilled on the training data; the penalty is then on FFNs and MLPs, a mean
+            over each (``mean_over``). The result loads with moeify only. None replaces none.
         dtype: of the weights, "float32", "bfloat16" or "float16"; ``train.compute`` says what matrix products take.
         device: "cpu", "cuda" or "cuda:1".
         overwrite: replace an earlier result at ``out``, and the state of another run in ``<out>.work``.
@@ -104,7 +105,7 @@ def sparsify_checkpoint(
         raise ConfigError(f"--distill: the head of '{source}' for {loaded.task} is new and has nothing to teach; train it first without.")
     if batch_tokens is not None:
         train = replace(train, batch_sequences=_sequences(batch_tokens, window_tokens(loaded, data)))
-    train = replace(train, save_every=train.save_every or max(1, train.steps // 20))
+    train = train.saving()
     model.to(place)
     sites = find_ffn_sites(model, example_inputs(model))
     if projections is None:

@@ -11,7 +11,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast, runtime_checkable
@@ -34,7 +34,19 @@ _log = logging.getLogger(__name__)
 _NOT_DECAYED = re.compile(r"bias|layernorm|rmsnorm|(^|\.)norm($|\.)|_norm($|\.)")
 _GROUPED_STEPS = 50  # as transformers' LengthGroupedSampler
 
-FREE_OPTIONS = ("micro_sequences", "gradient_checkpointing", "parallel", "expert_parallel", "eval_every", "save_every", "log_every")
+_SAVE_FRAC = 0.03
+_SAVE_FREE_S = 1.0  # of short runs, whose time is not worth a lost state
+
+FREE_OPTIONS = (
+    "micro_sequences",
+    "gradient_checkpointing",
+    "parallel",
+    "expert_parallel",
+    "eval_every",
+    "save_every",
+    "save_frac",
+    "log_every",
+)
 """Options of `TrainConfig` that may change between a kill and the next start: they decide what is kept and what fits into memory."""
 
 
@@ -121,6 +133,9 @@ class TrainConfig:
     """Steps between evaluations; None: only at the end."""
     save_every: int | None = None
     """Steps between saved states; None: only at the end."""
+    save_frac: float | None = field(default=None, metadata=_config.LATER)
+    """Most of a run's time that saving may take, in (0, 1): a state that is due is left out above it, once saving has taken a second.
+    None: every one that is due is saved."""
     log_every: int = 10
     """Steps between readings of what the stages add."""
     group_by_length: bool = field(default=False, metadata=_config.LATER)
@@ -139,6 +154,8 @@ class TrainConfig:
         for name in ("lr", "weight_decay", "clip"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ConfigError(f"{name} must be finite and >= 0, got {getattr(self, name)}.")
+        if self.save_frac is not None and not 0 < self.save_frac < 1:
+            raise ConfigError(f"save_frac must be in (0, 1), got {self.save_frac}.")
         if not 0 <= self.min_lr_frac <= 1:
             raise ConfigError(f"min_lr_frac must be in [0, 1], got {self.min_lr_frac}.")
         if not all(0 <= beta < 1 for beta in self.betas):
@@ -147,6 +164,12 @@ class TrainConfig:
     def epochs(self, sequences: int) -> float:
         """Passes over a data set of this many sequences; far more than 1 on a small one is learning by heart."""
         return self.steps / math.ceil(sequences / self.batch_sequences)
+
+    def saving(self) -> "TrainConfig":
+        """With a state 20 times a run where ``save_every`` is None, as long as that takes little of its time."""
+        if self.save_every is not None:
+            return self
+        return replace(self, save_every=max(1, self.steps // 20), save_frac=self.save_frac or _SAVE_FRAC)
 
     def decisive(self) -> dict[str, Any]:
         """JSON values of the options that decide what a run gives: all but `FREE_OPTIONS`."""
@@ -296,6 +319,7 @@ class _Loop:
         self.log = _Log()
         self.order = _Order(len(data), config, self.ranks, lengths=getattr(data, "lengths", None))
         self._shifted: bool | None = None
+        self._began_s, self._saving_s = time.perf_counter(), 0.0
 
     def begin(self, run: Mapping[str, Any]) -> int:
         """Take up what a killed run left; the steps it had done."""
@@ -401,12 +425,20 @@ class _Loop:
     def save(self, step: int, *, now: bool) -> None:
         """Keep the state after a step, where it is due or ``now``."""
         done = step + 1
-        if self.folder is None or not (now or done == self.config.steps or _is_due(done, self.config.save_every)):
+        must = now or done == self.config.steps
+        if self.folder is None or not (must or _is_due(done, self.config.save_every)):
             return
+        if not must and self.config.save_frac is not None and self.ranks.same(self._saves_too_long(self.config.save_frac)):
+            return
+        start = time.perf_counter()
         own = {name: own_part.state() for name, own_part in self.kept_parts.items()}
         so_far = _config.to_dict(self.log.record(self.order.epochs(done)))
         with self.parallel.faults(step):
             save_state(self.folder, step=done, **self._held(), record=so_far, parts=own, ranks=self.ranks)
+        self._saving_s += time.perf_counter() - start
+
+    def _saves_too_long(self, frac: float) -> bool:
+        return self._saving_s > max(_SAVE_FREE_S, frac * (time.perf_counter() - self._began_s))
 
     def record(self) -> TrainRecord:
         return self.log.record(self.order.epochs(self.config.steps))

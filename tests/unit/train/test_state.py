@@ -13,7 +13,8 @@ from tiny import tiny_llama
 from torch import nn
 from training import F32, Dies, DyingData, emotions, text, tiny_classifier, weights
 
-from moeify.errors import CheckpointError, DivergedError, StoppedError, TrainingError
+from moeify.errors import CheckpointError, ConfigError, DivergedError, StoppedError, TrainingError
+from moeify.train import loop
 from moeify.train import state as states
 from moeify.train.loop import TrainConfig, train
 
@@ -152,6 +153,33 @@ def test_train_when_it_diverges_keeps_the_last_good_state(tmp_path):
         train(tiny_llama(), data, replace(config, lr=1e-5), state=tmp_path)
     assert all(p.isfinite().all() for p in model.parameters())
     assert train(tiny_llama(), data, config, state=tmp_path).losses == train(tiny_llama(), data, config).losses
+
+
+@pytest.mark.parametrize(("seconds", "kept"), [(0.01, [2, 4, 6, 8, 10]), (0.6, [2, 4, 10]), (5.0, [2, 10])])
+def test_train_saves_less_often_where_saving_takes_long(tmp_path, monkeypatch, seconds, kept):
+    clock, saved = [0.0], []
+
+    class Clock:
+        perf_counter = staticmethod(lambda: clock[0])
+
+    def save(_folder, *, step, **_):
+        saved.append(step)
+        clock[0] += seconds
+
+    monkeypatch.setattr(loop, "time", Clock)
+    monkeypatch.setattr(loop, "save_state", save)
+    config = replace(TrainConfig(steps=10, batch_sequences=2, save_frac=0.03, **F32), save_every=2)
+    train(tiny_llama(), text(), config, state=tmp_path)
+    assert saved == kept
+
+
+def test_train_config_saves_20_times_where_nothing_is_said():
+    long = TrainConfig(steps=400).saving()
+    assert (long.save_every, long.save_frac) == (20, 0.03)
+    assert TrainConfig(steps=400, save_every=7).saving() == TrainConfig(steps=400, save_every=7)
+    assert long.decisive() == TrainConfig(steps=400).decisive()
+    with pytest.raises(ConfigError, match=r"save_frac must be in \(0, 1\), got 1"):
+        TrainConfig(steps=4, save_frac=1.0)
 
 
 def test_train_when_the_state_is_of_another_run_says_what_differs_and_leaves_it(tmp_path):
