@@ -12,8 +12,8 @@ from typing import Any
 
 from moeify._config import to_dict
 from moeify.errors import ConfigError
+from moeify.pipeline.content import data_id, model_id
 from moeify.pipeline.recipe import ModelConfig, RecipeConfig, read_recipe
-from moeify.pipeline.run_recipe import data_id, model_id
 
 from .code import checksum
 

@@ -15,9 +15,9 @@ from ..data import DataConfig, MaskedData, SpanCorruptionData, WindowData, Windo
 from ..errors import CheckpointError, ConfigError, DataError
 from ..hf.tokenizer import byte_level, load_tokenizer, train_tokenizer
 from ..train.loop import TrainingData
+from .content import data_id
 from .inputs import positions_of
 from .pretrain_recipe import PretrainConfig, TokenizerConfig
-from .run_recipe import data_id
 from .stages import key_of
 
 _TOKENIZER, _KEY = "tokenizer", "key.txt"

@@ -16,8 +16,10 @@ from moeify._progress import NO_PROGRESS
 from moeify.data import DataConfig
 from moeify.errors import CheckpointError, ConfigError, MoeifyError
 from moeify.hf.inputs import example_inputs
+from moeify.pipeline.content import data_id, model_id
 from moeify.pipeline.recipe import RecipeConfig
-from moeify.pipeline.run_recipe import _SeedRun, count_nonzeros, data_id, model_id, run_recipe, run_stages
+from moeify.pipeline.run_recipe import run_recipe, run_stages
+from moeify.pipeline.seed_run import SeedRun, count_nonzeros
 from moeify.pipeline.stages import Stage, Stages, StageTakenError, open_folder
 from moeify.pipeline.start import start_model
 from moeify.sites import find_ffn_sites
@@ -94,7 +96,7 @@ def test_count_nonzeros_counts_images_by_their_patches(monkeypatch):
             hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=4, patch_size=2, num_channels=1
         )
     )
-    monkeypatch.setattr(importlib.import_module("moeify.pipeline.run_recipe"), "_PROFILE_TOKENS", 12)
+    monkeypatch.setattr(importlib.import_module("moeify.pipeline.seed_run"), "_PROFILE_TOKENS", 12)
     read = []
 
     def batches():
@@ -129,7 +131,7 @@ def seed_run(tmp_path, chosen, **tokens):
     """A run whose stages have read so many tokens in so many seconds."""
     with NO_PROGRESS.task("", total=1) as overall:
         stages = Stages(tmp_path, owner="r", total=1, progress=NO_PROGRESS, overall=overall, say=print)
-    run = _SeedRun(chosen, stages, seed=0, device="cpu")
+    run = SeedRun(chosen, stages, seed=0, device="cpu")
     for name, count in tokens.items():
         name = name.replace("__", ".")
         result = {"tokens": count, "steps": 10, "regress_tokens": 7 if name == "sparsify.a" else 0}
@@ -229,9 +231,9 @@ def test_seeds_are_added_to_those_of_the_recipe(tmp_path):
     chosen = recipe(train={"steps": 40, "seed": 5})
     with NO_PROGRESS.task("", total=1) as overall:
         stages = Stages(tmp_path, owner="r", total=1, progress=NO_PROGRESS, overall=overall, say=print)
-    config = _SeedRun(chosen, stages, seed=2, device="cpu")._seeded(chosen.train)
+    config = SeedRun(chosen, stages, seed=2, device="cpu")._seeded(chosen.train)
     assert (config.seed, config.save_every) == (7, 2)
-    assert _SeedRun(chosen, stages, seed=2, device="cpu")._seeded(replace(chosen.train, save_every=9)).save_every == 9
+    assert SeedRun(chosen, stages, seed=2, device="cpu")._seeded(replace(chosen.train, save_every=9)).save_every == 9
 
 
 def test_stages_of_another_seed_have_other_keys_the_starting_model_too(tmp_path):
@@ -239,7 +241,7 @@ def test_stages_of_another_seed_have_other_keys_the_starting_model_too(tmp_path)
     for seed in (0, 1):
         with NO_PROGRESS.task("", total=1) as overall:
             stages = Stages(tmp_path, owner="r", total=1, progress=NO_PROGRESS, overall=overall, say=print)
-        run, inputs = _SeedRun(recipe(), stages, seed=seed, device="cpu"), {}
+        run, inputs = SeedRun(recipe(), stages, seed=seed, device="cpu"), {}
 
         def remember(label, found, _work, inputs=inputs):
             inputs[label.partition("/")[2]] = json.dumps(found)
