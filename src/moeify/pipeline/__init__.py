@@ -18,12 +18,12 @@ from .convert import convert_checkpoint as convert_checkpoint
 from .convert import convert_model as convert_model
 from .decode import DraftedText as DraftedText
 from .decode import TimedText as TimedText
+from .decode import generate_text as generate_text
 from .decode import speculate_text as speculate_text
 from .decode import timed_text as timed_text
 from .export import export_checkpoint as export_checkpoint
 from .inputs import calibration_batches as calibration_batches
 from .inputs import evaluation_batches as evaluation_batches
-from .measure import generate_text as generate_text
 from .measure import profile_checkpoint as profile_checkpoint
 from .measure import sweep_checkpoint as sweep_checkpoint
 from .panels import PanelRequest as PanelRequest

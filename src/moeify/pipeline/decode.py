@@ -1,23 +1,51 @@
-"""Text from the command line, with what it took: of a checkpoint as it is, or one that drafts for itself."""
+"""Text of a checkpoint, with what it took: of one as it is, or one that drafts for itself."""
 
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from .. import _config
 from .._random import seeded
 from ..channels import record_channels
-from ..controls import record_active
+from ..controls import record_active, set_rule
 from ..errors import ConfigError
 from ..hf.draft import self_draft
+from ..hf.load import load_model
+from ..hf.presets import read_presets
 from ..hf.speculate import Speculation
 from ..layers import moe_layers
+from ..presets import pick
 from ..select import RULES, Rule
-from .measure import load_for_text, rules_at, text_options
-from .names import torch_device
+from .measure import rules_at
+from .names import torch_device, torch_dtype
+
+
+def generate_text(
+    directory: str | Path,
+    prompt: str,
+    *,
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    seed: int = 0,
+    preset: str | None = None,
+    dtype: str = "float32",
+    device: str = "cpu",
+) -> str:
+    """Continue ``prompt``; greedy at temperature 0, with the checkpoint's own rules or those of a preset. ``dtype`` and ``device`` as in
+    `sweep_checkpoint`.
+
+    Raises:
+        ConfigError: no such preset, the model does not generate text, or the temperature is negative or not finite.
+    """
+    model, tokenizer, inputs = _load(directory, prompt, temperature=temperature, preset=preset, dtype=dtype, device=device)
+    with seeded(seed, torch_device(device)):
+        ids = model.generate(**inputs, **_options(tokenizer, max_new_tokens=max_new_tokens, temperature=temperature))
+    return str(tokenizer.decode(ids[0], skip_special_tokens=True))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,10 +84,10 @@ def timed_text(
     device: str = "cpu",
 ) -> TimedText:
     """`generate_text` with what it took; arguments and errors are its."""
-    model, tokenizer, inputs = load_for_text(directory, prompt, temperature=temperature, preset=preset, dtype=dtype, device=device)
+    model, tokenizer, inputs = _load(directory, prompt, temperature=temperature, preset=preset, dtype=dtype, device=device)
     with seeded(seed, torch_device(device)):
         start = time.perf_counter()
-        ids = model.generate(**inputs, **text_options(tokenizer, max_new_tokens=max_new_tokens, temperature=temperature))
+        ids = model.generate(**inputs, **_options(tokenizer, max_new_tokens=max_new_tokens, temperature=temperature))
         seconds = time.perf_counter() - start
     # An encoder-decoder's ids are the continuation alone, which follows a start token.
     is_pair = bool(getattr(model.config, "is_encoder_decoder", False))
@@ -163,9 +191,9 @@ def speculate_text(
         ConfigError, CheckpointError, UnsupportedModelError: as `generate_text`, `read_draft`, `self_draft` and `Speculation`.
     """
     rules = read_draft(directory, draft)
-    model, tokenizer, inputs = load_for_text(directory, prompt, temperature=temperature, preset=preset, dtype=dtype, device=device)
+    model, tokenizer, inputs = _load(directory, prompt, temperature=temperature, preset=preset, dtype=dtype, device=device)
     speculation = Speculation(self_draft(model, rules), draft_tokens=draft_tokens, confidence=confidence)
-    options = text_options(tokenizer, max_new_tokens=max_new_tokens, temperature=temperature)
+    options = _options(tokenizer, max_new_tokens=max_new_tokens, temperature=temperature)
     with seeded(seed, torch_device(device)):
         start = time.perf_counter()
         ids = model.generate(**inputs, custom_generate=speculation, **options)
@@ -179,3 +207,36 @@ def speculate_text(
         accepted=counts.accepted,
         rounds=counts.rounds,
     )
+
+
+def _load(
+    directory: str | Path, prompt: str, *, temperature: float, preset: str | None, dtype: str, device: str
+) -> tuple[Any, Any, dict[str, Tensor]]:
+    """The model on its device, its rules set, its tokenizer and the prompt as the model reads it; errors as `generate_text`."""
+    if not 0 <= temperature < float("inf"):
+        raise ConfigError(f"temperature must be at least 0 and finite, got {temperature}.")
+    place = torch_device(device)
+    if preset is not None:
+        pick(read_presets(Path(directory)), preset)
+    model, tokenizer = load_model(directory, dtype=torch_dtype(dtype))
+    model.to(place)
+    if preset is not None:
+        set_rule(model, preset)
+    if tokenizer is None or not model.can_generate():
+        raise ConfigError(f"{type(model).__name__} at '{directory}' does not generate text.")
+    tokens = tokenizer(prompt, return_tensors="pt")
+    inputs = {key: tokens[key].to(place) for key in ("input_ids", "attention_mask") if key in tokens}
+    if inputs["input_ids"].shape[1] == 0:
+        raise ConfigError("the prompt is empty; give at least one token to continue.")
+    return model, tokenizer, inputs
+
+
+def _options(tokenizer: Any, *, max_new_tokens: int, temperature: float) -> dict[str, Any]:
+    """What ``generate`` is called with: greedy at temperature 0."""
+    pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id  # 0 is an id, too
+    sampling: dict[str, Any] = (
+        {"do_sample": True, "temperature": temperature}
+        if temperature
+        else {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    )
+    return {"max_new_tokens": max_new_tokens, "pad_token_id": pad_id, **sampling}

@@ -1,4 +1,4 @@
-"""The verbs that read a checkpoint: sweep, profile, generate."""
+"""The verbs that measure a checkpoint: sweep, profile; and what its calibration record has for them."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -10,10 +10,9 @@ from torch import Tensor, nn
 
 from .. import _config
 from .._progress import NO_PROGRESS, Progress
-from .._random import seeded
 from ..budget.price import Clock
 from ..channels import sparse_inputs
-from ..controls import set_mode, set_rule
+from ..controls import set_mode
 from ..data import DataConfig, check_source
 from ..errors import CheckpointError, ConfigError
 from ..evaluate import (
@@ -29,11 +28,9 @@ from ..evaluate import (
 from ..hf.folders import MANIFEST_FILE, check_writable
 from ..hf.inputs import example_inputs
 from ..hf.load import load_model, read_calibration, read_manifest
-from ..hf.presets import read_presets
 from ..hf.save import library_versions
 from ..layers import moe_layers
 from ..manifest import manifest_of
-from ..presets import pick
 from ..select import RULES, Rule
 from ..sites import find_ffn_sites
 from ..sparsity import ActivationProfile, profile_activations
@@ -220,62 +217,6 @@ def profile_checkpoint(
     sites = [layer.site for layer in moe_layers(model).values()] or find_ffn_sites(model, example_inputs(model))
     batches = calibration_batches(model, processor, data, progress=progress)
     return profile_activations(model, sites, batches, eps=eps, progress=progress)
-
-
-def generate_text(
-    directory: str | Path,
-    prompt: str,
-    *,
-    max_new_tokens: int = 64,
-    temperature: float = 0.0,
-    seed: int = 0,
-    preset: str | None = None,
-    dtype: str = "float32",
-    device: str = "cpu",
-) -> str:
-    """Continue ``prompt``; greedy at temperature 0, with the checkpoint's own rules or those of a preset. ``dtype`` and ``device`` as in
-    `sweep_checkpoint`.
-
-    Raises:
-        ConfigError: no such preset, the model does not generate text, or the temperature is negative or not finite.
-    """
-    model, tokenizer, inputs = load_for_text(directory, prompt, temperature=temperature, preset=preset, dtype=dtype, device=device)
-    with seeded(seed, torch_device(device)):
-        ids = model.generate(**inputs, **text_options(tokenizer, max_new_tokens=max_new_tokens, temperature=temperature))
-    return str(tokenizer.decode(ids[0], skip_special_tokens=True))
-
-
-def load_for_text(
-    directory: str | Path, prompt: str, *, temperature: float, preset: str | None, dtype: str, device: str
-) -> tuple[Any, Any, dict[str, Tensor]]:
-    """The model on its device, its rules set, its tokenizer and the prompt as the model reads it; errors as `generate_text`."""
-    if not 0 <= temperature < float("inf"):
-        raise ConfigError(f"temperature must be at least 0 and finite, got {temperature}.")
-    place = torch_device(device)
-    if preset is not None:
-        pick(read_presets(Path(directory)), preset)
-    model, tokenizer = load_model(directory, dtype=torch_dtype(dtype))
-    model.to(place)
-    if preset is not None:
-        set_rule(model, preset)
-    if tokenizer is None or not model.can_generate():
-        raise ConfigError(f"{type(model).__name__} at '{directory}' does not generate text.")
-    tokens = tokenizer(prompt, return_tensors="pt")
-    inputs = {key: tokens[key].to(place) for key in ("input_ids", "attention_mask") if key in tokens}
-    if inputs["input_ids"].shape[1] == 0:
-        raise ConfigError("the prompt is empty; give at least one token to continue.")
-    return model, tokenizer, inputs
-
-
-def text_options(tokenizer: Any, *, max_new_tokens: int, temperature: float) -> dict[str, Any]:
-    """What `generate` is called with: greedy at temperature 0."""
-    pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id  # 0 is an id, too
-    sampling: dict[str, Any] = (
-        {"do_sample": True, "temperature": temperature}
-        if temperature
-        else {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-    )
-    return {"max_new_tokens": max_new_tokens, "pad_token_id": pad_id, **sampling}
 
 
 def rules_at(directory: str | Path, active_frac: float, *, option: str) -> Mapping[str, Rule]:
