@@ -20,10 +20,10 @@ class ServeConfig:
     continuous_batching: bool = False
     """Run requests in one packed batch, each with its own preset, instead of one after the other."""
     temperature: float | None = None
-    """Of requests that name none, or of all that share forwards; 0: always the likeliest token. None: as the checkpoint's generation
-    config says."""
+    """Sampling temperature of requests that give none, with continuous batching of all; 0: always the likeliest token. None: as the
+    checkpoint's generation config says."""
     top_p: float | None = None
-    """Share of probability that tokens are sampled from, in (0, 1]; of the same requests as the temperature."""
+    """Share of probability that tokens are sampled from, in (0, 1]; of the same requests as temperature. None: as the checkpoint says."""
     cb_block_size: int | None = None
     """Tokens of a block of the packed batches' cache; none: 32 on a CPU, else as transformers chooses."""
     cb_num_blocks: int | None = None
