@@ -1,4 +1,7 @@
-"""Load on `moeify serve` over loopback: some clients, each with one request at a time; a dense checkpoint against presets of a sparse one.
+"""Load on `moeify serve` over loopback: some clients, each with one request at a time; a dense checkpoint against presets of a sparse one,
+alone and mixed.
+
+The side "mixed" asks for the presets in turns, so that clients who are served together have different ones.
 
 Every side gets the same prompts, greedy, and takes turns with the others, round by round, so that all see the same machine. The servers are
 processes of their own that stay up; one that nobody asks costs nothing. A request is lost if it has no answer, or another than 200.
@@ -45,7 +48,8 @@ class _Side:
 
     name: str
     url: str
-    model: str
+    models: Sequence[str]
+    """What its requests name, in turns."""
     latencies_s: list[float] = field(default_factory=list)
     tokens: int = 0
     seconds: float = 0.0
@@ -92,11 +96,13 @@ def run(
             dense, converted = _make(Path(folder))
         asked = presets or ("default", *(preset.name for preset in read_manifest(converted).presets))
         for mode in modes:
-            options = ["--dtype", dtype, *(["--continuous-batching"] if mode == "packed" else [])]
+            options = ["--dtype", dtype, "--temperature", "0", *(["--continuous-batching"] if mode == "packed" else [])]
             start = _in_process if quick else _process
             with start(dense, options) as dense_url, start(converted, options) as sparse_url:
-                sides = [_Side("dense", dense_url, dense.resolve().name)]
-                sides += [_Side(preset, sparse_url, f"{converted.resolve().name}@{preset}") for preset in asked]
+                names = [f"{converted.resolve().name}@{preset}" for preset in asked]
+                sides = [_Side("dense", dense_url, [dense.resolve().name])]
+                sides += [_Side(preset, sparse_url, [name]) for preset, name in zip(asked, names, strict=True)]
+                sides += [_Side("mixed", sparse_url, names)] * (len(names) > 1)
                 _load(sides, requests=requests, clients=clients, rounds=rounds, new_tokens=new_tokens)
             base = _speed(sides[0])
             for side in sides:
@@ -135,7 +141,8 @@ def _load(sides: Sequence[_Side], *, requests: int, clients: int, rounds: int, n
 
 def _ask(side: _Side, number: int, new_tokens: int) -> None:
     prompt = " ".join(_WORDS[(number * 7 + i * i) % len(_WORDS)] for i in range(8 + number % 5))
-    body = json.dumps({"model": side.model, "prompt": prompt, "max_tokens": new_tokens, "temperature": 0}).encode()
+    model = side.models[number % len(side.models)]
+    body = json.dumps({"model": model, "prompt": prompt, "max_tokens": new_tokens, "temperature": 0}).encode()
     request = urllib.request.Request(f"{side.url}/completions", data=body, headers={"content-type": "application/json"})
     start = time.perf_counter()
     try:
@@ -185,7 +192,7 @@ def _in_process(folder: Path, options: Sequence[str]) -> Iterator[str]:
     from moeify.serving import ServeConfig
     from moeify.serving.app import build
 
-    served = build(folder, ServeConfig(continuous_batching="--continuous-batching" in options))
+    served = build(folder, ServeConfig(temperature=0, continuous_batching="--continuous-batching" in options))
     server = uvicorn.Server(uvicorn.Config(served.app, port=0, log_level="warning"))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()

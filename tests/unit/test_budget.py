@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import random
 
 import pytest
 import tiny
@@ -12,6 +13,7 @@ import moeify
 from moeify.budget import AllocateConfig, Point, allocate, search, spread
 from moeify.budget.curves import around, hull, through
 from moeify.budget.price import TIMED, Clock, timed_prices
+from moeify.budget.scale import find_scale
 from moeify.controls import record_active, set_mode, set_rule
 from moeify.convert import ConvertConfig, convert
 from moeify.errors import ConfigError, UnsupportedModelError
@@ -210,6 +212,60 @@ def test_layers_are_timed_alone_and_their_rules_come_back(model):
     ratio, dense_ms = clock()
     assert ratio > 0
     assert dense_ms > 0
+
+
+# -- scaling to a time -----------------------------------------------------------------------------------------------------------------
+
+
+def sparse_clock(*, target=0.7, off=1.0, base=0.3):
+    """Time of three layers that run 0.7, 0.02 and 0.02 of their neurons: at scale 1 it is ``off`` times the target."""
+    at_one = 0.7 + 2 * 0.02
+    return lambda scale: base + (off * target - base) * sum(min(scale * f, 1.0) for f in (0.7, 0.02, 0.02)) / at_one
+
+
+SCALES = {"base": 0.3, "least": 0.02 / 0.7, "most": 1 / 0.02, "tolerance": 0.05}
+
+
+@pytest.mark.parametrize(
+    ("off", "base"),
+    [
+        pytest.param(0.94, 0.3, id="6 % below what was predicted"),
+        pytest.param(0.8, 0.3, id="only sparse layers are left to give more"),
+        pytest.param(1.3, 0.3, id="far above"),
+        pytest.param(0.94, -0.5, id="layers' prices say too much"),
+        pytest.param(0.94, 0.69, id="layers' prices say too little"),
+        pytest.param(1.3, 2.0, id="prices say nothing"),
+    ],
+)
+def test_a_time_is_met_where_one_layer_runs_little(off, base):
+    read = sparse_clock(off=off)
+    scale, ratio = find_scale(read, 0.7, **{**SCALES, "base": base})
+    assert ratio == read(scale)
+    assert_allclose(ratio, 0.7, rtol=0.05)
+
+
+def test_a_time_is_met_by_a_noisy_clock():
+    found = []
+    for seed in range(40):
+        noise, true = random.Random(seed), sparse_clock(off=0.94)
+        scale, _ = find_scale(lambda s, noise=noise, true=true: true(s) * noise.gauss(1, 0.02), 0.7, **SCALES)
+        found.append(true(scale) / 0.7)
+    assert_allclose(found, 1, atol=0.06)
+
+
+@pytest.mark.parametrize("wrong", [pytest.param(1.4, id="too slow"), pytest.param(0.6, id="too fast")])
+@pytest.mark.parametrize("off", [0.9, 1.12])
+@pytest.mark.parametrize("number", range(3))
+def test_one_misread_scale_does_not_decide_the_search(wrong, off, number):
+    true, count = sparse_clock(off=off), itertools.count()
+    scale, ratio = find_scale(lambda s: true(s) * (wrong if next(count) == number else 1.0), 0.7, **SCALES)
+    assert_allclose([ratio, true(scale)], 0.7, rtol=0.05)
+
+
+def test_a_time_beyond_what_scales_give_is_told_by_the_nearest():
+    assert find_scale(lambda s: 0.2 + min(s, 1.5) / 10, 0.7, **{**SCALES, "most": 1.5}) == (1.5, pytest.approx(0.35))
+    assert find_scale(lambda s: 0.9 + s / 10, 0.7, **SCALES)[0] == SCALES["least"]
+    assert find_scale(lambda s: 0.5 if s < 1.3 else 0.8, 0.7, **SCALES)[1] == 0.8  # a rule whose knob is whole
 
 
 # -- refused ---------------------------------------------------------------------------------------------------------------------------

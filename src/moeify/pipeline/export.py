@@ -1,6 +1,8 @@
 """From a converted checkpoint to one that runs without moeify: ONNX, a dense model, or a native mixture of experts."""
 
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,6 +26,9 @@ from ..sites import replaced_projections
 from ..train.calibration import recalibrate
 from .inputs import calibration_batches, hold_out
 from .names import torch_dtype
+
+_MEASURED_TOKENS = 8192
+_MEASURED_SHARE = 5  # one token of so many, where the data has not as many more as that
 
 TARGETS = ("onnx", "dense", "qwen2-moe", "mixtral")
 """What `export_checkpoint` writes."""
@@ -51,7 +56,8 @@ def export_checkpoint(
             checkpoint of that architecture (`moeify.export.to_native_moe`).
         k: of a native mixture, experts per token; None takes that of the rule topk.
         shared: of qwen2-moe, experts among them that always run; None chooses by the calibration data.
-        data: of a native mixture, what routers are fitted and measured on; None takes what the checkpoint was converted with.
+        data: of a native mixture, what routers are fitted to, and 8192 tokens more that the result is measured on (at least a fifth of
+            all, where there are not so many more); None takes what the checkpoint was converted with.
         onnx: how an ONNX file computes experts.
         dtype: of the weights, "float32", "bfloat16" or "float16"; "auto" as they are. ONNX files are float32.
         overwrite: replace an earlier export at ``out``.
@@ -91,8 +97,7 @@ def export_checkpoint(
     config = NativeMoEConfig(layout=cast(Any, to), k=k, shared=shared)
     k = check_exportable(model, config)
     config = NativeMoEConfig(layout=cast(Any, to), k=k, shared=shared)
-    batches = calibration_batches(model, processor, data or _own_data(directory), progress=progress)
-    batches, held_out = hold_out(model, batches)
+    batches, held_out = _batches(model, processor, data or _own_data(directory), progress=progress)
     routings = fit_routing(model, batches, config, progress=progress)
     exported = to_native_moe(model, routings, config)
     num_shared = len(next(iter(routings.values())).shared)
@@ -107,6 +112,7 @@ def export_checkpoint(
         "captured_before": _mean([routing.captured_before for routing in routings.values()]),
     }
     windows = [batch["input_ids"] for batch in held_out]
+    record |= {"fitted_tokens": _num_tokens(batches), "held_out_tokens": _num_tokens(held_out)}
     if windows:
         with routed_as(model, routings, k), torch.no_grad():
             expected, found = (one(windows[0][:1]).logits.float() for one in (model, exported))
@@ -114,8 +120,24 @@ def export_checkpoint(
             same = _perplexity(model, windows, progress)
         record["perplexity"] = {"exported": _perplexity(exported, windows, progress), "same_routing": same}
         record["perplexity"] |= _compared(model, windows, batches, k=k, progress=progress)
-        record["held_out_tokens"] = sum(ids.numel() for ids in windows)
     return _save(exported, processor, out, record, overwrite=overwrite)
+
+
+def _batches(
+    model: nn.Module, processor: Any, data: DataConfig, *, progress: Progress
+) -> tuple[list[dict[str, Tensor]], list[dict[str, Tensor]]]:
+    """Windows to fit to, and those to measure on: `_MEASURED_TOKENS` beyond ``max_tokens``, or a share of what there is."""
+    fitted = None if data.max_tokens is None else data.max_tokens // data.window * data.window
+    if fitted:
+        data = replace(data, max_tokens=fitted + _MEASURED_TOKENS)
+    batches = calibration_batches(model, processor, data, progress=progress)
+    sequences, tokens = sum(len(batch["input_ids"]) for batch in batches), _num_tokens(batches)
+    measured = min(_MEASURED_TOKENS, max(tokens - (fitted or tokens), tokens // _MEASURED_SHARE))
+    return hold_out(model, batches, least=max(1, math.ceil(measured * sequences / tokens)))
+
+
+def _num_tokens(batches: Sequence[Mapping[str, Tensor]]) -> int:
+    return sum(batch["input_ids"].numel() for batch in batches)
 
 
 def _dtype(name: str) -> torch.dtype:

@@ -116,10 +116,17 @@ def _numbered(examples: Iterable[Example], *, known: Mapping[str, int], num_clas
         yield replace(example, label=class_ids([first, example.label], known=known, num_classes=num_classes)[example.label])
 
 
-def hold_out(model: nn.Module, batches: Sequence[dict[str, Tensor]]) -> tuple[list[dict[str, Tensor]], list[dict[str, Tensor]]]:
-    """Take one sequence of 50 out of calibration batches, at even distances, at least one and together at most 8192 tokens.
+def hold_out(
+    model: nn.Module, batches: Sequence[dict[str, Tensor]], *, least: int = 1
+) -> tuple[list[dict[str, Tensor]], list[dict[str, Tensor]]]:
+    """Take one sequence of 50 out of calibration batches, at even distances, at least ``least`` and otherwise together at most 8192 tokens.
 
     Spread, because the end of a corpus is one topic.
+
+    Args:
+        model: tells what an image counts.
+        batches: as `calibration_batches` makes them.
+        least: sequences, fewer than there are.
 
     Returns:
         Batches to calibrate with, and the batches held out; of fewer than four sequences, none.
@@ -129,7 +136,7 @@ def hold_out(model: nn.Module, batches: Sequence[dict[str, Tensor]]) -> tuple[li
     if total < _LEAST_SEQUENCES:
         return list(batches), []
     tokens = sum(num_tokens(batch, tokens_per_image=tokens_per_image(model.config)) for batch in batches)
-    count = max(1, min(total // _HELD_OUT_SHARE, _HELD_OUT_TOKENS * total // max(1, tokens)))
+    count = max(least, min(total // _HELD_OUT_SHARE, _HELD_OUT_TOKENS * total // max(1, tokens)))
     chosen_N = torch.zeros(total, dtype=torch.bool)
     chosen_N[[(i + 1) * total // count - 1 for i in range(count)]] = True
     parts = [(batch, chosen_B) for batch, chosen_B in zip(batches, chosen_N.split(sizes), strict=True)]

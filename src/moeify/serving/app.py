@@ -5,6 +5,7 @@ transformers builds the server: model, handlers, routes. What is ours is put aro
     handle_request   reads the preset off the request, gives the request an id that begins with it
     one at a time    the thread that runs the model puts the preset's rules in place before each request
     packed batches   a hook before the model's forward reads off the requests' ids which tokens are whose
+    sampling         a request's seed is set on that thread; packed batches draw all tokens by the server's options
     /v1/models       this model and its presets
     routes           those of `_ROUTES` alone are left; the rest answer 403: whoever may ask may not choose what is loaded
 
@@ -38,6 +39,7 @@ from ..presets import presets as presets_of
 from ..select import Rule
 from .config import ServeConfig
 from .rules import PresetRules
+from .sampling import SEED, PackedSampling, drawn, seeded, set_sampling, take_seed
 
 _HEADER = "x-moeify-preset"
 _HANDLERS = ("_chat_handler", "_completion_handler", "_response_handler", "_systemone_handler")
@@ -210,7 +212,9 @@ def _with_presets(serve: Any, path: Path, config: ServeConfig) -> Served:
     if lacks := next((name for name, owner in needed.items() if not hasattr(owner, name)), None):
         raise MoeifyError(_unknown_version(transformers.__version__, lacks))
     manager, state, app = serve._model_manager, serve._generation_state, serve.server.config.app
-    for owner, name in ((state, "get_manager"), (state, "_cb_config"), (manager, "loaded_models"), (app, "router")):
+    private = [("get_manager", state), ("_cb_config", state), ("loaded_models", manager), ("router", app)]
+    private += [("_build_generation_config", serve._chat_handler), ("_get_default_generation_params", transformers.GenerationConfig)]
+    for name, owner in private:
         if not hasattr(owner, name):
             raise MoeifyError(_unknown_version(transformers.__version__, f"{type(owner).__name__}.{name}"))
 
@@ -221,6 +225,8 @@ def _with_presets(serve: Any, path: Path, config: ServeConfig) -> Served:
     default = next(iter(chosen))
     rules = PresetRules(model, chosen)
     runner = _Runner(model, rules, state, default)
+    set_sampling(model.generation_config, temperature=config.temperature, top_p=config.top_p)
+    packed_sampling = PackedSampling(model.generation_config)
 
     class PresetManager(GenerateManager):
         """Runs one request at a time, each under its preset's rules: the one thread that runs the model sets them."""
@@ -253,17 +259,19 @@ def _with_presets(serve: Any, path: Path, config: ServeConfig) -> Served:
     # Two folders of one name are told apart by the path, which the server knows it by, too.
     names = tuple(dict.fromkeys((path.resolve().name, str(path))))
 
-    def choose(body: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
+    def choose(body: Mapping[str, Any]) -> tuple[dict[str, Any], str, int | None]:
         try:
             preset = requested_preset(body, names=names, presets=tuple(chosen), default=default)
+            body, seed = take_seed(body)
         except ConfigError as error:
             raise HTTPException(status_code=400, detail=str(error)) from error
-        return {**{k: v for k, v in body.items() if k != "moeify_preset"}, "model": str(path)}, preset
+        return {**{k: v for k, v in body.items() if k != "moeify_preset"}, "model": str(path)}, preset, seed
 
     for name in _HANDLERS:
         if (handler := getattr(serve, name, None)) is not None:
             packs = config.continuous_batching and name == "_systemone_handler"
             handler.handle_request = _handle(handler.handle_request, choose, refuse=HTTPException if packs else None)
+            handler._build_generation_config = drawn(handler._build_generation_config, packed_sampling, refuse=HTTPException)
 
     created = int(path.stat().st_mtime)
     served = [names[0], *(f"{names[0]}@{preset}" for preset in chosen)]
@@ -328,16 +336,18 @@ class _Runner:
     def __init__(self, model: nn.Module, rules: PresetRules, state: Any, default: str) -> None:
         self._rules, self._state, self._default = rules, state, default
         self._is_stopping = False
+        self._device = next(model.parameters()).device
         rules.apply(default)  # where it is the only one, nobody else does for packed batches
         model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
 
     def under_preset(self, fn: Callable[..., Any]) -> Callable[..., Any]:
-        """``fn``, to be run on another thread, under the preset of the request in whose task this is called."""
-        preset = _PRESET.get() or self._default
+        """``fn``, to be run on another thread, under the preset and the seed of the request in whose task this is called."""
+        preset, seed = _PRESET.get() or self._default, SEED.get()
 
         def run(*args: Any, **kwargs: Any) -> Any:
             self._rules.apply(preset)
-            return fn(*args, **kwargs)
+            with seeded(seed, self._device):
+                return fn(*args, **kwargs)
 
         return run
 
@@ -370,20 +380,21 @@ def _preset_of(request_id: str) -> str:
 
 def _handle(
     original: Callable[[dict[str, Any], str], Awaitable[Any]],
-    choose: Callable[[Mapping[str, Any]], tuple[dict[str, Any], str]],
+    choose: Callable[[Mapping[str, Any]], tuple[dict[str, Any], str, int | None]],
     *,
     refuse: Any,
 ) -> Callable[[dict[str, Any], str], Awaitable[Any]]:
     async def handle_request(body: dict[str, Any], _request_id: str) -> Any:
-        body, preset = choose(body)
+        body, preset, seed = choose(body)
         if refuse is not None:
             raise refuse(status_code=400, detail="this endpoint runs one request at a time: start the server without continuous batching.")
-        token = _PRESET.set(preset)
+        set_before = _PRESET.set(preset), SEED.set(seed)
         try:
             # An id of our own: clients may send the same one twice, and a packed batch finds the preset in it.
             response = await original(body, f"{preset}/{uuid.uuid4().hex}")
         finally:
-            _PRESET.reset(token)
+            _PRESET.reset(set_before[0])
+            SEED.reset(set_before[1])
         response.headers[_HEADER] = preset
         return response
 

@@ -1,6 +1,7 @@
 """The opt-in distribution that registers moeify in programs which do not import it, installed for one process by a folder on its path."""
 
 import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -8,6 +9,8 @@ from pathlib import Path
 
 import pytest
 from tiny import save_converted_tiny
+
+from moeify.select import TopK
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -93,6 +96,52 @@ def test_programs_that_do_not_import_moeify_find_the_hook(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert "moeify cannot be imported (OSError: libgomp.so.1: cannot open shared object file)" in done.stderr
+
+
+TASK = """
+task: letters
+dataset_path: json
+dataset_kwargs: {data_files: {test: TEXTS}}
+test_split: test
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: "{{text}}"
+metric_list: [{metric: bits_per_byte, aggregation: bits_per_byte, higher_is_better: false}]
+"""
+
+
+LM_EVAL = """
+import functools, runpy, lm_eval.tasks
+lm_eval.tasks.TaskManager = functools.partial(lm_eval.tasks.TaskManager, include_defaults=False)
+runpy.run_module("lm_eval", run_name="__main__")
+"""
+"""``python -m lm_eval``, but for reading the files of its own thousands of tasks, which takes longer than everything else."""
+
+
+def test_lm_eval_runs_the_sparse_model_where_nobody_imports_moeify(tmp_path):
+    pytest.importorskip("lm_eval")
+    from moeify.pipeline.harness import evaluate_checkpoint
+
+    checkpoint = save_converted_tiny(tmp_path / "converted", rule=TopK(k=2))
+    texts, task = tmp_path / "texts.jsonl", tmp_path / "letters.yaml"
+    texts.write_text("".join(json.dumps({"text": text}) + "\n" for text in ("It rained, so she ran.", "One two", "three", "four")))
+    task.write_text(TASK.replace("TEXTS", str(texts)))
+    expected = evaluate_checkpoint(checkpoint, tasks=[str(task)], limit=3, dense=True)["results"]
+    path = os.pathsep.join([str(ROOT / "src"), str(AUTOLOAD / "src"), str(installed(tmp_path))])
+    offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(tmp_path / "cache")}
+    command = [sys.executable, "-c", LM_EVAL, "--model", "hf", "--model_args", f"pretrained={checkpoint}", "--device", "cpu"]
+    done = subprocess.run(
+        [*command, "--tasks", str(task), "--limit", "3", "--output_path", str(tmp_path / "results")],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, **offline, "PYTHONPATH": path},
+    )
+    assert done.returncode == 0, done.stderr
+    (file,) = (tmp_path / "results").rglob("results_*.json")
+    found = json.loads(file.read_text())["results"]["letters"]["bits_per_byte,none"]
+    assert found == pytest.approx(expected["moe"]["letters"]["bits_per_byte"], rel=1e-6)
+    assert found != pytest.approx(expected["dense"]["letters"]["bits_per_byte"], rel=1e-3)
 
 
 def test_no_extra_names_the_distribution_which_is_on_no_registry():

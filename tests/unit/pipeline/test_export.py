@@ -9,10 +9,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from moeify import cli
+from moeify._progress import NO_PROGRESS
 from moeify.controls import set_mode
+from moeify.data import DataConfig
 from moeify.errors import CheckpointError, ConfigError, UnsupportedModelError
 from moeify.hf.load import load_model
-from moeify.pipeline import export_checkpoint
+from moeify.pipeline import export, export_checkpoint
 from moeify.quantize import quantize
 from moeify.select import TopK
 
@@ -40,6 +42,7 @@ def test_a_native_mixture_by_the_command_line(silu, capsys):
     assert (record["k"], record["num_experts"], record["expert_size"], record["active_fraction"]) == (3, 6, 8, 0.5)
     assert 1 <= record["shared"] <= 2
     assert record["max_error"] < 5e-3
+    assert (record["fitted_tokens"], record["held_out_tokens"]) == (44 * 64, 12 * 64)
     found = record["perplexity"]
     assert found["exported"] == pytest.approx(found["same_routing"], rel=1e-2)
     assert set(found) == {"exported", "same_routing", "dense", "ours_fixed_k", "ours_dynamic_k"}
@@ -50,6 +53,23 @@ def test_a_native_mixture_by_the_command_line(silu, capsys):
     assert type(AutoModelForCausalLM.from_pretrained(silu / "out")).__name__ == "Qwen2MoeForCausalLM"
     assert cli.run([*arguments, "--data", str(silu / "text.txt"), "--window", "64"]) == 2
     assert "--overwrite replaces it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("max_tokens", "text", "expected"),
+    [
+        pytest.param(1024, 20_000, (1024, 8192), id="8192 tokens beside those to fit to"),
+        pytest.param(1024, 3600, (1024, 2560), id="all that there is beside them"),
+        pytest.param(3400, 3600, (2816, 768), id="a fifth of a short text"),
+        pytest.param(None, 3600, (2816, 768), id="a fifth of all"),
+        pytest.param(None, 60_000, (51776, 8192), id="a fifth would be more"),
+    ],
+)
+def test_a_fixed_k_export_is_measured_on_what_is_kept_out(tmp_path, max_tokens, text, expected):
+    (tmp_path / "text.txt").write_text("0123456789" * (text // 10))
+    data = DataConfig(data=str(tmp_path / "text.txt"), window=64, max_tokens=max_tokens)
+    parts = export._batches(tiny.tiny_llama(), tiny.byte_tokenizer(), data, progress=NO_PROGRESS)
+    assert tuple(sum(batch["input_ids"].numel() for batch in part) for part in parts) == expected
 
 
 @pytest.mark.parametrize("weights", ["float", "int8"])

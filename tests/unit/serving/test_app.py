@@ -125,6 +125,65 @@ def test_models_health_and_what_is_closed(client):
     assert left == {"/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/systemone", "/v1/models", "/health"}
 
 
+def text(answer):
+    assert answer.status_code == 200, answer.text
+    return answer.json()["choices"][0]["text"]
+
+
+def test_a_seed_is_its_requests_alone(checkpoint):
+    served = build(checkpoint, ServeConfig(temperature=1.0))
+
+    def ask(seed):
+        return text(complete(client, temperature=None, max_tokens=32, seed=seed))
+
+    with TestClient(served.app) as client:
+        alone = [ask(1), ask(2)]
+        assert alone[0] != alone[1]
+        with ThreadPoolExecutor(max_workers=2) as pool:
+            assert list(pool.map(ask, (1, 2, 1, 2))) == alone * 2
+        after = []
+        for _ in range(2):
+            ask(1)
+            after.append(ask(None))
+        assert after[0] != after[1], "who gives no seed does not get a neighbour's"
+        for seed in (1.5, True, "1", 2**64):
+            answer = complete(client, seed=seed)
+            assert (answer.status_code, answer.json()["detail"][:25]) == (400, "seed must be a whole numb")
+        answer = complete(client, temperature="hot")
+        assert answer.json() == {"detail": "options of generation cannot be read: could not convert string to float: 'hot'"}
+    served.stop()
+
+
+def test_no_request_of_a_packed_batch_decides_how_others_are_drawn(checkpoint, texts):
+    served = build(checkpoint, ServeConfig(**PACKED))
+    with TestClient(served.app) as client:
+        for fields, named in (
+            ({"temperature": 0.7}, "temperature: requests that share forwards are all drawn alike, with do_sample False here, not True;"),
+            ({"temperature": None, "generation_config": '{"do_sample": true}'}, "generation_config's do_sample: "),
+            ({"stop": ["fox"]}, "stop: "),
+            ({"frequency_penalty": 0.5}, "frequency_penalty: "),
+            ({"generation_config": '{"num_beams": 2}'}, "generation_config's num_beams: "),
+        ):
+            answer = complete(client, **fields)  # the first one, too
+            assert (answer.status_code, answer.json()["detail"][: len(named)]) == (400, named)
+        assert text(complete(client)) == texts["default"]
+        same = {"seed": 3, "frequency_penalty": 0, "top_p": 0.5, "generation_config": '{"do_sample": false, "max_new_tokens": 3}'}
+        assert text(complete(client, **same)) == texts["default"], "what changes nothing is no reason to refuse"
+    served.stop()
+
+
+def test_packed_batches_sample_as_the_server_was_told(checkpoint):
+    served = build(checkpoint, ServeConfig(temperature=0.8, top_p=0.9, **PACKED))
+    with TestClient(served.app) as client:
+        greedy = complete(client).json()["detail"]
+        assert greedy.startswith("temperature: requests that share forwards are all drawn alike, with do_sample True here,")
+        assert complete(client, temperature=0.8, top_p=0.5).json()["detail"].startswith("top_p: ")
+        assert complete(client, temperature=0.8, seed=1).json()["detail"].startswith("seed: ")
+        answers = {text(complete(client, temperature=temperature, max_tokens=32)) for temperature in (0.8, None)}
+        assert len(answers) == 2, "sampled"
+    served.stop()
+
+
 def test_a_server_of_one_preset_runs_it_for_everybody(checkpoint, texts):
     served = build(checkpoint, ServeConfig(presets=("fast",), **PACKED))
     with TestClient(served.app) as client:
@@ -168,6 +227,8 @@ def test_what_cannot_be_served_is_refused(checkpoint, tmp_path, monkeypatch):
     [
         ({"port": 70000}, "port"),
         ({"presets": ("a", "a")}, "'a' twice"),
+        ({"temperature": -1.0}, "temperature must be 0 or more"),
+        ({"top_p": 0.0}, "top_p"),
         ({"cb_num_blocks": 4}, "cb_num_blocks must be at least 1 and is for"),
     ],
 )
