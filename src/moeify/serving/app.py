@@ -31,6 +31,7 @@ from torch import nn
 
 from .. import _config
 from .._config import did_you_mean
+from .._random import seeded
 from ..errors import CheckpointError, ConfigError, MoeifyError
 from ..hf.load import model_class
 from ..pipeline.names import torch_device, torch_dtype
@@ -39,7 +40,7 @@ from ..presets import presets as presets_of
 from ..select import Rule
 from .config import ServeConfig
 from .rules import PresetRules
-from .sampling import SEED, PackedSampling, drawn, seeded, set_sampling, take_seed
+from .sampling import SEED, PackedSampling, drawn, set_sampling, take_seed
 
 _HEADER = "x-moeify-preset"
 _HANDLERS = ("_chat_handler", "_completion_handler", "_response_handler", "_systemone_handler")
@@ -346,7 +347,9 @@ class _Runner:
 
         def run(*args: Any, **kwargs: Any) -> Any:
             self._rules.apply(preset)
-            with seeded(seed, self._device):
+            with (
+                contextlib.nullcontext() if seed is None else seeded(seed, self._device)
+            ):  # a request without one draws from where the process is
                 return fn(*args, **kwargs)
 
         return run

@@ -8,13 +8,10 @@ random numbers. Here it is the server's own, so that what a request gets does no
 for another are refused.
 """
 
-import contextlib
 import contextvars
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
-
-import torch
 
 from ..errors import ConfigError
 
@@ -52,17 +49,6 @@ def take_seed(body: Mapping[str, Any]) -> tuple[dict[str, Any], int | None]:
     if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or seed not in _SEEDS):
         raise ConfigError(f"seed must be a whole number from -2^63 to 2^64 - 1, got {str(seed)[:100]!r}.")
     return {key: value for key, value in body.items() if key != "seed"}, seed
-
-
-@contextlib.contextmanager
-def seeded(seed: int | None, device: torch.device) -> Iterator[None]:
-    """Random numbers from a seed within the block; those that come after it are what they would be without the block. None: nothing."""
-    if seed is None:
-        yield
-        return
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        yield
 
 
 def set_sampling(config: Any, *, temperature: float | None, top_p: float | None) -> None:
