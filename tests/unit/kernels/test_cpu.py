@@ -214,7 +214,7 @@ def test_named_impl_refuses_what_it_cannot_do(dtype):
 @needs_library
 def test_unknown_instruction_set_names_those_there_are(monkeypatch):
     monkeypatch.setenv(cpu.FORCE_ISA, "avx1024")
-    with pytest.raises(KernelError, match="it has portable"):
+    with pytest.raises(KernelError, match="they have portable"):
         moe_ffn(torch.randn(1, 8), random_ffn(8, 16), random_plan(1, 4, 0.5), activation="relu", impl="cpu")
 
 
