@@ -16,6 +16,8 @@
 #include "moeify.h"
 
 namespace MOEIFY_NAMESPACE {
+extern const bool is_compiled = true;
+
 #include "vec.h"
 #include "ffn.h"
 #include "router.h"

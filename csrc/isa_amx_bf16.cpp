@@ -32,7 +32,8 @@ namespace MOEIFY_NAMESPACE {
 constexpr int NOT_HERE = -1;  // beside moeify_status
 
 // A compiler that does not know the instructions (setup.py asks it) leaves them out; moeify_has_isa then says no.
-#if defined(MOEIFY_AMX_EMULATED) || (defined(__AMX_TILE__) && defined(__AMX_BF16__))
+#if !defined(MOEIFY_LEFT_OUT) && defined(__AVX512BF16__) && \
+    (defined(MOEIFY_AMX_EMULATED) || (defined(__AMX_TILE__) && defined(__AMX_BF16__)))
 #include "vec.h"
 #include "ffn.h"
 #include "amx.h"

@@ -3,4 +3,8 @@
 #define MOEIFY_TOKENS 6
 #define MOEIFY_BF16_DOT 0
 #define MOEIFY_INT16_DOT 0
+#if !defined(MOEIFY_LEFT_OUT) && defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
 #include "isa.h"
+#else
+#include "isa_missing.h"
+#endif

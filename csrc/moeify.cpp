@@ -27,6 +27,7 @@
 
 #define DECLARE(name)                                                                                                      \
   namespace name {                                                                                                         \
+  extern const bool is_compiled; /* false where the compiler did not know it */                                            \
   int run_ffn(const moeify_ffn &, const void *, int64_t, const uint8_t *, int64_t, void *, int64_t, int);                 \
   int route_tokens(const moeify_ffn &, const moeify_router &, const void *, int64_t, int64_t, uint8_t *, int);            \
   int run_linear(const moeify_linear &, const void *, int64_t, int64_t, void *, int64_t, int);                            \
@@ -42,9 +43,6 @@ DECLARE(moeify_avx2)
 DECLARE(moeify_avx512)
 DECLARE(moeify_avx512_bf16)
 DECLARE(moeify_amx_bf16)
-namespace moeify_amx_bf16 {
-extern const bool is_compiled;
-}
 #endif
 
 namespace {
@@ -100,14 +98,15 @@ uint32_t instruction_sets() {  // one bit each
 #if defined(__x86_64__)
   __builtin_cpu_init();  // asks the operating system, too, whether it saves the registers
   if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return found;
-  found |= 1u << MOEIFY_AVX2;
+  if (moeify_avx2::is_compiled) found |= 1u << MOEIFY_AVX2;
   if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") || !__builtin_cpu_supports("avx512dq") ||
       !__builtin_cpu_supports("avx512vl"))
     return found;
-  found |= 1u << MOEIFY_AVX512;
+  if (moeify_avx512::is_compiled) found |= 1u << MOEIFY_AVX512;
   unsigned a = 0, b = 0, c = 0, d = 0;
   // With bf16 come products of 16-bit integers (VNNI), which int8 weights use.
   if (!__builtin_cpu_supports("avx512vnni") || !__get_cpuid_count(7, 1, &a, &b, &c, &d) || !(a >> 5 & 1)) return found;
+  if (!moeify_avx512_bf16::is_compiled) return found;  // to which AMX leaves what it has not
   found |= 1u << MOEIFY_AVX512_BF16;
   if (has_tiles()) found |= 1u << MOEIFY_AMX_BF16;
 #endif

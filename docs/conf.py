@@ -149,22 +149,75 @@ def public(source: Path) -> dict[str, object]:
     return {f"{module.__name__}.{name}": getattr(module, name) for name in names if not name.startswith("_")}
 
 
+TABLES = ("moeify.select.RULES", "moeify.split.SPLITS", "moeify.routers.ROUTERS", "moeify.kernels.IMPLS", "moeify.evaluate.METRICS")
+"""What people are told to extend."""
+_OF_PACKAGES = {
+    "baselines": "features places",
+    "budget": "curves price search",
+    "data": "batches config packed sources tokens",
+    "evaluate": "analysis quality sweep",
+    "export": "native_moe onnx_ffn",
+    "hf": "card quantizer random registration shards streamed",
+    "kernels": "cpu cpu_linear cpu_neurons cpu_op cpu_train gather gpu_ffn gpu_linear gpu_routed gradients grouped linear plan "
+    "reference routed_op tiles",
+    "pipeline": "builtin convert decode harness heldout info inputs measure names panels pretrain_data pretrain_log pretrain_recipe "
+    "pretrain_result project recipe reports results run_recipe sparsify stages start stopping stream tasks thin timing "
+    "training_cost work",
+    "report": "chart html text",
+    "select": "calibrate rule",
+    "serving": "app rules",
+    "sites": "attention formula int8 linear probe projection site",
+    "sparsity": "activation allocation blocks channel channel_profile inflight rotation transform",
+    "split": "balanced_kmeans record",
+    "ssd": "controller monitor switch",
+    "train": "blockwise calibration capture distill expert_parallel fit labels layerwise loop parallel project selection shards state work",
+}
+INTERNAL = frozenset(f"{package}.{name}" for package, names in _OF_PACKAGES.items() for name in names.split())
+"""Modules with classes or functions for other modules of moeify alone: what their package does not export stands on no page. Whoever adds a
+module exports what is in it, or adds a line here."""
+
+
+def told(page: Path) -> set[tuple[str, str]]:
+    """Module and name of what the Python on a page imports from moeify."""
+    blocks = re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    imports = [node for block in blocks for node in ast.walk(ast.parse(block)) if isinstance(node, ast.ImportFrom)]
+    return {(str(node.module), alias.name) for node in imports if str(node.module).startswith("moeify") for alias in node.names}
+
+
 def missing(app: Sphinx, env: object) -> None:
-    """A warning for every public name that stands on no page of the reference."""
+    """A warning for every public name on no page of the reference: of a package, of a module that is not `INTERNAL`, of `TABLES`,
+    or imported by the code on a page; and for a line of `INTERNAL` that is not needed."""
     del env
     documented = app.env.get_domain("py").objects  # type: ignore[attr-defined]
-    shown = set()
+    shown, warn = set(), logging.getLogger(__name__).warning
     for name, entry in documented.items():
-        module, _, attribute = name.rpartition(".")
-        if entry.objtype in ("class", "function", "exception") and entry.docname.startswith("api/"):
+        if entry.docname.startswith("api/") and entry.objtype in ("class", "function", "exception", "data"):
+            module, _, attribute = name.rpartition(".")
             shown.add(id(getattr(importlib.import_module(module), attribute)))
-    folder = ROOT / "src" / "moeify"
-    sources = [path for path in (*folder.glob("*.py"), *folder.glob("*/__init__.py")) if path.name == "__init__.py" or path.name[0] != "_"]
-    for source in sorted(sources):
-        if source.parent.name != "cli":  # commands, which docs/cli.md and --help describe
-            for name, obj in sorted(public(source).items()):
-                if (inspect.isclass(obj) or inspect.isfunction(obj)) and id(obj) not in shown:
-                    logging.getLogger(__name__).warning("%s stands on no page of docs/api", name)
+    folder, needed = ROOT / "src" / "moeify", set()
+    for source in sorted(folder.rglob("*.py")):
+        parts = source.relative_to(folder).with_suffix("").parts
+        hidden = [part for part in parts if part.startswith(("_", "triton_")) and part != "__init__"]
+        if parts[0] == "cli" or hidden:  # commands stand in docs/cli.md, programs of GPUs are nobody's to call
+            continue
+        callables = {name: obj for name, obj in public(source).items() if inspect.isclass(obj) or inspect.isfunction(obj)}
+        absent = {name for name, obj in callables.items() if id(obj) not in shown}
+        if (module := ".".join(parts)) in INTERNAL:
+            needed |= {module} if absent else set()
+            continue
+        for name in sorted(absent):
+            warn("%s stands on no page of docs/api", name)
+    for module in sorted(INTERNAL - needed):
+        warn("docs/conf.py: INTERNAL has %s, of which every name stands on a page, or which is gone", module)
+    for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+        for module, name in sorted(told(page)):
+            obj = getattr(importlib.import_module(module), name)
+            if not inspect.ismodule(obj) and id(obj) not in shown:
+                warn("%s imports %s.%s, which stands on no page of docs/api", page.name, module, name)
+    for table in TABLES:
+        module, _, name = table.rpartition(".")
+        if id(getattr(importlib.import_module(module), name)) not in shown:
+            warn("%s stands on no page of docs/api", table)
 
 
 def show_inline(writer: object, node: nodes.math) -> None:

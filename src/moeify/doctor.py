@@ -244,6 +244,8 @@ def doctor_text(found: Mapping[str, Any]) -> str:
         wanted.append("  extras: unknown, for moeify runs from a source tree; pip install .")
     if (why_not := kernels.cpu.unavailable()) is not None:
         wanted.append(f"  {why_not}")
+    elif kernels.cpu.build_note():
+        wanted.append("  instruction sets of the compiled CPU kernels; see there")
     if torch.version.cuda is not None and not torch.cuda.is_available():
         wanted.append("  a GPU: torch is built for one and finds none; see GPU above")
     wanted += [f"  cache folder {path}: make it writable" for path in found["caches"].values() if path.endswith(_UNWRITABLE)]

@@ -3,7 +3,9 @@
 import errno
 import hashlib
 import json
+import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -580,6 +582,42 @@ def test_sweep_onto_a_file_that_is_no_curve_is_one_line(here, capsys):
 
 def test_report_of_a_file_that_is_no_curve_is_one_line(here, capsys):
     check(here, capsys, ["report", "moe", "--curve", "moe/config.json"], ("moe/config.json", "moeify sweep"))
+
+
+HOSTILE = "<script>hacked=1</script><b>| a ` b [c](http://x.y) **d**\n# e\n\x1b[31m"
+
+
+def _hostile_curve(path, **fields):
+    """A curve that nobody can refuse, with names that its writer chose."""
+    shares = {"active_fraction": 0.5, "ffn_flops_fraction": 0.6, "flops_fraction": 0.7, "latency_fraction": 0.9, "machine": HOSTILE}
+    point = {"rule": HOSTILE, "value": 0.5, **shares, "quality": 9.0, "quality_ratio": 1.1, "kl": None}
+    broken = {**point, "value": 0.2, "flops_fraction": 0.6, "quality": math.inf, "quality_ratio": math.inf, "kl": math.nan}
+    points = [point, broken, {**point, "rule": "$\\frac$", "quality": -1e300, "flops_fraction": 1e308}]
+    curve = {"schema": 1, "model": f"../{HOSTILE}", "metric": "perplexity", "dense": {"quality": 8.0, "flops_per_token": 1e6}}
+    extra = {"data": HOSTILE, "split": [HOSTILE], "seed": {HOSTILE: HOSTILE}, "versions": {HOSTILE: HOSTILE}, "fingerprint": []}
+    curve |= {"points": points, "calibrated": {"rule": HOSTILE, "value": 0.5}, **extra, HOSTILE: HOSTILE, **fields}
+    path.write_text(json.dumps(curve))
+
+
+def test_report_of_a_hostile_curve_shows_every_name_as_text(here, capsys):
+    pytest.importorskip("matplotlib")
+    (here / "moe").rename(here / "<b>|`x`")
+    _hostile_curve(here / "mine.json")
+    _hostile_curve(here / "other.json")
+    code = cli.run(["report", "<b>|`x`", "--curve", "mine.json", "--compare", "<i>=other.json", "--out", "page"])
+    assert (code, capsys.readouterr().err) == (0, "")
+    page = (here / "page" / "report.html").read_text(encoding="utf-8")
+    assert page.count("<script") == 1 and "hacked=1&lt;/script&gt;" in page
+    assert not re.search(r"<(b|i)>[|<]", page)
+    text = (here / "page" / "report.md").read_text(encoding="utf-8")
+    plain = re.sub(r"\\.", "", text)  # what is left is markup
+    assert not re.search("<(?!= )|>", plain)
+    tables = [block.splitlines() for block in re.findall(r"(?:^\|.*\n)+", plain, flags=re.MULTILINE)]
+    assert len(tables) >= 3
+    for rows in tables:
+        assert len({row.count("|") for row in rows}) == 1, rows[0]
+    headings = [line for line in plain.splitlines() if line.startswith("#")]
+    assert headings == ["# bx", "## Methods at equal cost", "## Routers"]
 
 
 def test_report_without_a_curve_is_one_line(here, capsys):

@@ -9,11 +9,13 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import tiny
 import torch
 import transformers
+from browser import BROWSER, WIDTH, Browser
 from typer.main import get_command
 from typer.testing import CliRunner
 
@@ -635,6 +637,10 @@ def test_report_reads_a_curve_and_draws_it(converted, tmp_path, capsys):
     assert all(part in page for part in ("perplexity", "curve.png", "## Routers", "model.layers.0.mlp"))
     assert files["png"].stat().st_size > 1000
     assert "</svg>" in files["svg"].read_text(encoding="utf-8")
+    html, source = files["html"].read_text(encoding="utf-8"), json.loads((converted / "moeify.json").read_text())["calibration"]["source"]
+    assert Path(source).is_absolute()
+    assert f">{Path(source).name}<" in html and str(Path(source).parent) not in html, "folders say whose machine it was"
+    assert "this page: processor" in html and "this page: dtype" not in html, "nothing was run for it"
 
 
 def test_report_compares_curves_at_equal_cost(converted, tmp_path, capsys):
@@ -702,6 +708,15 @@ def test_report_with_data_and_text_runs_the_checkpoint(converted, tmp_path, caps
     html = (tmp_path / "page" / "report.html").read_text(encoding="utf-8")
     for wanted in ("bytes of weights that a decoded token reads", "measured time", "near what moeify preset makes", "Timed on "):
         assert wanted in html
+    own = [f"this page: {name}" for name in ("dtype", "device", "processor", "threads", "system")]
+    for wanted in ("executed experts: data", "executed experts: window", "curve: dtype", *own):
+        assert f">{wanted}<" in html
+    if BROWSER is not None:
+        with Browser(tmp_path / "browser") as browser:
+            page = browser.open(tmp_path / "page" / "report.html", is_dark=True)
+            seen = page.probe()
+            assert (seen["problems"], seen["width"], page.requests(), page.complaints()) == ([], WIDTH, [], [])
+            assert seen["up"] <= seen["down"] and all(seen["switches"])
 
 
 def test_report_of_a_thinned_checkpoint_measures_what_is_missing_and_shows_kept_channels(dense, tmp_path, capsys):

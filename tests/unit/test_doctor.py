@@ -104,3 +104,13 @@ def test_caches_are_where_the_variables_say(monkeypatch, tmp_path):
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "no"))
     assert doctor._caches()["triton"] == str(tmp_path)
     assert doctor._caches()["hub"] == f"{tmp_path / 'no'} (not there yet)"
+
+
+@needs_library
+def test_instruction_sets_that_were_left_out_are_missing_and_the_reason_stands_with_the_kernels(monkeypatch):
+    monkeypatch.setattr(doctor, "_speed", lambda: {"matmul_flops_per_s": 1e9, "copy_bytes_per_s": 1e9})
+    monkeypatch.setattr(doctor.kernels.cpu, "unavailable", lambda: None)
+    monkeypatch.setattr(doctor.kernels.cpu, "build_note", lambda: "left out at installation: amx_bf16 (odd)")
+    found = doctor.doctor()
+    assert found["compiled_kernels"].endswith("; left out at installation: amx_bf16 (odd)")
+    assert "instruction sets of the compiled CPU kernels" in doctor.doctor_text(found).partition("Missing:")[2]

@@ -83,6 +83,9 @@ def sparsify(
         str | None, typer.Option(help="JSON object, or the path of one. " + " ".join(_config.field_docs(SparsifyConfig)["policy"].split()))
     ] = None,
     distill: Annotated[bool, typer.Option("--distill", help="Learn from the model as it was, too.")] = False,
+    tensorboard: Annotated[
+        Path | None, typer.Option(help="Folder for TensorBoard: loss, penalties and evaluations by step; needs moeify[train].")
+    ] = None,
     dtype: DType = "float32",
     device: Device = "cpu",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result, and the state of another run to it.")] = False,
@@ -115,6 +118,7 @@ def sparsify(
         augment=augment,
         batch_tokens=batch_tokens,
         projections=read_projections(attention, patterns, distilling, seed=seed or 0),
+        tensorboard=tensorboard,
         dtype=dtype,
         device=device,
         overwrite=overwrite,

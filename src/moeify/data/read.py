@@ -142,7 +142,7 @@ def _pillow(what: str) -> Any:
     try:
         from PIL import Image
     except ImportError:
-        raise DataError(f"reading {what} needs Pillow; pip install pillow.") from None
+        raise DataError(f"reading {what} needs Pillow; pip install 'moeify[data]'.") from None
     return Image
 
 

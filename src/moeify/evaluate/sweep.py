@@ -6,6 +6,7 @@ Letters: T tokens, E experts.
 import json
 import math
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -76,6 +77,8 @@ _EXTRA: dict[str, tuple[type, ...]] = {"calibrated": (str, int, float), "cost": 
 """Objects among a curve's further keys, and the types of their values."""
 _COST = {"ffn_dense", "ffn_unconverted", "experts", "router", "attention_proj", "attention_scores", "head", "other"}
 _FINITE = ("value", "active_fraction", "ffn_flops_fraction", "flops_fraction", "bytes_fraction", "latency_fraction")
+_MOST_BYTES = 2**26
+"""Of a ``curve.json``: a point has some 300."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,19 +172,27 @@ class Curve:
         """
         path = Path(path)
         try:
+            if (size := path.stat().st_size) > _MOST_BYTES:
+                raise DataError(f"'{path}' has {size} bytes, more than {_MOST_BYTES}, so it is not a curve; moeify sweep writes one.")
             data = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise DataError(f"no such file: '{path}'; moeify sweep writes one.") from None
         except OSError as error:
             raise DataError(f"cannot read '{path}': {error.strerror}.") from None
+        except DataError:
+            raise
+        except RecursionError:
+            raise DataError(f"'{path}' is nested too deeply for a curve; moeify sweep writes one.") from None
         except ValueError as error:
             raise DataError(f"'{path}' is not JSON ({error}), so not a curve; moeify sweep writes one.") from None
         if not isinstance(data, dict) or not {"schema", "model", "metric", "dense", "points"} <= set(data):
             raise DataError(f"'{path}' is not a curve of moeify; moeify sweep writes one.")
+        if _is_deep(data):
+            raise DataError(f"'{path}' is nested too deeply for a curve; moeify sweep writes one.")
         if not isinstance(data["schema"], int) or not 1 <= data["schema"] <= SCHEMA:
-            raise DataError(f"'{path}' has schema {data['schema']!r}, this moeify reads up to {SCHEMA}; upgrade moeify.")
+            raise DataError(f"'{path}' has schema {repr(data['schema'])[:80]}, this moeify reads up to {SCHEMA}; upgrade moeify.")
         known = {"schema", "model", "metric", "dense", "points"}
-        if data["metric"] not in METRICS:
+        if not isinstance(data["metric"], str) or data["metric"] not in METRICS:
             raise DataError(f"'{path}' is measured by {str(data['metric'])[:80]!r}; this moeify knows {', '.join(METRICS)}.")
         for key, kind in _EXTRA.items():
             if not isinstance(data.get(key) or {}, Mapping) or not all(isinstance(v, kind) for v in (data.get(key) or {}).values()):
@@ -197,13 +208,20 @@ class Curve:
                 extra={key: value for key, value in data.items() if key not in known},
             )
         except (ConfigError, TypeError) as error:
-            raise DataError(f"'{path}' is not a curve of moeify: {error}") from None
+            raise DataError(f"'{path}' is not a curve of moeify: {str(error)[:300]}") from None
         numbers = {f"points[{i}].{name}": getattr(point, name) for i, point in enumerate(curve.points) for name in _FINITE}
         numbers |= {"dense.quality": curve.dense.quality, "dense.flops_per_token": curve.dense.flops_per_token}
         numbers |= {f"cost.{name}": value for name, value in (cost or {}).items()}
-        if bad := next((name for name, value in numbers.items() if value is not None and not math.isfinite(value)), None):
-            raise DataError(f"'{path}' is not a curve of moeify: {bad} is {numbers[bad]}; moeify sweep writes one.")
+        if bad := next((name for name, value in numbers.items() if value is not None and not abs(value) <= sys.float_info.max), None):
+            raise DataError(f"'{path}' is not a curve of moeify: {bad[:80]} is {str(numbers[bad])[:40]}; moeify sweep writes one.")
         return curve
+
+
+def _is_deep(value: Any, *, most: int = 16) -> bool:
+    """Whether a JSON value has more than ``most`` levels: a curve has four, and whoever writes it again must be able to."""
+    if not isinstance(value, (dict, list)):
+        return False
+    return most == 0 or any(_is_deep(item, most=most - 1) for item in (value.values() if isinstance(value, dict) else value))
 
 
 CostAxis = Literal["ffn_flops_fraction", "flops_fraction"]

@@ -40,7 +40,8 @@ FORCE_ISA = "MOEIFY_CPU_ISA"
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 """Types of activations, and what the library calls them. Weights are of the same type, or `_INT8`."""
 _INT8 = 2
-_STATUS = {1: "an argument is out of range", 2: "there is no memory for its workspace", 3: "this processor lacks the instruction set"}
+_STATUS = {1: "an argument is out of range", 2: "there is no memory for its workspace", 3: "the instruction set is not there"}
+_MOST_NOTE = 2000  # characters
 _PLAIN = (Tensor, Parameter)
 MATRICES = ("up_FD", "down_FD", "gate_FD")
 BIASES = ("up_bias_F", "gate_bias_F", "down_bias_D")
@@ -152,7 +153,18 @@ def describe() -> str:
     if isinstance(library := _library(), str):
         return library
     threads = "threads of torch's OpenMP" if _openmp() is not None else "one thread: no OpenMP runtime of torch found"
-    return f"{isa()} (this processor has {', '.join(isas())}), {threads}"
+    left_out = f"; {note}" if (note := build_note()) else ""
+    return f"{isa()} (this processor and the library have {', '.join(isas())}), {threads}{left_out}"
+
+
+def build_note() -> str:
+    """What the installation left out of the library, or why there is none, and the way out; empty where nothing is to be said."""
+    note = _library_file().with_suffix(".txt")  # setup.py writes it
+    return " ".join(note.read_text(encoding="utf-8", errors="replace")[:_MOST_NOTE].split()) if note.is_file() else ""
+
+
+def _library_file() -> Path:
+    return Path(__file__).with_name("libmoeify_cpu" + (".dylib" if sys.platform == "darwin" else ".so"))
 
 
 @dataclass(frozen=True)
@@ -434,7 +446,7 @@ def _isa() -> int:
     if forced is None:
         return _available()[-1]
     if forced not in isas():
-        raise KernelError(f"{FORCE_ISA}={forced!r} is no instruction set of this processor; it has {', '.join(isas())}.")
+        raise KernelError(f"{FORCE_ISA}={forced!r} is no instruction set of this processor and the library; they have {', '.join(isas())}.")
     return ISAS.index(forced)
 
 
@@ -447,9 +459,9 @@ def _available() -> tuple[int, ...]:
 @functools.lru_cache(maxsize=1)
 def _library() -> Any:
     """The loaded library, or the reason why there is none."""
-    path = Path(__file__).with_name("libmoeify_cpu" + (".dylib" if sys.platform == "darwin" else ".so"))
+    path = _library_file()
     if not path.is_file():
-        return "the compiled library is missing: there was no C++17 compiler at installation; install g++ or clang, then moeify again"
+        return f"the compiled library is missing: {build_note() or 'it was never built; pip install moeify where there is g++ or clang++'}"
     try:
         library = ctypes.CDLL(str(path))
     except OSError as error:

@@ -22,6 +22,7 @@ from .decode import generate_text as generate_text
 from .decode import speculate_text as speculate_text
 from .decode import timed_text as timed_text
 from .export import export_checkpoint as export_checkpoint
+from .info import checkpoint_info as checkpoint_info
 from .inputs import calibration_batches as calibration_batches
 from .inputs import evaluation_batches as evaluation_batches
 from .measure import profile_checkpoint as profile_checkpoint
@@ -44,6 +45,10 @@ from .run_recipe import run_recipe as run_recipe
 from .run_recipe import run_stages as run_stages
 from .sparsify import sparsify_checkpoint as sparsify_checkpoint
 from .tasks import TASKS as TASKS
+from .tasks import Loaded as Loaded
+from .tasks import load_for_task as load_for_task
+from .tasks import task_batches as task_batches
+from .tasks import training_data as training_data
 from .thin import METHODS as METHODS
 from .thin import ChannelMethod as ChannelMethod
 from .thin import NeuronConfig as NeuronConfig

@@ -1,4 +1,4 @@
-"""What a pre-training run tells: lines on the console, rows of a file, TensorBoard, Weights & Biases."""
+"""What a training run tells: lines on the console, rows of a file, TensorBoard, Weights & Biases."""
 
 import importlib.util
 import json
@@ -85,6 +85,43 @@ class TensorBoard:
         self._writer.close()
 
 
+class Board:
+    """A training loop's steps for TensorBoard; a run that goes on writes over what a killed one wrote after its last state.
+
+    Args:
+        folder: of the events; they stay there.
+        metric: what evaluations measure.
+    """
+
+    def __init__(self, folder: Path, *, metric: str) -> None:
+        self._folder, self._metric = folder, metric
+        self._sink: TensorBoard | None = None
+
+    def watch(self, report: StepReport) -> None:
+        """After a step: its loss, and what was read and measured at it.
+
+        Raises:
+            CheckpointError: it cannot be written.
+        """
+        step = report.step
+        values = {"loss": report.loss, "lr": report.lr, "grad_norm": report.grad_norm, "seconds": report.seconds}
+        if report.parts and report.parts[-1]["step"] == step:
+            values |= {name: value for name, value in report.parts[-1].items() if name != "step"}
+        told = {f"train/{name}": value for name, value in values.items()}
+        if report.evals and report.evals[-1][0] == step:
+            told[f"validation/{self._metric}"] = report.evals[-1][1]
+        try:
+            self._sink = self._sink or TensorBoard(self._folder, start=step - 1)
+            self._sink.scalars(step, told)
+        except OSError as error:
+            raise CheckpointError(f"cannot write '{self._folder}': {error.strerror}; choose another --tensorboard.") from error
+
+    def close(self) -> None:
+        """Write what is left."""
+        if self._sink is not None:
+            self._sink.close()
+
+
 class WandB:
     """Scalars for Weights & Biases, which must be installed; a run that goes on is the same run there, as long as ``folder`` is kept.
 
@@ -117,6 +154,16 @@ class WandB:
 def has_tensorboard() -> bool:
     """Whether it is installed."""
     return importlib.util.find_spec("tensorboard") is not None
+
+
+def check_tensorboard() -> None:
+    """Refuse what would only be seen when training begins.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
+    if not has_tensorboard():
+        raise ConfigError("--tensorboard needs TensorBoard; pip install 'moeify[train]', or leave it out.")
 
 
 def check_wandb() -> None:

@@ -1,11 +1,16 @@
 """The report of a checkpoint: one HTML page, and its parts as files."""
 
+import platform
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from .. import _config
+from .._cpu import cpu_name
 from .._progress import NO_PROGRESS, Progress
 from ..errors import CheckpointError, ConfigError, DataError
 from ..evaluate import METRICS, AblationTable, Curve, CurvePoint, ablation
@@ -20,6 +25,7 @@ from ..report import (
     curve_markdown,
     has_plots,
     layers_markdown,
+    plain_markdown,
     plot_curve,
     report_html,
 )
@@ -34,6 +40,7 @@ REPORT_TARGETS = (0.25, 0.5, 0.75)
 SWEEP_TARGETS = (0.25, 0.4, 0.5, 0.6, 0.75, 0.9)
 """Active fractions of the curve that a report measures where there is none, beside the checkpoint's own point."""
 _NEAR = 0.06
+_DATA = ("data", "subset", "split", "column", "window", "max_tokens", "seed")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,7 +137,7 @@ def report_checkpoint(
         panels = run_panels(model.to(place), processor, request, settings, batch_size=batch_size, progress=progress)
         found, sections = write_panels(panels, out, title=directory.name, skips_channels=not manifest.sites)
         drawn |= found
-    files, page = {"html": str(out / "report.html"), "page": str(out / "report.md")}, f"# {directory.name}\n\n"
+    files, page = {"html": str(out / "report.html"), "page": str(out / "report.md")}, f"# {plain_markdown(directory.name)}\n\n"
     if measured is not None:
         if draws := has_plots():  # the HTML page draws its own
             files |= {"png": str(out / "curve.png"), "svg": str(out / "curve.svg")}
@@ -165,7 +172,7 @@ def report_checkpoint(
         text_costs=panels.text_costs,
         patches=Path(files["patches"]) if "patches" in files else None,
         layers={"Routers": calibration.router_scores, "Skipped channels": {n: {"skipped": v} for n, v in calibration.skipped.items()}},
-        facts=_facts(directory, manifest, read_calibration(directory), measured),
+        facts=_facts(directory, manifest, read_calibration(directory), measured, request=request, dtype=dtype, device=device),
         commands=[without_folders(command) for command in commands],
     )
     for path, text in ((Path(files["page"]), page), (Path(files["html"]), report_html(shown))):
@@ -220,22 +227,47 @@ def _compared(curves: Mapping[str, Curve], *, within: float | None) -> AblationT
     return ablation(rows, metric=first.metric, dense=first.dense.quality, within=within)
 
 
-def _facts(directory: Path, manifest: Manifest, calibration: Mapping[str, Any], curve: Curve | None) -> dict[str, str]:
+def _facts(
+    directory: Path,
+    manifest: Manifest,
+    calibration: Mapping[str, Any],
+    curve: Curve | None,
+    *,
+    request: PanelRequest,
+    dtype: str,
+    device: str,
+) -> dict[str, str]:
     """What a reader needs to believe a report: words and numbers alone, as they are stored, files by their names alone."""
     facts = {"checkpoint": directory.name}
     facts |= {"MoE layers": str(len(manifest.sites))} if manifest.sites else {}
     facts |= {"layers that skip channels": str(len(manifest.channels))} if manifest.channels else {}
     facts |= {
-        f"calibration: {key.replace('_', ' ')}": str(value) for key, value in calibration.items() if isinstance(value, str | int | float)
+        f"calibration: {key.replace('_', ' ')}": without_folders(str(value))
+        for key, value in calibration.items()
+        if isinstance(value, str | int | float)
     }
     if curve is not None:
-        kept = {
-            key: curve.extra[key] for key in ("data", "split", "column", "window", "tokens", "seed") if curve.extra.get(key) is not None
-        }
         facts["curve: of"] = Path(curve.model).name
-        facts |= {f"curve: {key}": without_folders(str(value)) for key, value in kept.items()}
+        facts |= _data_facts("curve", curve.extra)
         facts |= {f"version of {name}": str(version) for name, version in (curve.extra.get("versions") or {}).items()}
+    if request.data is not None:
+        what = "executed experts" if manifest.sites else "kept channels"
+        facts |= _data_facts(what, _config.to_dict(request.data))
+    if request:
+        gpu = f" ({torch.cuda.get_device_name(torch_device(device))})" if torch_device(device).type == "cuda" else ""
+        facts |= {"this page: dtype": dtype, "this page: device": f"{device}{gpu}"}
+    facts |= {"this page: processor": cpu_name(), "this page: threads": str(torch.get_num_threads())}
+    facts |= {"this page: system": platform.platform(terse=True)}
     return facts | {f"report by {name}": version for name, version in library_versions().items()}
+
+
+def _data_facts(what: str, stored: Mapping[str, Any]) -> dict[str, str]:
+    """Which data was read, as far as it is said."""
+    return {
+        f"{what}: {key.replace('_', ' ')}": without_folders(str(stored[key]))
+        for key in (*_DATA, "dtype", "device")
+        if stored.get(key) is not None
+    }
 
 
 def _suggested(curve: Curve) -> dict[str, CurvePoint]:

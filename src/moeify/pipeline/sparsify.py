@@ -4,6 +4,7 @@ import json
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from ..train.loop import TrainConfig, TrainingData, TrainRecord
 from ..train.sparsify import SparsifyConfig, sparsify
 from .inputs import calibration_batches, take_tokens, tokens_per_image
 from .names import torch_device, torch_dtype
+from .pretrain_log import Board, check_tensorboard
 from .project import ProjectionsConfig, check_teaching, distil_and_replace, projection_records
 from .tasks import TASKS, Loaded, load_for_task, measure_task, task_batches, training_data, window_tokens
 from .work import DISTILLATION, TRAINING_STATE, fingerprint, finished_training, open_training, remove_work, run_id, weights_checksum
@@ -52,6 +54,7 @@ def sparsify_checkpoint(
     augment: AugmentConfig | None = None,
     batch_tokens: int | None = None,
     projections: ProjectionsConfig | None = None,
+    tensorboard: Path | None = None,
     dtype: str = "float32",
     device: str = "cpu",
     overwrite: bool = False,
@@ -74,6 +77,7 @@ def sparsify_checkpoint(
         batch_tokens: tokens of an optimizer step instead of ``train.batch_sequences``, rounded down to whole windows.
         projections: linear layers to replace by MLPs first, distilled on the training data; the penalty is then on FFNs and MLPs, a mean
             over each (``mean_over``). The result loads with moeify only. None replaces none.
+        tensorboard: folder for TensorBoard's events: loss, penalties and evaluations by step. None writes none.
         dtype: of the weights, "float32", "bfloat16" or "float16"; ``train.compute`` says what matrix products take.
         device: "cpu", "cuda" or "cuda:1".
         overwrite: replace an earlier result at ``out``, and the state of another run in ``<out>.work``.
@@ -88,6 +92,8 @@ def sparsify_checkpoint(
     Raises:
         MoeifyError: see `errors`; whatever goes wrong, ``source`` and an existing ``out`` are untouched.
     """
+    if tensorboard is not None:
+        check_tensorboard()
     work = out.with_name(out.name + ".work")
     recover(out)
     finished = finished_training(out, work)
@@ -140,18 +146,23 @@ def sparsify_checkpoint(
     teacher = None
     if config.distill is not None:
         teacher = load_for_task(source, data, **options).model.to(place).requires_grad_(False)
-    record = sparsify(
-        model,
-        sites,
-        examples,
-        config,
-        train,
-        teacher=teacher,
-        state=work / TRAINING_STATE,
-        run=run,
-        evaluate=lambda model: measure_task(model, loaded.task, batches),
-        progress=progress,
-    )
+    with ExitStack() as stack:
+        watch = None
+        if tensorboard is not None:
+            watch = stack.enter_context(closing(Board(tensorboard, metric=TASKS[loaded.task].metric))).watch
+        record = sparsify(
+            model,
+            sites,
+            examples,
+            config,
+            train,
+            teacher=teacher,
+            state=work / TRAINING_STATE,
+            run=run,
+            evaluate=lambda model: measure_task(model, loaded.task, batches),
+            watch=watch,
+            progress=progress,
+        )
     del teacher
     # The last evaluation is of the model that is saved, unless its activations were still between two functions then.
     is_final = config.anneal_frac * train.steps <= train.steps - 1

@@ -20,4 +20,5 @@ from .text import curve_markdown as curve_markdown
 from .text import experts_markdown as experts_markdown
 from .text import layers_markdown as layers_markdown
 from .text import nonzeros_markdown as nonzeros_markdown
+from .text import plain_markdown as plain_markdown
 from .text import recipe_markdown as recipe_markdown

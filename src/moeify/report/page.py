@@ -32,6 +32,7 @@ _SWITCH = {
 }
 """Costs of a curve's points, all shares of the dense model's; the first is shown first, and what no point has is not shown."""
 _SHARES = ("active_fraction", "ffn_flops_fraction", "flops_fraction", "bytes_fraction", "latency_fraction")
+_LARGEST = 1e100
 MOST_BYTES = 2 << 20
 """A page is refused beyond this: pictures are the only thing that could make it so large."""
 
@@ -86,6 +87,8 @@ class _Table:
     texts: Sequence[str] = ()
     """Columns of words."""
     pictures: Sequence[str] = ()
+    folded: str = ""
+    """What opens it; empty: it is open."""
 
     def without_empty(self) -> "_Table":
         """The same without columns that nothing stands in."""
@@ -159,7 +162,7 @@ def _axes(report: Report) -> list[dict[str, Any]]:
     from .chart import Line, Mark, chart, pareto
 
     curve = report.curve
-    if curve is None or not curve.points:
+    if curve is None or not curve.points or abs(curve.dense.quality) >= _LARGEST:
         return []
     lower, found = METRICS[curve.metric].lower_is_better, []
     own = curve.calibrated_point()
@@ -167,7 +170,7 @@ def _axes(report: Report) -> list[dict[str, Any]]:
         lines = []
         for label, one in {report.title: curve, **report.others}.items():
             for rule in dict.fromkeys(point.rule for point in one.points):
-                points = [p for p in one.points if p.rule == rule and math.isfinite(p.quality) and getattr(p, attribute) is not None]
+                points = [p for p in one.points if p.rule == rule and _is_drawn(p, attribute)]
                 points.sort(key=lambda p: float(getattr(p, attribute)))
                 best = pareto([(getattr(p, attribute), p.quality) for p in points], lower=lower)
                 marks = tuple(
@@ -221,9 +224,16 @@ def _preset_marks(report: Report, curve: Curve, attribute: str) -> list[tuple[fl
             quality = quality * dense / own if METRICS[metric].lower_is_better else quality + dense - own
         marks.append((x, quality, text))
     for name, point in report.suggested.items():
-        if (x := getattr(point, attribute)) is not None and math.isfinite(point.quality):
+        if _is_drawn(point, attribute):
+            x = getattr(point, attribute)
             marks.append((x, point.quality, f"{name}: {_words(metric)} {point.quality:.4g} at {_percent(x)}"))
     return marks
+
+
+def _is_drawn(point: CurvePoint, attribute: str) -> bool:
+    """Whether a point has this cost, and a picture has room for both numbers: a file may say anything finite."""
+    x = getattr(point, attribute)
+    return bool(x is not None and abs(x) < _LARGEST and abs(point.quality) < _LARGEST)
 
 
 def _said(point: CurvePoint, curve: Curve, *, is_own: bool) -> str:
@@ -361,12 +371,16 @@ def _text(tokens: Sequence[str] | None, costs: TokenCosts | None, *, skips_chann
         return None
     painted, scale = tokens_html(tokens, costs)
     of = "linear layers that skip channels, a share of the dense ones'" if skips_channels else "MoE layers, a share of the dense FFNs'"
-    text = f"Each token by the FLOPs of its {of}; the number is under the pointer, the dearest are below."
+    text = f"Each token by the FLOPs of its {of}; the numbers are in the tables below."
     shares = [(i, share) for i, share in enumerate(token_shares(tokens, costs)) if not math.isnan(share)]
-    dearest = sorted(shares, key=lambda found: -found[1])[:10]
-    rows = [_Row(cells=[str(i), json.dumps(tokens[i], ensure_ascii=False), f"{share:.3f}"]) for i, share in dearest]
-    table = _Table(caption="The dearest tokens.", header=["position", "token", "cost over dense"], rows=rows, texts=["token"])
-    return _Section(id="text", title="What each token of a text costs", texts=[text], tokens=painted, scale=scale, tables=[table])
+    header = ["position", "token", "cost over dense"]
+    rows = [_Row(cells=[str(i), json.dumps(tokens[i], ensure_ascii=False), f"{share:.3f}"]) for i, share in shares]
+    dearest = [row for row, _ in sorted(zip(rows, shares, strict=True), key=lambda found: -found[1][1])[:10]]
+    tables = [
+        _Table(caption="The dearest tokens.", header=header, rows=dearest, texts=["token"]),
+        _Table(caption="Every token.", header=header, rows=rows, texts=["token"], folded=f"All {len(rows)} tokens with their costs"),
+    ]
+    return _Section(id="text", title="What each token of a text costs", texts=[text], tokens=painted, scale=scale, tables=tables)
 
 
 def _image(picture: Path | None) -> _Section | None:

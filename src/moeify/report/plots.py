@@ -68,7 +68,7 @@ def plot_curve(curve: Curve | Mapping[str, Curve], path: str | Path, *, max_rati
         first = next(iter(curves.values()))
         panels[0].set_ylabel(_QUALITY.get(first.metric, f"{first.metric} / dense"))
         if _is_lower_better(first.metric):
-            ratios = (p.quality_ratio for one in curves.values() for p in one.points)
+            ratios = [p.quality_ratio for one in curves.values() for p in one.points if _has_room(p.quality_ratio)]
             panels[0].set_ylim(bottom=min(0.98, *ratios), top=_top(curves, max_ratio))
         panels[1].legend()
         figure.suptitle(", ".join(dict.fromkeys(one.model for one in curves.values())))
@@ -370,6 +370,8 @@ def _figure(path: str | Path, *, size: tuple[float, float]) -> Iterator[Any]:
     yield figure
     for text in figure.findobj(Text):
         text.set_parse_math(False)  # a folder or model may have dollar signs in its name
+        if not (said := text.get_text()).replace("\n", "").isprintable():  # fonts have no sign for it
+            text.set_text("".join(sign if sign.isprintable() or sign == "\n" else " " for sign in said))
     try:
         figure.savefig(path, dpi=150)
     except OSError as error:
@@ -412,7 +414,7 @@ def _is_lower_better(metric: str) -> bool:
 def _draw(axes: Any, curve: Curve, attribute: str, name: str) -> None:
     calibrated = curve.calibrated_point()
     for rule in dict.fromkeys(point.rule for point in curve.points):
-        points = [p for p in curve.points if p.rule == rule and getattr(p, attribute) is not None]
+        points = [p for p in curve.points if p.rule == rule and _has_room(getattr(p, attribute)) and _has_room(p.quality_ratio)]
         points.sort(key=lambda p: float(getattr(p, attribute)))
         (line,) = axes.plot(*_xy(points, attribute), marker="o", markersize=4, label=" ".join(filter(None, (name, rule))))
         if calibrated in points:
@@ -427,5 +429,10 @@ def _xy(points: Sequence[CurvePoint | None], attribute: str) -> tuple[list[float
 
 
 def _top(curves: Mapping[str, Curve], max_ratio: float) -> float:
-    ratios = [point.quality_ratio for curve in curves.values() for point in curve.points]
-    return max(1.02, min(max_ratio, max(ratios)) * 1.02)
+    ratios = [point.quality_ratio for curve in curves.values() for point in curve.points if _has_room(point.quality_ratio)]
+    return max(1.02, min(max_ratio, max(ratios, default=1.0)) * 1.02)
+
+
+def _has_room(value: float | None) -> bool:
+    """Whether a picture can show a number: a curve may come from anybody, and its model may have broken down."""
+    return value is not None and abs(value) < 1e100

@@ -10,6 +10,8 @@ from ..errors import DataError
 from ..evaluate import METRICS, AblationTable, Curve, CurvePoint, ExecutedExperts, NonzeroActivations, TokenCosts, on_line
 
 _MARKUP = re.compile(r"([\\`*_\[\]<>&|~])")
+_PLAIN = re.compile(r"[A-Za-z0-9]+([_-][A-Za-z0-9]+)*")
+_CODE = re.compile(r"[\w.:/\[\] -]+")
 _HEADER = ("rule", "knob", "active", "FFN FLOPs", "all FLOPs", "bytes", "time", "{metric}", "ratio", "KL")
 _SHARES = ("active_fraction", "ffn_flops_fraction", "flops_fraction", "bytes_fraction", "latency_fraction")
 _SHORT = {"FFN FLOPs": "FFN", "all FLOPs": "FLOPs"}
@@ -29,6 +31,7 @@ PARTS = {
 def curve_markdown(curve: Curve) -> str:
     """The curve as a markdown table, one line per point, cheapest first, the dense model last; the calibrated point in bold."""
     header, rows = _curve_table(curve)
+    rows = [([plain_markdown(cells[0]), *cells[1:]], marked) for cells, marked in rows]  # a rule's name is whatever the file says
     lines = [_markdown_row(header), _markdown_row(["---", *["---:"] * (len(header) - 1)])]
     lines += [_markdown_row([f"**{cell}**" if marked and cell else cell for cell in cells]) for cells, marked in rows]
     return "\n".join(lines) + "\n"
@@ -64,8 +67,8 @@ def layers_markdown(rows: Mapping[str, Mapping[str, str]]) -> str:
     if not rows:
         return ""
     keys = list(dict.fromkeys(key for row in rows.values() for key in row))
-    lines = [_markdown_row(["layer", *keys]), _markdown_row(["---", *["---:"] * len(keys)])]
-    return "\n".join([*lines, *(_markdown_row([f"`{name}`", *(row.get(key, "") for key in keys)]) for name, row in rows.items())]) + "\n"
+    lines = [_markdown_row(["layer", *map(plain_markdown, keys)]), _markdown_row(["---", *["---:"] * len(keys)])]
+    return "\n".join([*lines, *(_markdown_row([_code(name), *(row.get(key, "") for key in keys)]) for name, row in rows.items())]) + "\n"
 
 
 def ablation_markdown(table: AblationTable) -> str:
@@ -76,10 +79,10 @@ def ablation_markdown(table: AblationTable) -> str:
     first = next(iter(table.rows)).name
     ratios = table.cost_ratios(first)
     limit = f"{whole} for {'<=' if lower else '>='} {table.dense + (table.within if lower else -table.within):.4g}"
-    header = [f"{table.metric} at {whole} of", *(f"{100 * share:g} %" for share in table.fractions), limit, f"/ {_cell(first)}"]
+    header = [f"{table.metric} at {whole} of", *(f"{100 * share:g} %" for share in table.fractions), limit, f"/ {plain_markdown(first)}"]
     rows = [
         [
-            _cell(row.name),
+            plain_markdown(row.name),
             *("" if quality is None else f"{quality:.4g}" for quality in row.quality),
             "" if row.cheapest is None else f"{100 * row.cheapest:.1f} %",
             "" if (ratio := ratios[row.name]) is None else f"{ratio:.2f}",
@@ -93,11 +96,7 @@ def experts_markdown(experts: ExecutedExperts) -> str:
     """Executed share of the neurons by layer and setting, mean and standard deviation over tokens, as a markdown table."""
     layers = dict.fromkeys(name for found in experts.settings.values() for name in found)
     rows = {
-        name: {
-            _cell(label): f"{found[name].mean:.3f} ± {found[name].deviation:.3f}"
-            for label, found in experts.settings.items()
-            if name in found
-        }
+        name: {label: f"{found[name].mean:.3f} ± {found[name].deviation:.3f}" for label, found in experts.settings.items() if name in found}
         for name in layers
     }
     return layers_markdown(rows)
@@ -112,7 +111,7 @@ def nonzeros_markdown(models: Mapping[str, NonzeroActivations]) -> str:
             width, relative = found.num_neurons, found.relative_deviation
             cells = {"mean": f"{width * found.mean:.1f}", "deviation": f"{width * found.deviation:.1f}"}
             cells["deviation / mean"] = "" if relative is None else f"{relative:.3f}"
-            rows.setdefault(name, {}).update({f"{_cell(label)}: {key}": cell for key, cell in cells.items()})
+            rows.setdefault(name, {}).update({f"{label}: {key}": cell for key, cell in cells.items()})
     return layers_markdown(rows)
 
 
@@ -131,7 +130,7 @@ def costliest_markdown(tokens: Sequence[str], costs: TokenCosts, *, count: int =
     order = sorted((i for i, share in shares.items() if not math.isnan(share)), key=lambda i: -shares[i])
 
     def cells(i: int) -> list[str]:
-        return [str(i), _cell(json.dumps(tokens[i], ensure_ascii=False)), f"{shares[i]:.3f}"]
+        return [str(i), plain_markdown(json.dumps(tokens[i], ensure_ascii=False)), f"{shares[i]:.3f}"]
 
     header = ["position", "costliest", "cost / dense", "position", "cheapest", "cost / dense"]
     pairs = list(zip(order, reversed(order), strict=True))[:count]
@@ -260,9 +259,14 @@ def _cells(point: CurvePoint) -> list[str]:
     ]
 
 
-def _cell(text: str) -> str:
-    """Text from outside as a cell: nothing in it ends the cell, breaks the line or is markup."""
-    return _MARKUP.sub(r"\\\1", " ".join(text.splitlines()))
+def plain_markdown(text: str) -> str:
+    """Text from outside for a heading or a table's cell: nothing in it is markup, ends the cell or breaks the line."""
+    return text if _PLAIN.fullmatch(text) else _MARKUP.sub(r"\\\1", " ".join(text.splitlines()))
+
+
+def _code(name: str) -> str:
+    """A layer's name, as code where nothing in it could end that or the cell."""
+    return f"`{name}`" if _CODE.fullmatch(name) else plain_markdown(name)
 
 
 def _markdown_row(cells: Sequence[str]) -> str:

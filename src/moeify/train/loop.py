@@ -212,6 +212,8 @@ class StepReport:
     """Every evaluation so far."""
     seconds: float
     """As `TrainRecord.seconds`."""
+    parts: Sequence[Mapping[str, float]] = ()
+    """Every reading of the parts so far, with its "step"."""
 
 
 def train(
@@ -415,7 +417,8 @@ class _Loop:
 
     def report(self, step: int, *, loss: float, norm: float, lr: float) -> StepReport:
         log = self.log
-        return StepReport(step=step + 1, loss=loss, grad_norm=norm, lr=lr, losses=log.losses, evals=log.evals, seconds=log.seconds)
+        so_far: dict[str, Any] = {"losses": log.losses, "evals": log.evals, "parts": log.parts, "seconds": log.seconds}
+        return StepReport(step=step + 1, loss=loss, grad_norm=norm, lr=lr, **so_far)
 
     def stops(self, stop: Callable[[], bool]) -> bool:
         """Whether any process is to stop: a signal may reach one alone."""

@@ -16,7 +16,7 @@ from ..sites import FFNSite
 from ..sparsity import ActivationConfig, EnforcementConfig, enforce_sparsity, scheduled_weight, set_activation, set_mix
 from ..sparsity.inflight import Removable
 from .distill import Distillation, DistillConfig, check_teacher
-from .loop import TrainConfig, TrainingData, TrainRecord, train
+from .loop import StepReport, TrainConfig, TrainingData, TrainRecord, train
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,6 +151,7 @@ def sparsify(
     state: Path | None = None,
     run: Mapping[str, Any] | None = None,
     evaluate: Callable[[nn.Module], float] | None = None,
+    watch: Callable[[StepReport], None] | None = None,
     progress: Progress = NO_PROGRESS,
 ) -> TrainRecord:
     """Train a dense model, in place, until few of its neurons are active; it stays an ordinary dense model, to be saved and converted.
@@ -162,7 +163,7 @@ def sparsify(
         config: activation function, sparsity loss, distillation.
         training: optimizer, schedule and length.
         teacher: for ``config.distill``: the model as it was, loaded a second time, on the same device.
-        state, run, evaluate, progress: see `train`; a killed run starts from the same model as the first did.
+        state, run, evaluate, watch, progress: see `train`; a killed run starts from the same model as the first did.
 
     Raises:
         ConfigError, UnsupportedModelError: the model or the options do not fit each other; before anything is trained.
@@ -170,6 +171,6 @@ def sparsify(
     """
     with Sparsification(model, sites, config, total_steps=training.steps, teacher=teacher) as part:
         run = {"sparsify": _config.to_dict(part.config), **(run or {})}
-        record = train(model, data, training, parts=[part], state=state, run=run, evaluate=evaluate, progress=progress)
+        record = train(model, data, training, parts=[part], state=state, run=run, evaluate=evaluate, watch=watch, progress=progress)
         part.set_step(training.steps)  # also where a finished run was found
     return record

@@ -1,13 +1,16 @@
 """Points, resuming, state after errors, curve files."""
 
+import functools
 import json
 import math
 import re
+import sys
 from dataclasses import replace
 
 import pytest
 import torch
 
+from moeify._config import to_dict
 from moeify.controls import set_mode, set_rule
 from moeify.errors import ConfigError, DataError
 from moeify.evaluate import (
@@ -283,6 +286,11 @@ def test_on_line_of_a_single_point_is_known_there_alone():
         ({"versions": ["torch"]}, "'versions' has another shape"),
         ({"cost": {"experts": 1.0}}, "'cost' lacks"),
         ({"cost": "much"}, "'cost' has another shape"),
+        ({"metric": []}, "measured by '[]'; this moeify knows"),
+        ({"metric": {"perplexity": 1}}, "this moeify knows"),
+        ({"schema": ["x" * 1000]}, "this moeify reads up to 1"),
+        ({"dense": {"quality": 10**400, "flops_per_token": 1.0}}, "dense: DenseQuality.quality is beyond every float"),
+        ({"note": functools.reduce(lambda value, _: [value], range(40), 0)}, "nested too deeply"),
     ],
 )
 def test_foreign_curves_are_refused_in_a_line(tmp_path, change, named):
@@ -290,3 +298,20 @@ def test_foreign_curves_are_refused_in_a_line(tmp_path, change, named):
     (tmp_path / "curve.json").write_text(json.dumps({**curve, **change}))
     with pytest.raises(DataError, match=re.escape(named)):
         Curve.read(tmp_path / "curve.json")
+
+
+def test_curve_of_a_model_that_broke_down_is_read(tmp_path):
+    broken = replace(curve_point(0.5, math.inf), kl=math.nan)
+    curve = {**_curve().to_json(), "points": [to_dict(broken)]}
+    (tmp_path / "curve.json").write_text(json.dumps(curve))
+    assert Curve.read(tmp_path / "curve.json").points[0].quality == math.inf
+
+
+def test_curve_nested_beyond_the_parser_or_huge_is_refused(tmp_path, monkeypatch):
+    path = tmp_path / "curve.json"
+    path.write_text("[" * 100_000)
+    with pytest.raises(DataError, match="nested too deeply"):
+        Curve.read(path)
+    monkeypatch.setattr(sys.modules["moeify.evaluate.sweep"], "_MOST_BYTES", 99_999)  # `sweep` is also a function
+    with pytest.raises(DataError, match="has 100000 bytes, more than 99999"):
+        Curve.read(path)

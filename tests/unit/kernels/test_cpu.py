@@ -8,6 +8,7 @@ import concurrent.futures
 import dataclasses
 import math
 import multiprocessing
+import os
 import shutil
 import subprocess
 import sys
@@ -36,6 +37,7 @@ def test_library_is_there_where_there_is_a_compiler():
         pytest.skip("no C++ compiler")
     assert cpu.unavailable() is None
     assert cpu.describe().startswith(cpu.isas()[-1])
+    assert "error" not in cpu.build_note(), "a source that does not compile is left out, too"
 
 
 @needs_library
@@ -212,7 +214,7 @@ def test_named_impl_refuses_what_it_cannot_do(dtype):
 @needs_library
 def test_unknown_instruction_set_names_those_there_are(monkeypatch):
     monkeypatch.setenv(cpu.FORCE_ISA, "avx1024")
-    with pytest.raises(KernelError, match="it has portable"):
+    with pytest.raises(KernelError, match="they have portable"):
         moe_ffn(torch.randn(1, 8), random_ffn(8, 16), random_plan(1, 4, 0.5), activation="relu", impl="cpu")
 
 
@@ -441,3 +443,28 @@ def test_package_without_the_library_says_so_and_goes_on(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
     assert done.stdout.startswith("192.0 the compiled library is missing")
+
+
+def test_compiler_that_fails_leaves_its_error_where_doctor_reads_it(tmp_path, monkeypatch):
+    root = Path(__file__).parents[3]
+    if not (root / "setup.py").is_file():
+        pytest.skip("needs the sources")
+    pytest.importorskip("setuptools")
+    compiler = tmp_path / "odd-c++"
+    compiler.write_text("#!/bin/sh\necho 'In file included from a.h:' >&2\necho 'odd-c++: error: no licence' >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", str(tmp_path), "--build-temp", str(tmp_path / "objects")]
+    subprocess.run(command, cwd=root, env={**os.environ, "CXX": str(compiler)}, capture_output=True, check=True, timeout=120)
+    place = tmp_path / "moeify" / "kernels"
+    assert [path.name for path in place.iterdir()] == ["libmoeify_cpu.txt"]
+    monkeypatch.setattr(cpu, "__file__", str(place / "cpu.py"))
+    cpu._library.cache_clear()
+    try:
+        said = cpu.unavailable()
+        assert said.startswith("the compiled library is missing: it could not be compiled at installation: odd-c++: error: no licence; ")
+        assert said == cpu.describe()
+        (place / "libmoeify_cpu.txt").unlink()
+        cpu._library.cache_clear()
+        assert "it was never built" in cpu.unavailable()
+    finally:
+        cpu._library.cache_clear()

@@ -93,3 +93,9 @@ def test_tensorboard_gets_scalars(tmp_path):
 
     events = EventAccumulator(str(tmp_path)).Reload()
     assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 2.0)]
+
+
+def test_tensorboard_that_is_missing_is_refused(monkeypatch):
+    monkeypatch.setattr(log, "has_tensorboard", lambda: False)
+    with pytest.raises(ConfigError, match=r"pip install 'moeify\[train\]'"):
+        log.check_tensorboard()

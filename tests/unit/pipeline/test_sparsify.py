@@ -13,6 +13,7 @@ import transformers
 from moeify.data import DataConfig
 from moeify.errors import CheckpointError, ConfigError, DataError, UnsupportedModelError
 from moeify.pipeline import sparsify, sparsify_checkpoint
+from moeify.pipeline.pretrain_log import has_tensorboard
 from moeify.pipeline.tasks import load_for_task, measure_task, task_batches
 from moeify.sparsity import EnforcementConfig
 from moeify.train.distill import DistillConfig
@@ -234,7 +235,8 @@ def weights_of(folder):
 
 
 def test_a_killed_run_continues_at_its_step_to_the_same_result(made, llama, text, tmp_path, monkeypatch):
-    arguments = options(text, train={"save_every": 2})
+    board = {"tensorboard": tmp_path / "board"} if has_tensorboard() else {}
+    arguments = options(text, train={"save_every": 2}, **board)
     stop_after(monkeypatch, 5)
     with pytest.raises(Stop):
         sparsify_checkpoint(llama, tmp_path / "out", **arguments)
@@ -250,7 +252,14 @@ def test_a_killed_run_continues_at_its_step_to_the_same_result(made, llama, text
     losses = [[point["loss"] for point in found["losses"]] for found in (record, whole)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     assert record["quality"] == pytest.approx(whole["quality"], rel=1e-5)
-    assert sorted(p.name for p in tmp_path.iterdir() if p.suffix != ".txt") == ["out", "whole"]
+    assert sorted(p.name for p in tmp_path.iterdir() if p.suffix != ".txt" and p.name != "board") == ["out", "whole"]
+    if board:
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+        events = EventAccumulator(str(board["tensorboard"])).Reload()
+        assert [event.step for event in events.Scalars("train/loss")] == list(range(1, 11)), "each step once"
+        assert {"train/sparsity_loss", "validation/perplexity"} <= set(events.Tags()["scalars"])
+        assert events.Scalars("validation/perplexity")[-1].value == pytest.approx(record["quality"]["after"], rel=1e-5)
 
 
 def test_a_run_killed_while_it_deletes_its_state_is_finished(llama, text, tmp_path, monkeypatch):

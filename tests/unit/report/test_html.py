@@ -26,7 +26,7 @@ def test_tokens_are_escaped_coloured_by_cost_and_in_order(tmp_path):
     token_costs_html([ATTACK, "a&b\n", "pad", " c"], _costs(0.2, 0.6, math.nan, 0.4), tmp_path / "a.html", title=ATTACK)
     page = (tmp_path / "a.html").read_text(encoding="utf-8")
     assert "<script" not in page
-    assert page.count("&lt;script&gt;") == 3, "title, heading, token"
+    assert page.count("&lt;script&gt;") == 4, "title, heading, token, its row of the table"
     spans = _tokens(page)
     assert [title for _, title, _ in spans] == ["0: 0.200", "1: 0.600", "2: 0.400"], "padding is left out"
     assert spans[1][2] == "a&amp;b&#8629;\n"

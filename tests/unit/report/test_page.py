@@ -3,19 +3,18 @@
 import html
 import json
 import re
-import shutil
-import subprocess
 import sys
 from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
 import torch
+from browser import BROWSER, WIDTH, Browser
 
 from moeify.errors import DataError
 from moeify.evaluate import BINS, Curve, CurvePoint, DenseQuality, Distribution, ExecutedExperts, TokenCosts, ablation
 from moeify.presets import Preset
-from moeify.report import Report, report_html
+from moeify.report import Report, report_html, token_costs_html
 from moeify.report.chart import Line, Mark, chart, pareto
 from moeify.select import TopK
 
@@ -244,73 +243,70 @@ def test_pages_beyond_two_megabytes_are_refused(tmp_path):
         report_html(report(patches=tmp_path / "patches.png"))
 
 
-BROWSER = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
+def test_every_token_is_in_a_table_that_opens_without_a_mouse():
+    tokens, shares = ("Once", " upon\n", HOSTILE), (1.0, 4.0, 2.0)
+    costs = TokenCosts(layers=("a",), flops_LBS=torch.tensor([[shares]]).double(), dense_flops=(4.0,), router_flops=(0.5,))
+    text = report_html(Report(title="moe", tokens=tokens, text_costs=costs))
+    folded = re.search(r"<details><summary>All 3 tokens with their costs</summary>(.*?)</details>", text, flags=re.DOTALL).group(1)
+    rows = re.findall(r'<th scope="row">(\d)</th><td class="text">(.*?)</td><td>([\d.]+)</td>', folded)
+    assert [(int(i), json.loads(html.unescape(token)), float(share)) for i, token, share in rows] == [
+        (i, token, share / 4) for i, (token, share) in enumerate(zip(tokens, shares, strict=True))
+    ]
+    assert folded.count("<button") == 3, "it can be sorted"
 
 
-PROBE = """
-<script>
-const found = { problems: [] };
-const heads = [...document.querySelectorAll("section[aria-labelledby=points] th button")];
-const knob = heads.find(b => b.textContent === "knob");
-const first = () => document.querySelector("section[aria-labelledby=points] tbody tr").cells[1].textContent;
-knob.click(); found.up = first(); knob.click(); found.down = first();
-found.fits = document.documentElement.scrollWidth <= window.innerWidth;
-found.hacked = typeof hacked;
-
-// The switch: one chart at a time, by the radio buttons, each of which the keyboard reaches and a label names.
-const radios = [...document.querySelectorAll("input[type=radio]")], figures = [...document.querySelectorAll(".charts > figure")];
-found.switches = radios.map((radio, i) => {
-  radio.labels[0].click();
-  return radio.tabIndex === 0 && radio.labels[0].textContent !== "" && figures.every((f, j) => (f.offsetParent !== null) === (i === j));
-});
-
-// Names of what can be used or seen, as a screen reader asks for them.
-for (const one of document.querySelectorAll("button, a, input, [role], [tabindex]")) {
-  const name = one.getAttribute("aria-label") || (one.labels && one.labels[0] && one.labels[0].textContent) || one.textContent;
-  if (!name.trim()) found.problems.push("no name: " + one.outerHTML.slice(0, 80));
-}
-for (const one of document.querySelectorAll("section")) {
-  if (!document.getElementById(one.getAttribute("aria-labelledby"))) found.problems.push("a section without a name");
-}
-
-// Contrast of every text with what is behind it: 4.5 : 1, WCAG 2.1, 1.4.3.
-const rgb = text => text.match(/[\\d.]+/g).map(Number);
-const light = color => rgb(color).slice(0, 3).map(c => c / 255).map(c => c <= 0.03928 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4)
-  .reduce((sum, c, i) => sum + c * [0.2126, 0.7152, 0.0722][i], 0);
-const behind = one => {
-  for (; one; one = one.parentElement) { const c = getComputedStyle(one).backgroundColor; if (!(rgb(c)[3] === 0)) return c; }
-  return "rgb(255, 255, 255)";
-};
-let texts = 0;
-const walk = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
-while (walk.nextNode()) {
-  const one = walk.currentNode.parentElement;
-  if (!walk.currentNode.data.trim() || one.closest("script, title")) continue;
-  const style = getComputedStyle(one), own = light(one.closest("svg") ? style.fill : style.color);
-  const [a, b] = [own, light(behind(one))].sort((x, y) => y - x), contrast = (a + 0.05) / (b + 0.05);
-  texts++;
-  if (contrast < 4.5) found.problems.push("contrast " + contrast.toFixed(1) + ": " + walk.currentNode.data.slice(0, 40));
-}
-found.texts = texts;
-found.dark = light(getComputedStyle(document.body).backgroundColor) < 0.1;
-document.body.insertAdjacentHTML("beforeend", "<pre id=found></pre>");
-document.getElementById("found").textContent = JSON.stringify(found);
-</script>"""
+def test_legend_has_each_lines_dash():
+    others = {name: curve(name) for name in "bcd"}
+    text = report_html(Report(title="a", curve=curve(), others=others))
+    legend = re.search(r"<figcaption>(.*?)</figcaption>", text, flags=re.DOTALL).group(1)
+    assert re.findall(r'<path class="line c(\d) d(\d)"', legend) == [(str(i), str(i)) for i in range(4)]
+    dashes = dict(re.findall(r"\.line\.d(\d) \{ stroke-dasharray: ([\d ]+) \}", text))
+    assert len(set(dashes.values())) == 5, "and line 0 is whole: six lines differ without colour"
 
 
-@pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine")
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    if BROWSER is None:
+        pytest.skip("no Chromium on this machine; CONTRIBUTING.md says how to get one")
+    with Browser(tmp_path_factory.mktemp("browser")) as one:
+        yield one
+
+
 @pytest.mark.parametrize("is_dark", [False, True], ids=["light", "dark"])
-def test_a_browser_runs_the_page_with_contrast_and_names_within_a_phone(tmp_path, is_dark):
-    page = tmp_path / "page.html"
+def test_a_browser_runs_the_page_with_contrast_and_names_within_a_phone(browser, tmp_path, is_dark):
     hostile = "<script>hacked=1</script>"
-    text = report_html(report(title=hostile, tokens=(hostile, "b", "c")))
-    page.write_text(text.replace("</body>", f"{PROBE}</body>"), encoding="utf-8")
-    options = ["--headless", "--no-sandbox", "--disable-gpu", "--window-size=500,900", "--virtual-time-budget=2000", "--dump-dom"]
-    options += [f"--blink-settings=preferredColorScheme={0 if is_dark else 1}", f"--user-data-dir={tmp_path / 'profile'}"]
-    done = subprocess.run([BROWSER, *options, page.as_uri()], capture_output=True, text=True, timeout=120)
-    found = json.loads(html.unescape(re.search(r'<pre id="found">(.*?)</pre>', done.stdout, flags=re.DOTALL).group(1)))
+    (tmp_path / "page.html").write_text(report_html(report(title=hostile, tokens=(hostile, "b", "c"))), encoding="utf-8")
+    page = browser.open(tmp_path / "page.html", is_dark=is_dark)
+    found = page.probe()
     assert found["problems"] == []
-    assert (found["up"], found["down"], found["fits"], found["hacked"]) == ("8", "32", True, "undefined")
+    assert (found["up"], found["down"], found["hacked"]) == (8, 32, "undefined")
+    assert found["width"] == WIDTH
     assert found["switches"] == [True] * 5
     assert found["dark"] == is_dark
     assert found["texts"] > 100
+    assert page.requests() == []
+    assert page.complaints() == []
+
+
+def test_the_keyboard_reaches_everything_and_shows_where_it_is(browser, tmp_path):
+    (tmp_path / "page.html").write_text(report_html(report()), encoding="utf-8")
+    page = browser.open(tmp_path / "page.html", is_dark=False)
+    focused = [page.press_tab() for _ in range(45)]
+    assert (focused[0]["tag"], focused[0]["kind"]) == ("a", "skip")
+    reached = [one for one in focused if one["tag"] != "body"]
+    assert [one for one in reached if not one["shows"]] == []
+    kinds = {(one["tag"], one["kind"]) for one in reached}
+    assert kinds >= {("a", "skip"), ("input", "radio"), ("div", "scroll"), ("button", "button"), ("summary", "")}
+    assert len(reached) > 30
+
+
+@pytest.mark.parametrize("is_dark", [False, True], ids=["light", "dark"])
+def test_the_page_of_tokens_is_as_readable_as_the_report(browser, tmp_path, is_dark):
+    costs = TokenCosts(layers=("a",), flops_LBS=torch.tensor([[[1.0, 2.0, 4.0]]]).double(), dense_flops=(4.0,), router_flops=(0.5,))
+    token_costs_html(["<script>hacked=1</script>", "b" * 200, "c"], costs, tmp_path / "tokens.html", title=HOSTILE * 5)
+    page = browser.open(tmp_path / "tokens.html", is_dark=is_dark)
+    found = page.probe()
+    assert found["problems"] == []
+    assert (found["width"], found["hacked"], found["dark"]) == (WIDTH, "undefined", is_dark)
+    assert page.requests() == []
+    assert page.press_tab()["tag"] == "summary"

@@ -15,7 +15,9 @@ from moeify.report import (
     costliest_markdown,
     curve_markdown,
     experts_markdown,
+    layers_markdown,
     nonzeros_markdown,
+    plain_markdown,
     recipe_markdown,
 )
 
@@ -240,3 +242,17 @@ def test_costliest_markdown_ranks_tokens_leaves_padding_out_and_escapes():
     ]
     with pytest.raises(DataError, match=r"1 tokens for the costs of \(1, 4\) positions"):
         costliest_markdown(["a"], costs)
+
+
+def test_names_that_a_file_chose_are_text_in_every_table():
+    odd = "<b>|`x` *y*\n# z"
+    shown = r"\<b\>\|\`x\` \*y\* # z"
+    table = curve_markdown(replace(CURVE, points=(replace(CURVE.points[0], rule=odd),), extra={}))
+    assert table.splitlines()[2].startswith(f"| {shown} | 8 |")
+    assert layers_markdown({odd: {odd: "1"}, "model.layers.0: FFN": {odd: "2"}}).splitlines() == [
+        f"| layer | {shown} |",
+        "| --- | ---: |",
+        f"| {shown} | 1 |",
+        "| `model.layers.0: FFN` | 2 |",
+    ]
+    assert [plain_markdown(name) for name in ("dynk_max", "moe-1", "__init__")] == ["dynk_max", "moe-1", r"\_\_init\_\_"]
