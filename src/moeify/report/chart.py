@@ -64,7 +64,12 @@ def chart(lines: Sequence[Line], *, x_label: str, y_label: str, level: float, le
     out = [f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{escape(title)}">']
     out += [f'<path class="grid" d="M{_LEFT} {py(y)}H{_WIDTH - _RIGHT}"/>' for y in y_ticks]
     out += [f'<text x="{_LEFT - 8}" y="{py(y) + 4}" text-anchor="end">{_number(y)}</text>' for y in y_ticks]
-    out += [f'<text x="{px(x)}" y="{_HEIGHT - _BOTTOM + 18}" text-anchor="middle">{_number(100 * x)}\u2009%</text>' for x in x_ticks]
+    # On a phone letters are half as large again: those at the ends must not leave the picture, or run into the other axis.
+    anchors = ["start" if x == 0 else "end" if px(x) > _WIDTH - 2 * _RIGHT else "middle" for x in x_ticks]
+    out += [
+        f'<text x="{px(x)}" y="{_HEIGHT - _BOTTOM + 18}" text-anchor="{anchor}">{_number(100 * x)}\u2009%</text>'
+        for x, anchor in zip(x_ticks, anchors, strict=True)
+    ]
     out += [
         f'<text x="{(_LEFT + _WIDTH - _RIGHT) / 2}" y="{_HEIGHT - 6}" text-anchor="middle" class="axis">{escape(x_label)}</text>',
         f'<text transform="translate(14 {(_TOP + _HEIGHT - _BOTTOM) / 2}) rotate(-90)" text-anchor="middle" class="axis">'

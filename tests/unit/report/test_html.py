@@ -27,6 +27,9 @@ def test_tokens_are_escaped_coloured_by_cost_and_in_order(tmp_path):
     page = (tmp_path / "a.html").read_text(encoding="utf-8")
     assert "<script" not in page
     assert page.count("&lt;script&gt;") == 4, "title, heading, token, its row of the table"
+    assert "default-src 'none'" in page, "no script runs, and nothing is fetched"
+    rows = re.findall(r'<th scope="row">(\d)</th><td>(.*?)</td><td>(.*?)</td>', page)
+    assert [(i, share) for i, _, share in rows] == [("0", "0.200"), ("1", "0.600"), ("2", "0.400")], "the numbers without a mouse"
     spans = _tokens(page)
     assert [title for _, title, _ in spans] == ["0: 0.200", "1: 0.600", "2: 0.400"], "padding is left out"
     assert spans[1][2] == "a&amp;b&#8629;\n"
