@@ -45,9 +45,10 @@ NOTES: dict[str, str] = {
     "5": "What SADMoE loses near full cost is what its training gave for sparse activations: MoEfication starts from a model that was"
     " trained for as many steps without the penalty.",
     "6": _WHOLE + " A point of accuracy is ten texts of a thousand, and a seed's standard error is 0.8 points: where a flat curve crosses"
-    " such a limit differs from seed to seed as the claim says. On seed 0, twice the penalty's weight moved the ratio of costs from 0.53 to"
-    " 0.57; with three times the weight the full method never was within the point, 0.910 at 64 % of the FLOPs where 0.915 is asked for"
-    " (docs/log). The first suspect for what is missing is the training under the penalty, 300 steps, which have not won back at full cost"
+    " such a limit differs from seed to seed as the claim says. On seed 0, while projections still took four fifths of the penalty's weight"
+    " from the FFNs beside them, twice the weight moved the ratio of costs from 0.53 to 0.57; with three times the weight the full method"
+    " never was within the point, 0.910 at 64 % of the FLOPs where 0.915 is asked for (docs/log)."
+    " The first suspect for what is missing is the training under the penalty, 300 steps, which have not won back at full cost"
     " what the penalty takes; longer runs were not made.",
     "7": _WHOLE
     + " Fashion-MNIST's classes are told apart after the first of four blocks, so that early exit loses little at a third of the"
