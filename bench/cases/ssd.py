@@ -210,7 +210,7 @@ def _check_work(folder: Path, base: PretrainConfig, *, keep: bool) -> None:
     note = folder / "data.json"
     if note.exists() and json.loads(note.read_text(encoding="utf-8")) != now:
         raise ConfigError(f"--work: the runs in '{folder}' are of other data; give another folder.")
-    check_stages(folder, keep=keep, way_out="choose another --work, or --keep-runs where the change leaves their numbers alone.")
+    check_stages(folder, keep=keep, options=("--work", "--keep-runs"))
     write_json(note, now)
 
 

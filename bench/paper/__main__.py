@@ -7,6 +7,7 @@ import argparse
 import difflib
 import json
 import sys
+import time
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
@@ -51,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(options: argparse.Namespace) -> int:
     numbers = _numbers(options)
     if numbers:
-        run = _run_of(options, numbers)
+        run, start = _run_of(options, numbers), time.monotonic()
         made = []
         figures = (FIGURES[number] for number in numbers)
         if options.jobs > 1:
@@ -63,6 +64,7 @@ def _run(options: argparse.Namespace) -> int:
                     print(f"figure {figure.number}: {made[-1]['files']['png']}", flush=True)
                     for claim in made[-1]["claims"]:
                         print(f"  {claim['line']}", flush=True)
+        run.say(f"{len(made)} figure{'s' * (len(made) > 1)} in {time.monotonic() - start:.0f} s")
         if options.json:
             print(json.dumps({"figures": made}, indent=1))
     if options.page is not None and options.check:

@@ -4,18 +4,21 @@ A series is a list over seeds of the points (x, y) of a curve; what is compared 
 the straight line between each seed's two nearest points.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
 from moeify.evaluate import on_line
+
+from .wording import each_in_percent, in_percent, percent, signed, spread, unsigned
 
 Series = Sequence[Sequence[tuple[float, float]]]
 """Points (x, y) of every seed."""
 GRID = tuple(round(0.05 * i, 2) for i in range(1, 21))
 """Budgets at which curves are compared: fractions of the dense FLOPs."""
+LOWEST = 0.25
+"""Budgets up to here are the lowest at which early exits are compared: what is below `MEDIUM`."""
 LOW = 0.5
 """Budgets up to here are low: beyond them next to all of what matters runs, whatever the method."""
 MEDIUM = (0.3, 0.7)
@@ -53,11 +56,6 @@ def mean_at(series: Series, x: float) -> float | None:
     return None if values is None else fmean(values)
 
 
-def spread(values: Sequence[float]) -> float:
-    """Sample standard deviation; 0 of a single value."""
-    return stdev(values) if len(values) > 1 else 0.0
-
-
 def shared_budgets(*series: Series, low: float = 0.0, high: float = 1.0) -> list[float]:
     """Budgets of `GRID` in [low, high] that every seed of every series reaches."""
     return [x for x in GRID if low <= x <= high and all(values_at(one, x) is not None for one in series)]
@@ -86,9 +84,9 @@ def better_everywhere(claim: str, ours: Series, other: Series, *, lower_is_bette
     clear = sum(means[x] > spread(values) for x, values in found.items())
     seeds = len(found[worst])
     sentence = (
-        f"Better at {wins} of {len(budgets)} budgets from {_percent(budgets[0])} to {_percent(budgets[-1])}"
+        f"Better at {wins} of {len(budgets)} budgets from {percent(budgets[0])} to {percent(budgets[-1])}"
         + (f", at {clear} by more than the seeds' deviation" if seeds > 1 else "")
-        + f"; the largest gain {_signed(found[best])} at {_percent(best)}, the smallest {_signed(found[worst])} at {_percent(worst)}."
+        + f"; the largest gain {signed(found[best])} at {percent(best)}, the smallest {signed(found[worst])} at {percent(worst)}."
     )
     numbers = {"gain": {f"{x:g}": value for x, value in means.items()}, "least": means[worst], "spread": spread(found[worst])}
     return Verdict(claim=claim, holds=wins == len(budgets), sentence=sentence, numbers=numbers)
@@ -116,11 +114,9 @@ def keeps_quality_at_half(ours: Series, other: Series, *, dense: Sequence[float]
     claim = f"within {100 * tolerance:g} point of dense at half the FLOPs at which MoEfication is"
     level = fmean(dense) - tolerance
     mine, theirs = cheapest_within(ours, level), cheapest_within(other, level)
-    by_seed = [
-        [cheapest_within([points], start - tolerance) for points, start in zip(series, dense, strict=True)] for series in (ours, other)
-    ]
+    by_seed = [_each_cheapest_within(series, dense, tolerance) for series in (ours, other)]
     numbers = {"level": level, "ours": mine, "other": theirs, "ours_by_seed": by_seed[0], "other_by_seed": by_seed[1]}
-    seeds = " By seed {} and {}.".format(*(_listed(costs) for costs in by_seed)) if len(dense) > 1 else ""
+    seeds = " By seed {} and {}.".format(*(each_in_percent(costs) for costs in by_seed)) if len(dense) > 1 else ""
     if mine is None:
         top = fmean(y for points in ours for _, y in [max(points)])
         return Verdict(
@@ -133,22 +129,20 @@ def keeps_quality_at_half(ours: Series, other: Series, *, dense: Sequence[float]
         return Verdict(
             claim=claim,
             holds=True,
-            sentence=f"The full method is from {_percent(mine)} of the FLOPs on; MoEfication never is.{seeds}",
+            sentence=f"The full method is from {percent(mine)} of the FLOPs on; MoEfication never is.{seeds}",
             numbers=numbers,
         )
-    sentence = (
-        f"From {_percent(mine)} of the dense FLOPs on, MoEfication from {_percent(theirs)} on: {mine / theirs:.2f} of its cost.{seeds}"
-    )
+    sentence = f"From {percent(mine)} of the dense FLOPs on, MoEfication from {percent(theirs)} on: {mine / theirs:.2f} of its cost.{seeds}"
     return Verdict(claim=claim, holds=mine <= share * theirs, sentence=sentence, numbers={**numbers, "ratio": mine / theirs})
 
 
 def saves(series: Series, *, dense: Sequence[float], tolerance: float = 0.01, claimed: float = 0.6) -> Verdict:
     """Whether ``claimed`` of the whole model's FLOPs can be left out with no more than ``tolerance`` lost (higher is better)."""
-    claim = f"{_percent(claimed)} of the FLOPs are saved without a significant drop"
+    claim = f"{percent(claimed)} of the FLOPs are saved without a significant drop"
     cost = cheapest_within(series, fmean(dense) - tolerance)
-    by_seed = [cheapest_within([points], start - tolerance) for points, start in zip(series, dense, strict=True)]
-    found = "Nothing" if cost is None else _percent(1 - cost)
-    seeds = f"; from these shares of the FLOPs on by seed: {_listed(by_seed)}" if len(dense) > 1 else ""
+    by_seed = _each_cheapest_within(series, dense, tolerance)
+    found = "Nothing" if cost is None else percent(1 - cost)
+    seeds = f"; from these shares of the FLOPs on by seed: {each_in_percent(by_seed)}" if len(dense) > 1 else ""
     return Verdict(
         claim=claim,
         holds=cost is not None and 1 - cost >= claimed,
@@ -168,25 +162,59 @@ def each_step_better(steps: Mapping[str, Series], *, lower_is_better: bool) -> V
             return _undecided(claim)
         found[after] = _mean_gains(steps[after], steps[before], budgets, lower_is_better=lower_is_better)
     means = {name: fmean(values) for name, values in found.items()}
-    listed = ", ".join(f"{name} {_signed(values)}" for name, values in found.items())
+    listed = ", ".join(f"{name} {signed(values)}" for name, values in found.items())
     better = sum(value > 0 for value in means.values())
     sentence = f"{better} of {len(means)} steps do; mean gain over the budgets that a step shares with the one before: {listed}."
     return Verdict(claim=claim, holds=better == len(means), sentence=sentence, numbers=means)
 
 
-def lower_floor(with_projections: Series, without: Series) -> Verdict:
-    """Whether replaced projections reach costs that FFNs alone cannot reach."""
-    claim = "projections lower the floor of FFN-only conversion"
-    lows = [[min(x for x, _ in points) for points in series] for series in (with_projections, without)]
-    low, floor = map(fmean, lows)
-    sentence = f"Cheapest point at {_shares(lows[0])} of the dense FLOPs with them, {_shares(lows[1])} without."
-    return Verdict(claim=claim, holds=low < floor, sentence=sentence, numbers={"with": low, "without": floor})
+def lower_floor(with_projections: Series, without: Series, *, dense: Sequence[float], tolerance: float = 0.01) -> Verdict:
+    """Whether replaced projections keep the quality at costs at which FFN-only conversion does not (higher is better).
+
+    The cheapest points that were measured, at any quality, are numbers beside: that more can be left out where more is converted is no
+    finding.
+    """
+    claim = f"projections lower the cost from which on FFN-only conversion stays within {100 * tolerance:g} point of dense"
+    level = fmean(dense) - tolerance
+    numbers: dict[str, Any] = {}
+    told = []
+    for name, series in (("with", with_projections), ("without", without)):
+        cost, by_seed = cheapest_within(series, level), _each_cheapest_within(series, dense, tolerance)
+        floor = [min(points) for points in series]
+        numbers |= {name: cost, f"{name}_by_seed": by_seed}
+        numbers |= {f"{name}_floor": fmean(x for x, _ in floor), f"{name}_floor_quality": fmean(y for _, y in floor)}
+        seeds = f" (by seed {each_in_percent(by_seed)})" if len(dense) > 1 else ""
+        reached = "never is" if cost is None else f"is from {percent(cost)} of the dense FLOPs on"
+        told.append(
+            f"The model {name} them {reached}{seeds}; its cheapest point, at {in_percent([x for x, _ in floor])}, keeps"
+            f" {unsigned([y for _, y in floor])}."
+        )
+    mine, theirs = numbers["with"], numbers["without"]
+    return Verdict(
+        claim=claim,
+        holds=None if mine is None and theirs is None else mine is not None and (theirs is None or mine < theirs),
+        sentence=" ".join(told),
+        numbers=numbers,
+    )
 
 
-def best_only_at_the_lowest(ztw: Series, ours: Series) -> Verdict:
-    """Whether early exit is above the full method at no medium budget (higher is better)."""
-    claim = "early exit is worse at medium budgets"
-    return better_everywhere(claim, ours, ztw, lower_is_better=False, low=MEDIUM[0], high=MEDIUM[1])
+def projections_keep_quality(trained: Sequence[float], *, dense: Sequence[float], tolerance: float = 0.005) -> Verdict:
+    """Whether models with replaced projections, trained and not converted, are at most ``tolerance`` below dense (higher is better)."""
+    gaps = _less(trained, dense)
+    seeds = f", by seed {', '.join(f'{gap:+.4f}' for gap in gaps)}" if len(gaps) > 1 else ""
+    return Verdict(
+        claim=f"replaced projections, trained and before conversion, are within {100 * tolerance:g} points of dense (an aim of this suite)",
+        holds=fmean(gaps) >= -tolerance,
+        sentence=f"{signed(gaps)} against dense{seeds}; after distillation and training under the penalty, not after distillation alone.",
+        numbers={"gap": fmean(gaps), "by_seed": gaps},
+    )
+
+
+def best_only_at_the_lowest(ztw: Series, ours: Series) -> list[Verdict]:
+    """Whether early exit is above the full method at every one of the lowest budgets, and at no medium one (higher is better)."""
+    lowest = better_everywhere("early exit is best at the lowest budgets", ztw, ours, lower_is_better=False, high=LOWEST)
+    medium = better_everywhere("early exit is worse at medium budgets", ours, ztw, lower_is_better=False, low=MEDIUM[0], high=MEDIUM[1])
+    return [lowest, medium]
 
 
 def sparsified_gelu_is_like_relu(curves: Mapping[str, Series]) -> list[Verdict]:
@@ -205,14 +233,14 @@ def sparsified_gelu_is_like_relu(curves: Mapping[str, Series]) -> list[Verdict]:
         _less(by_seed[a], by_seed[b]) for a, b in (("gelu_hoyer", "relu_hoyer"), ("gelu", "gelu_hoyer"), ("relu", "relu_hoyer"))
     )
     gelu_gain, relu_gain = fmean(gelu_gains), fmean(relu_gains)
-    where = f"Mean loss at {_percent(low[0])} to {_percent(low[-1])} of the FLOPs"
-    listed = ", ".join(f"{name} {_level(values)}" for name, values in by_seed.items())
+    where = f"Mean loss at {percent(low[0])} to {percent(low[-1])} of the FLOPs"
+    listed = ", ".join(f"{name} {unsigned(values)}" for name, values in by_seed.items())
     worst = max(mean, key=mean.__getitem__)
     return [
         Verdict(
             claim=claims[0],
             holds=abs(fmean(apart)) < 0.25 * abs(gelu_gain),
-            sentence=f"{where}: GELU's is {_signed(apart)} higher, where enforcement brings GELU {_signed(gelu_gains)} (alike: less than a"
+            sentence=f"{where}: GELU's is {signed(apart)} higher, where enforcement brings GELU {signed(gelu_gains)} (alike: less than a"
             " quarter of that).",
             numbers=mean,
         ),
@@ -220,7 +248,7 @@ def sparsified_gelu_is_like_relu(curves: Mapping[str, Series]) -> list[Verdict]:
         Verdict(
             claim=claims[2],
             holds=relu_gain < gelu_gain,
-            sentence=f"{where}: enforcement brings ReLU {_signed(relu_gains)}, GELU {_signed(gelu_gains)}.",
+            sentence=f"{where}: enforcement brings ReLU {signed(relu_gains)}, GELU {signed(gelu_gains)}.",
             numbers={"relu": relu_gain, "gelu": gelu_gain},
         ),
     ]
@@ -238,8 +266,8 @@ def smaller_experts_are_better(sizes: Mapping[int, Series], *, accounting: str) 
     larger = [size for size in mean if size > 1]
     pairs = list(zip(larger, larger[1:], strict=False))
     right = sum(mean[small] < mean[large] for small, large in pairs)
-    where = f"Mean loss at {_percent(low[0])} to {_percent(low[-1])} of the FLOPs"
-    listed = ", ".join(f"{size}: {_level(values)}" for size, values in by_seed.items())
+    where = f"Mean loss at {percent(low[0])} to {percent(low[-1])} of the FLOPs"
+    listed = ", ".join(f"{size}: {unsigned(values)}" for size, values in by_seed.items())
     numbers = {str(size): value for size, value in mean.items()}
     verdicts = [
         Verdict(
@@ -256,7 +284,7 @@ def smaller_experts_are_better(sizes: Mapping[int, Series], *, accounting: str) 
             Verdict(
                 claim=claims[1],
                 holds=fmean(gaps) > 0,
-                sentence=f"{where}: size 1 is {_signed(gaps)} higher than the best larger size, {best}.",
+                sentence=f"{where}: size 1 is {signed(gaps)} higher than the best larger size, {best}.",
                 numbers={"gap": fmean(gaps)},
             )
         )
@@ -277,8 +305,8 @@ def sparser_bases_are_better(sadmoe: Mapping[float, Series], moefication: Mappin
         by_seed = {weight: _means(curves[weight], low) for weight in weights}
         mean = {weight: fmean(values) for weight, values in by_seed.items()}
         falls = sum(mean[b] < mean[a] for a, b in zip(weights, weights[1:], strict=False))
-        listed = ", ".join(f"{weight:g}: {_level(values)}" for weight, values in by_seed.items())
-        sentence = f"Mean loss at {_percent(low[0])} to {_percent(low[-1])} of the FLOPs by weight {listed}."
+        listed = ", ".join(f"{weight:g}: {unsigned(values)}" for weight, values in by_seed.items())
+        sentence = f"Mean loss at {percent(low[0])} to {percent(low[-1])} of the FLOPs by weight {listed}."
         verdicts.append(
             Verdict(claim=claim, holds=falls == len(weights) - 1, sentence=sentence, numbers={f"{w:g}": v for w, v in mean.items()})
         )
@@ -289,114 +317,28 @@ def sparser_bases_are_better(sadmoe: Mapping[float, Series], moefication: Mappin
         if not budgets:
             return [*verdicts, _undecided(claim)]
         found[weight] = _mean_gains(sadmoe[weight], moefication[weight], budgets, lower_is_better=True)
-    listed = ", ".join(f"{weight:g}: {_signed(values)}" for weight, values in found.items())
+    listed = ", ".join(f"{weight:g}: {signed(values)}" for weight, values in found.items())
     verdicts.append(
         Verdict(
             claim=claim,
             holds=all(fmean(values) > 0 for values in found.values()),
-            sentence=f"Mean gain over shared budgets up to {_percent(LOW)} of the FLOPs by weight {listed}.",
+            sentence=f"Mean gain over shared budgets up to {percent(LOW)} of the FLOPs by weight {listed}.",
             numbers={f"{w:g}": fmean(values) for w, values in found.items()},
         )
     )
     return verdicts
 
 
-def fewer_but_more_varied(
-    plain: Sequence[Sequence[tuple[float, float]]], sparsified: Sequence[Sequence[tuple[float, float]]]
-) -> list[Verdict]:
-    """Of (mean, standard deviation) of the non-zeros of a token by seed and layer: far fewer with enforcement, relatively more spread."""
-    models = (plain, sparsified)
-    shares = [[fmean(mean for mean, _ in layers) for layers in model] for model in models]
-    varied = [[fmean(deviation / mean if mean else 0.0 for mean, deviation in layers) for layers in model] for model in models]
-    means, relative = [fmean(model) for model in shares], [fmean(model) for model in varied]
-    return [
-        Verdict(
-            claim="enforcement leaves far fewer non-zero activations",
-            holds=means[1] < 0.5 * means[0],
-            sentence=f"{_shares(shares[0])} of the neurons on a token without, {_shares(shares[1])} with it:"
-            f" {means[0] / max(means[1], 1e-12):.1f} times fewer (far: twice).",
-            numbers={"plain": means[0], "sparsified": means[1]},
-        ),
-        Verdict(
-            claim="their number varies more from token to token, relatively",
-            holds=relative[1] > relative[0],
-            sentence=f"Deviation over mean, a layer: {_level(varied[0])} without, {_level(varied[1])} with it.",
-            numbers={"plain": relative[0], "sparsified": relative[1]},
-        ),
-    ]
-
-
-def fewer_executed_experts(
-    base: Mapping[str, Sequence[Sequence[float]]], sparsified: Mapping[str, Sequence[Sequence[float]]]
-) -> list[Verdict]:
-    """Of the mean executed share by setting, seed and layer: the sparsified model runs fewer experts at equal tau, deep layers run more."""
-    by_seed = {tau: [_by_seed(model[tau]) for model in (base, sparsified)] for tau in base}
-    fractions = {tau: tuple(map(fmean, pair)) for tau, pair in by_seed.items()}
-    listed = ", ".join(f"{tau}: {_shares(b)} and {_shares(s)}" for tau, (b, s) in by_seed.items())
-    correlations = {tau: [rank_correlation(layers) for layers in sparsified[tau]] for tau in sparsified}
-    rises = {tau: fmean(values) for tau, values in correlations.items()}
-    risen = ", ".join(f"{tau}: {_signed(values, digits=2)}" for tau, values in correlations.items())
-    return [
-        Verdict(
-            claim="the sparsified model executes fewer experts at equal tau",
-            holds=all(s < b for b, s in fractions.values()),
-            sentence=f"Executed without and with enforcement at {listed}.",
-            numbers={tau: list(pair) for tau, pair in fractions.items()},
-        ),
-        Verdict(
-            claim="deeper layers execute more",
-            holds=all(value > 0 for value in rises.values()),
-            sentence=f"Rank correlation of depth and executed share, with enforcement, at {risen}.",
-            numbers=rises,
-        ),
-    ]
-
-
-def never_all_experts(full: Mapping[str, Sequence[float]]) -> Verdict:
-    """Of the share of tokens that run all experts of a layer, in the mean over layers, by setting and seed: nowhere any."""
-    listed = ", ".join(f"{tau}: {_shares(shares)}" for tau, shares in full.items())
-    return Verdict(
-        claim="the sparsified model never runs all experts",
-        holds=all(share == 0 for shares in full.values() for share in shares),
-        sentence=f"99 % of the experts of a layer or more are run by these shares of the tokens, at {listed}.",
-        numbers={tau: fmean(shares) for tau, shares in full.items()},
-    )
-
-
-def projections_are_less_sparse(
-    projection: Mapping[str, Sequence[Sequence[float]]], ffn: Mapping[str, Sequence[Sequence[float]]], *, name: str
-) -> Verdict:
-    """Of the mean executed share by setting, seed and layer: the replaced projection runs a larger share than the FFNs at equal tau."""
-    by_seed = {tau: [_by_seed(one[tau]) for one in (projection, ffn)] for tau in projection}
-    pairs = {tau: tuple(map(fmean, pair)) for tau, pair in by_seed.items()}
-    listed = ", ".join(f"{tau}: {_shares(p)} and {_shares(f)}" for tau, (p, f) in by_seed.items())
-    return Verdict(
-        claim=f"the {name} projections are less sparse than the FFNs",
-        holds=all(p > f for p, f in pairs.values()),
-        sentence=f"Executed of projections and FFNs at {listed}.",
-        numbers={tau: list(pair) for tau, pair in pairs.items()},
-    )
-
-
 def pays_unless_all_run(break_even: Mapping[int, float], *, width: int, needed: float = 0.85) -> Verdict:
     """Of the executed share at which a converted FFN costs what the dense one does, by router width: near 1 at the published width."""
-    listed = ", ".join(f"{w}: {_percent(share)}" for w, share in break_even.items())
+    listed = ", ".join(f"{w}: {percent(share)}" for w, share in break_even.items())
     return Verdict(
         claim="a converted FFN is cheaper unless nearly all experts run",
         holds=break_even[width] >= needed,
         sentence="With experts of one neuron, the dearest case, it breaks even by router width at"
-        f" {listed}; the published width is {width}, and {_percent(needed)} is taken for nearly all.",
+        f" {listed}; the published width is {width}, and {percent(needed)} is taken for nearly all.",
         numbers={str(w): share for w, share in break_even.items()},
     )
-
-
-def rank_correlation(values: Sequence[float]) -> float:
-    """Spearman's correlation of values with their positions, in [-1, 1]; ties share their mean rank; 0 where all are equal."""
-    ranks = [fmean(i for i, other in enumerate(sorted(values)) if other == value) for value in values]
-    centre = (len(values) - 1) / 2
-    top = sum((i - centre) * (rank - centre) for i, rank in enumerate(ranks))
-    bottom = math.sqrt(sum((i - centre) ** 2 for i in range(len(values))) * sum((rank - centre) ** 2 for rank in ranks))
-    return top / bottom if bottom else 0.0
 
 
 def _mean_gains(ours: Series, other: Series, budgets: Sequence[float], *, lower_is_better: bool) -> list[float]:
@@ -415,32 +357,10 @@ def _less(one: Sequence[float], other: Sequence[float]) -> list[float]:
     return [a - b for a, b in zip(one, other, strict=True)]
 
 
-def _by_seed(layers: Sequence[Sequence[float]]) -> list[float]:
-    """Means over layers, by seed."""
-    return [fmean(shares) for shares in layers]
-
-
-def _signed(values: Sequence[float], *, digits: int = 4) -> str:
-    """Mean and standard deviation over the seeds; of a single one no deviation is known."""
-    return f"{fmean(values):+.{digits}f}" + (f" ± {spread(values):.{digits}f}" if len(values) > 1 else "")
-
-
-def _level(values: Sequence[float]) -> str:
-    return _signed(values)[1:]  # of what is never negative
-
-
-def _shares(values: Sequence[float]) -> str:
-    """The same in percent."""
-    return f"{100 * fmean(values):.3g}" + (f" ± {100 * spread(values):.2g}" if len(values) > 1 else "") + " %"
-
-
-def _listed(costs: Sequence[float | None]) -> str:
-    return ", ".join("never" if cost is None else _percent(cost) for cost in costs)
-
-
 def _undecided(claim: str) -> Verdict:
     return Verdict(claim=claim, holds=None, sentence="The curves share no budget.")
 
 
-def _percent(share: float) -> str:
-    return f"{100 * share:.3g} %"
+def _each_cheapest_within(series: Series, dense: Sequence[float], tolerance: float) -> list[float | None]:
+    """`cheapest_within` of every seed by itself, against its own dense model."""
+    return [cheapest_within([points], start - tolerance) for points, start in zip(series, dense, strict=True)]

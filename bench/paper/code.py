@@ -44,17 +44,17 @@ def library_code(folder: Path = _LIBRARY) -> str:
     return checksum((path for path in folder.rglob("*.py") if path not in shown), folder)
 
 
-_WAY_OUT = "choose another --out, or --keep-stages where the change leaves their numbers alone."
+_OPTIONS = ("--out", "--keep-stages")
 
 
-def check_stages(folder: Path, *, keep: bool = False, now: str | None = None, way_out: str = _WAY_OUT) -> tuple[str, ...]:
+def check_stages(folder: Path, *, keep: bool = False, now: str | None = None, options: tuple[str, str] = _OPTIONS) -> tuple[str, ...]:
     """Refuse stages that other code of the library made: their own names know nothing of it.
 
     Args:
         folder: of all stages; the code is noted in its ``library.json``.
         keep: use them all the same, and note the present code beside theirs.
         now: the present code; None looks.
-        way_out: end of the error's line.
+        options: of the command that asks, for its errors: the folder's, and the one that keeps stages.
 
     Returns:
         Codes that the stages are of, in the order in which they came; "unknown" of stages without a note.
@@ -63,6 +63,7 @@ def check_stages(folder: Path, *, keep: bool = False, now: str | None = None, wa
         ConfigError: stages of other code. CheckpointError: the note cannot be read or written.
     """
     now, note = now or library_code(), folder / _FILE
+    out, keeps = options
     try:
         if note.exists():
             codes = [str(code) for code in json.loads(note.read_text(encoding="utf-8"))["codes"]]
@@ -72,15 +73,15 @@ def check_stages(folder: Path, *, keep: bool = False, now: str | None = None, wa
             return tuple(codes)
         if codes and not keep:
             raise ConfigError(
-                f"stages in '{folder}' were made by other code of moeify ({', '.join(codes)}; now {now}): choose another --out, or"
-                " --keep-stages where the change leaves their numbers alone."
+                f"what is in '{folder}' was made by other code of moeify ({', '.join(codes)}; now {now}): choose another {out}, or"
+                f" {keeps} where the change leaves its numbers alone."
             )
         folder.mkdir(parents=True, exist_ok=True)
         write_json(note, {"codes": [*codes, now]})
     except (OSError, KeyError, TypeError, ValueError) as error:
         if isinstance(error, ConfigError):
             raise
-        raise CheckpointError(f"'{note}' cannot be read or written ({error}); choose another --out.") from None
+        raise CheckpointError(f"'{note}' cannot be read or written ({error}); choose another {out}.") from None
     return (*codes, now)
 
 

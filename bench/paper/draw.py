@@ -10,8 +10,9 @@ import numpy as np
 
 from moeify.errors import DataError
 
-from .claims import spread, values_at
+from .claims import values_at
 from .measure import series
+from .wording import spread
 
 AXES = {
     "all": "FLOPs / dense model",
@@ -136,13 +137,18 @@ def draw_histograms(
 
 
 def _density(seeds: Sequence[Mapping[str, Any]]) -> Any:
-    """log(1 + density) of each bin, tokens of all seeds together. Bins are merged until each holds some of the shares that the experts of
-    the layer can make: bins with one of them beside bins with two would be stripes."""
+    """log(1 + density) of each bin, tokens of all seeds together; bins are merged (`bins_merged`)."""
     counts = np.sum([seed["histogram"] for seed in seeds], axis=0, dtype=float)
     bins = len(counts)
-    merge = next((merge for merge in (1, 2, 4, 5, 10) if seeds[0]["num_values"] * merge >= 3 * bins), 10)
+    merge = bins_merged(bins, seeds[0]["num_values"])
     merged = counts.reshape(-1, merge).sum(1).repeat(merge) / merge
     return np.log1p(merged * bins / counts.sum())
+
+
+def bins_merged(bins: int, num_values: int) -> int:
+    """How many bins become one, ten at most, for each to hold three or more of the shares that the experts of a layer can make: bins with
+    one of them beside bins with two would be stripes."""
+    return next((merge for merge in (1, 2, 4, 5, 10) if num_values * merge >= 3 * bins), 10)
 
 
 def draw_ratios(data: Mapping[str, Any], paths: Sequence[Path], *, title: str) -> None:

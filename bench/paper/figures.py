@@ -25,12 +25,12 @@ from moeify.pipeline.results import source_commit
 from moeify.pipeline.stages import differences, key_of, write_json
 from moeify.select import DynKMax
 
-from . import claims
+from . import judge
 from .accounting import cost_ratio
 from .claims import Verdict
 from .draw import draw_curves, draw_histograms, draw_ratios
-from .measure import Finished, Run, measured_curves, run_experiment, series
-from .recipes import NEEDS, Curve, code_version, drawing_version, experiment, identity, pretraining
+from .measure import Finished, Run, distance, measured_curves, run_experiment
+from .recipes import NEEDS, WEIGHTS, Curve, code_version, drawing_version, experiment, identity, pretraining
 
 SCHEMA = 1
 """Version of a figure's JSON file."""
@@ -38,8 +38,6 @@ TAUS = (0.1, 0.01, 0.001)
 """Thresholds of the heat maps, shares of a token's largest predicted norm."""
 SIZES = (1, 2, 4, 8, 16, 32)
 """Neurons of an expert in figures 10 and 13."""
-WEIGHTS = {"relu": 0.0, "relu_hoyer_low": 3e-4, "relu_hoyer": 1e-3, "relu_hoyer_high": 3e-3}
-"""Of square-Hoyer in the trainings of figure 12; those of gpt.toml, which a test holds beside them."""
 _HISTOGRAM_TOKENS = 8192
 
 SADMOE = Curve(name="sadmoe", label="SADMoE", training="relu_hoyer")
@@ -126,14 +124,13 @@ def make_figure(figure: Figure, run: Run) -> dict[str, Any]:
         **figure.measure(figure, run),
     }
     # claims, their wording and drawing are no part of the fingerprint: they follow from the numbers
-    verdicts = figure.claim(result["data"])
     pictures = [path.with_suffix(".png"), path.with_suffix(".svg")]
     is_drawn = earlier is not None and earlier.get("drawn") == drawing_version() and all(picture.exists() for picture in pictures)
     result = {
         **result,
         "drawn": drawing_version(),
         "caption": figure.caption,
-        "claims": [{**to_plain(v), "line": v.line()} for v in verdicts],
+        "claims": stated(figure, result["data"]),
     }
     if not is_drawn:
         write_json(path, {**result, "drawn": None})  # numbers first: they are what takes hours
@@ -157,19 +154,22 @@ def read_figure(path: Path) -> dict[str, Any]:
     return value
 
 
-def to_plain(verdict: Verdict) -> dict[str, Any]:
-    """A verdict as JSON values."""
-    return {"claim": verdict.claim, "holds": verdict.holds, "sentence": verdict.sentence, "numbers": dict(verdict.numbers)}
+def stated(figure: Figure, data: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What a figure's claims come to, as JSON values; it follows from the numbers, whenever these were measured."""
+    return [
+        {"claim": v.claim, "holds": v.holds, "sentence": v.sentence, "numbers": dict(v.numbers), "line": v.line()}
+        for v in figure.claim(data)
+    ]
 
 
 # -- what is measured
 
 
-def _quality_curves(figure: Figure, run: Run, *, authors: bool = False) -> dict[str, Any]:
+def _quality_curves(figure: Figure, run: Run) -> dict[str, Any]:
     curves = figure.curves(run.smoke)
     assert figure.model is not None
     finished = run_experiment(figure.model, curves, run, stage=figure.last_stage, ztw=figure.ztw)
-    return {"stage_seconds": [one.seconds for one in finished], "data": measured_curves(curves, finished, authors=authors)}
+    return {"stage_seconds": [one.seconds for one in finished], "data": measured_curves(curves, finished)}
 
 
 def _nonzeros(figure: Figure, run: Run) -> dict[str, Any]:
@@ -221,7 +221,17 @@ def _executed_projections(figure: Figure, run: Run, *, role: str) -> dict[str, A
             for seed in full["seeds"]
         ]
         apart[name] = {"label": label, "seeds": seeds}
-    return {**found, "data": {"models": apart, "role": role}}
+    pairs = {f"{a} and {b}": (a, b) for a, b in (("q", "k"), ("v", "o"))}
+    distances = {
+        name: {tau: [_apart(seed[tau], roles, *pair) for seed in full["seeds"]] for tau in full["seeds"][0]} for name, pair in pairs.items()
+    }
+    return {**found, "data": {"models": apart, "role": role, "distances": distances}}
+
+
+def _apart(layers: Mapping[str, Any], roles: Mapping[str, str], one: str, other: str) -> float:
+    """Distance between the executed shares of two kinds of projections, mean over blocks."""
+    kinds = [[found for name, found in layers.items() if roles.get(name) == role] for role in (one, other)]
+    return fmean(distance(*pair) for pair in zip(*kinds, strict=True))
 
 
 def _loaded(one: Finished, stage: str, folder: str, run: Run) -> tuple[Any, list[dict[str, torch.Tensor]]]:
@@ -264,102 +274,6 @@ def _all_seeds(seeds: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
     return {name: [seed[name] for seed in seeds] for name in seeds[0]}
 
 
-# -- what is claimed
-
-
-def _all_series(data: Mapping[str, Any], axis: str) -> dict[str, claims.Series]:
-    return {name: series(data, name, axis) for name in data["curves"]}
-
-
-def _claim_3(data: Mapping[str, Any]) -> list[Verdict]:
-    found = {
-        name: [[(layer["mean"], layer["deviation"]) for layer in seed.values()] for seed in one["seeds"]]
-        for name, one in data["models"].items()
-    }
-    return claims.fewer_but_more_varied(found["relu"], found["sadmoe"])
-
-
-def _claim_5(data: Mapping[str, Any]) -> list[Verdict]:
-    curves = _all_series(data, "all")
-    claim = "SADMoE's loss is below MoEfication's at every budget"
-    return [claims.better_everywhere(claim, curves["sadmoe"], curves["baseline"], lower_is_better=True)]
-
-
-def _claim_6(data: Mapping[str, Any]) -> list[Verdict]:
-    curves = _all_series(data, "all")
-    return [
-        claims.keeps_quality_at_half(curves["full"], curves["baseline"], dense=data["dense"]),
-        claims.lower_floor(curves["full"], curves["sadmoe"]),
-        claims.best_only_at_the_lowest(curves["ztw"], curves["full"]),
-        claims.saves(curves["full"], dense=data["dense"]),
-    ]
-
-
-def _claim_7(data: Mapping[str, Any]) -> list[Verdict]:
-    curves = _all_series(data, "all")
-    low, high = claims.MEDIUM
-    above = [
-        claims.better_everywhere(
-            f"SADMoE is above {label} at medium budgets", curves["full"], curves[name], lower_is_better=False, low=low, high=high
-        )
-        for name, label in (("baseline", "MoEfication"), ("ztw", "ZTW"))
-    ]
-    return [*above, claims.saves(curves["full"], dense=data["dense"])]
-
-
-def _claim_8(data: Mapping[str, Any]) -> list[Verdict]:
-    curves = _all_series(data, "all")
-    return [
-        claims.each_step_better({curve.label: curves[curve.name] for curve in _STEPS}, lower_is_better=False),
-        claims.lower_floor(curves["full"], curves["sadmoe"]),
-        claims.keeps_quality_at_half(curves["full"], curves["baseline"], dense=data["dense"]),
-    ]
-
-
-def _claim_projections(data: Mapping[str, Any]) -> list[Verdict]:
-    found = {name: _executed_means(one) for name, one in data["models"].items()}
-    return [claims.projections_are_less_sparse(found["projection"], found["ffn"], name=data["role"])]
-
-
-def _claim_9(data: Mapping[str, Any]) -> list[Verdict]:
-    return claims.sparsified_gelu_is_like_relu(_all_series(data, "ffn"))
-
-
-def _claim_sizes(data: Mapping[str, Any]) -> list[Verdict]:
-    verdicts = []
-    for axis, accounting in (("ffn", "our accounting"), ("authors_ffn", "the authors' accounting")):
-        curves = _all_series(data, axis)
-        verdicts += claims.smaller_experts_are_better({_size_of(name): one for name, one in curves.items()}, accounting=accounting)
-    return verdicts
-
-
-def _claim_11(data: Mapping[str, Any]) -> list[Verdict]:
-    found = {name: _executed_means(one) for name, one in data["models"].items()}
-    everything = {  # the last bin of the histograms
-        tau: [fmean(layer["histogram"][-1] / layer["tokens"] for layer in seed[tau].values()) for seed in data["models"]["sadmoe"]["seeds"]]
-        for tau in data["models"]["sadmoe"]["seeds"][0]
-    }
-    return [*claims.fewer_executed_experts(found["relu"], found["sadmoe"]), claims.never_all_experts(everything)]
-
-
-def _executed_means(model: Mapping[str, Any]) -> dict[str, list[list[float]]]:
-    """Mean executed share by setting, seed and layer."""
-    taus = list(model["seeds"][0])
-    return {tau: [[layer["mean"] for layer in seed[tau].values()] for seed in model["seeds"]] for tau in taus}
-
-
-def _claim_12(data: Mapping[str, Any]) -> list[Verdict]:
-    curves = _all_series(data, "ffn")
-    trainings = {name: curve["training"] for name, curve in _FIGURE_12.items() if name in curves}
-    ours = {WEIGHTS[trainings[name]]: one for name, one in curves.items() if name.startswith("sadmoe")}
-    theirs = {WEIGHTS[trainings[name]]: one for name, one in curves.items() if name.startswith("baseline")}
-    return claims.sparser_bases_are_better(ours, theirs)
-
-
-def _claim_14(data: Mapping[str, Any]) -> list[Verdict]:
-    return [claims.pays_unless_all_run({int(w): share for w, share in data["break_even"].items()}, width=128)]
-
-
 # -- which curves
 
 
@@ -376,10 +290,6 @@ def _sized(training: str, smoke: bool) -> tuple[Curve, ...]:
     )
 
 
-def _size_of(name: str) -> int:
-    return int(name.rpartition("-size")[2])
-
-
 def _figure_12(smoke: bool) -> tuple[Curve, ...]:
     weights = {name: weight for name, weight in WEIGHTS.items() if not smoke or name in ("relu", "relu_hoyer")}
     return tuple(
@@ -387,9 +297,6 @@ def _figure_12(smoke: bool) -> tuple[Curve, ...]:
         for method, label in (("sadmoe", "SADMoE"), ("baseline", "MoEfication"))
         for name, weight in weights.items()
     )
-
-
-_FIGURE_12 = {curve.name: {"training": curve.training} for curve in _figure_12(smoke=False)}
 
 
 _STEPS = (
@@ -419,8 +326,8 @@ def _fixed(*curves: Curve) -> Callable[[bool], tuple[Curve, ...]]:
     return lambda _smoke: curves
 
 
-_draw_whole = partial(draw_curves, axes=("all",))  # with projections the converted FLOPs are others: no common share of FFNs
-_draw_sizes = partial(draw_curves, axes=("ffn", "authors_ffn", "all", "authors_all"))
+_draw_whole = partial(draw_curves, axes=("all", "authors_all"))  # with projections the converted FLOPs are others: no common share of FFNs
+_draw_both_ways = partial(draw_curves, axes=("ffn", "authors_ffn", "all", "authors_all"))
 
 FIGURES: dict[str, Figure] = {
     figure.number: figure
@@ -432,7 +339,7 @@ FIGURES: dict[str, Figure] = {
             curves=_fixed(_RELU, _SPARSIFIED),
             measure=_nonzeros,
             draw=_draw_nonzeros,
-            claim=_claim_3,
+            claim=judge.figure_3,
             last_stage="sparsify",
         ),
         Figure(
@@ -441,8 +348,8 @@ FIGURES: dict[str, Figure] = {
             model="gpt",
             curves=_fixed(MOEFICATION, SADMOE),
             measure=_quality_curves,
-            draw=draw_curves,
-            claim=_claim_5,
+            draw=_draw_both_ways,
+            claim=judge.figure_5,
         ),
         Figure(
             number="6",
@@ -451,7 +358,7 @@ FIGURES: dict[str, Figure] = {
             curves=_fixed(MOEFICATION, replace(SADMOE, label="SADMoE, FFNs only"), FULL),
             measure=_quality_curves,
             draw=_draw_whole,
-            claim=_claim_6,
+            claim=judge.figure_6,
             ztw=True,
         ),
         Figure(
@@ -461,7 +368,7 @@ FIGURES: dict[str, Figure] = {
             curves=_fixed(MOEFICATION, replace(SADMOE, label="SADMoE, FFNs only"), FULL),
             measure=_quality_curves,
             draw=_draw_whole,
-            claim=_claim_7,
+            claim=judge.figure_7,
             ztw=True,
         ),
         Figure(
@@ -471,7 +378,7 @@ FIGURES: dict[str, Figure] = {
             curves=_fixed(*_STEPS),
             measure=_quality_curves,
             draw=_draw_whole,
-            claim=_claim_8,
+            claim=judge.figure_8,
         ),
         Figure(
             number="9",
@@ -484,17 +391,17 @@ FIGURES: dict[str, Figure] = {
                 Curve(name="gelu_hoyer", label="GELU, square-Hoyer", training="gelu_hoyer"),
             ),
             measure=_quality_curves,
-            draw=draw_curves,
-            claim=_claim_9,
+            draw=_draw_both_ways,
+            claim=judge.figure_9,
         ),
         Figure(
             number="10",
-            caption="GPT, ReLU with enforcement: loss against FLOPs by size of the experts, counted our way and the authors'.",
+            caption="GPT, ReLU with enforcement: loss against FLOPs by size of the experts.",
             model="gpt",
             curves=partial(_sized, "relu_hoyer"),
-            measure=partial(_quality_curves, authors=True),
-            draw=_draw_sizes,
-            claim=_claim_sizes,
+            measure=_quality_curves,
+            draw=_draw_both_ways,
+            claim=judge.sizes,
         ),
         Figure(
             number="11",
@@ -503,7 +410,7 @@ FIGURES: dict[str, Figure] = {
             curves=_fixed(_RELU, _SPARSIFIED),
             measure=_executed,
             draw=_draw_executed,
-            claim=_claim_11,
+            claim=judge.figure_11,
             last_stage="convert",
         ),
         Figure(
@@ -512,17 +419,17 @@ FIGURES: dict[str, Figure] = {
             model="gpt",
             curves=_figure_12,
             measure=_quality_curves,
-            draw=draw_curves,
-            claim=_claim_12,
+            draw=_draw_both_ways,
+            claim=judge.figure_12,
         ),
         Figure(
             number="13",
-            caption="GPT, GELU with enforcement: loss against FLOPs by size of the experts, counted our way and the authors'.",
+            caption="GPT, GELU with enforcement: loss against FLOPs by size of the experts.",
             model="gpt",
             curves=partial(_sized, "gelu_hoyer"),
-            measure=partial(_quality_curves, authors=True),
-            draw=_draw_sizes,
-            claim=_claim_sizes,
+            measure=_quality_curves,
+            draw=_draw_both_ways,
+            claim=judge.sizes,
         ),
         Figure(
             number="14",
@@ -531,7 +438,7 @@ FIGURES: dict[str, Figure] = {
             curves=_fixed(),
             measure=_ratios,
             draw=draw_ratios,
-            claim=_claim_14,
+            claim=judge.figure_14,
         ),
         *(
             Figure(
@@ -541,7 +448,7 @@ FIGURES: dict[str, Figure] = {
                 curves=_fixed(FULL),
                 measure=partial(_executed_projections, role=role),
                 draw=_draw_executed,
-                claim=_claim_projections,
+                claim=judge.projections,
                 last_stage="convert",
             )
             for number, role in (("15", "q"), ("16", "k"), ("17", "v"), ("18", "o"))

@@ -4,7 +4,9 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from moeify._config import from_dict
@@ -15,7 +17,7 @@ from moeify.pipeline.recipe import VALIDATION, ZTW, RecipeConfig
 from moeify.pipeline.run_recipe import run_stages
 from moeify.pipeline.stages import Stage
 
-from .accounting import authors_ffn_flops_fraction, authors_flops_fraction
+from .accounting import authors_flops_fractions
 from .recipes import Curve, experiment, pretraining, started_from
 
 
@@ -90,19 +92,19 @@ def pretrain(model: str, run: Run, *, seed: int) -> dict[str, Stage]:
     return stages
 
 
-def measured_curves(curves: Sequence[Curve], finished: Sequence[Finished], *, authors: bool = False) -> dict[str, Any]:
+def measured_curves(curves: Sequence[Curve], finished: Sequence[Finished]) -> dict[str, Any]:
     """Quality against cost of every curve, as JSON values.
 
     Args:
         curves: what was asked for.
         finished: its seeds.
-        authors: count FLOPs as the authors do, too.
 
     Returns:
         "y": what the quality is, "loss" in nats or "accuracy"; "dense": of the model trained without anything, by seed; "ffn_share":
         dense FFN FLOPs over all; "curves": by name "label", "trained" (quality before conversion, by seed) and "points", for each seed
-        a list of {"active", "ffn", "all", "y"}, with ``authors`` also "authors_ffn" and "authors_all"; fractions of the dense model that
-        was not changed, of "ffn" those of the FFNs and replaced projections that were converted. Early exit has "all" and "y" alone.
+        a list of {"active", "ffn", "all", "authors_ffn", "authors_all", "y"}; fractions of the dense model that was not changed, of "ffn"
+        those of the FFNs and replaced projections that were converted. Early exit, which executes no experts, has no "active" and no
+        fractions of the FFNs, and "all" for both ways to count.
     """
     metric = finished[0].recipe.metric
     shown = _loss if metric == "perplexity" else float
@@ -121,8 +123,8 @@ def measured_curves(curves: Sequence[Curve], finished: Sequence[Finished], *, au
             sweep, converted = one.stages[_sweep(curve.name)], one.stages[f"convert.{curve.name}"]
             rows = [from_dict(CurvePoint, point) for point in sweep.result["points"]]
             scale = _dense_flops(sweep) / dense_flops
-            extra = _authors(sweep, converted) if authors else lambda _point: {}
-            points.append([{**_row(point, shown, scale), **extra(point)} for point in sorted(rows, key=lambda p: p.flops_fraction)])
+            authors = _authors(sweep, converted, scale)
+            points.append([{**_row(point, shown, scale), **authors(point)} for point in sorted(rows, key=lambda p: p.flops_fraction)])
         trained = [shown(one.stages[f"sparsify.{curve.name}.quality"].result["quality"][VALIDATION]) for one in finished]
         result["curves"][curve.name] = {"label": curve.label, "trained": trained, "points": points}
     if (name := _sweep(ZTW)) in finished[0].stages:
@@ -136,12 +138,25 @@ def series(data: Mapping[str, Any], name: str, axis: str) -> list[list[tuple[flo
     return [[(point[axis], point["y"]) for point in points] for points in data["curves"][name]["points"]]
 
 
+def is_measured(data: Mapping[str, Any], axis: str) -> bool:
+    """Whether every point of every curve has this cost; files from before it was stored have none."""
+    return all(axis in point for curve in data["curves"].values() for points in curve["points"] for point in points)
+
+
+def distance(one: Mapping[str, Any], other: Mapping[str, Any]) -> float:
+    """Between two distributions, in [0, 1]: the mean share by which tokens differ if those of both are put in order and paired (the earth
+    mover's distance), to a bin's width."""
+    sums = [[below / layer["tokens"] for below in accumulate(layer["histogram"])] for layer in (one, other)]
+    return fmean(abs(a - b) for a, b in zip(*sums, strict=True))
+
+
 def _sweep(name: str) -> str:
     return f"sweep.{name}.{VALIDATION}"
 
 
 def _exit_row(point: Mapping[str, Any], shown: Callable[[float], float]) -> dict[str, float]:
-    return {"theta": point["theta"], "all": point["flops_fraction"], "y": shown(point["quality"])}
+    cost = point["flops_fraction"]
+    return {"theta": point["theta"], "all": cost, "authors_all": cost, "y": shown(point["quality"])}
 
 
 def _row(point: CurvePoint, shown: Callable[[float], float], scale: float) -> dict[str, float]:
@@ -153,14 +168,17 @@ def _row(point: CurvePoint, shown: Callable[[float], float], scale: float) -> di
     }
 
 
-def _authors(sweep: Stage, converted: Stage) -> Callable[[CurvePoint], dict[str, float]]:
-    records = read_manifest(converted.folder / "moe").sites
-    sites, experts = [record.site for record in records], [record.num_experts for record in records]
-    share = _ffn_share(sweep)
-    return lambda point: {
-        "authors_ffn": authors_ffn_flops_fraction(point, sites, experts),
-        "authors_all": authors_flops_fraction(point, sites, experts, ffn_share=share),
-    }
+def _authors(sweep: Stage, converted: Stage, scale: float) -> Callable[[CurvePoint], dict[str, float]]:
+    manifest = read_manifest(converted.folder / "moe")
+    sites, experts = [record.site for record in manifest.sites], [record.num_experts for record in manifest.sites]
+    replaced = {name for record in manifest.projections for name in record.mlps}
+    cost, dense_flops = _curve(sweep)["cost"], _dense_flops(sweep)
+
+    def of(point: CurvePoint) -> dict[str, float]:
+        ffn, whole = authors_flops_fractions(point, cost, sites, experts, dense_flops=dense_flops, replaced=replaced)
+        return {"authors_ffn": ffn, "authors_all": scale * whole}
+
+    return of
 
 
 def _ffn_share(sweep: Stage) -> float:

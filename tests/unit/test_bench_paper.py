@@ -1,4 +1,4 @@
-"""The paper's figures: claims of synthetic numbers, the authors' accounting, fingerprints, missing inputs, the page."""
+"""The paper's figures: the authors' accounting, fingerprints, missing inputs, the page."""
 
 import json
 import math
@@ -10,74 +10,22 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from bench.paper import claims, figures, measure
+from bench.paper import figures, measure
 from bench.paper.__main__ import main
-from bench.paper.accounting import authors_ffn_flops_fraction, authors_flops_fraction, cost_ratio
+from bench.paper.accounting import authors_flops_fractions, cost_ratio
 from bench.paper.code import check_stages, checksum, library_code
 from bench.paper.draw import _density, draw_curves, draw_histograms
-from bench.paper.figures import FIGURES, WEIGHTS, make_figure
+from bench.paper.figures import FIGURES, make_figure, read_figure, stated
 from bench.paper.inputs import INPUTS, check_needs, find_inputs, write_stand_ins
 from bench.paper.measure import Finished, Run, measured_curves
 from bench.paper.page import NOTES, check_page, page_text, write_page
-from bench.paper.recipes import Curve, experiment, pretraining
+from bench.paper.recipes import HERE, WEIGHTS, Curve, experiment, pretraining
 from moeify._config import to_dict
 from moeify.data import DataConfig, read_texts
 from moeify.errors import CheckpointError, ConfigError, DataError
 from moeify.evaluate import CurvePoint
 from moeify.pipeline.stages import Stage, key_of
 from moeify.sites import FFNSite
-
-
-def line(start, end, *, low=0.1, high=1.0, seeds=1):
-    """A straight curve, the same for every seed."""
-    return [[(low, start), (high, end)] for _ in range(seeds)]
-
-
-# -- claims, both outcomes each
-
-
-def test_better_everywhere_needs_every_shared_budget():
-    ours, other = line(4.0, 3.0, seeds=2), line(5.0, 3.1, seeds=2)
-    found = claims.better_everywhere("c", ours, other, lower_is_better=True)
-    assert found.holds is True
-    assert found.numbers["least"] == pytest.approx(0.1)
-    assert found.numbers["gain"]["0.1"] == pytest.approx(1.0)
-    crossing = claims.better_everywhere("c", ours, line(5.0, 2.9, seeds=2), lower_is_better=True)
-    assert crossing.holds is False
-    assert crossing.numbers["least"] == pytest.approx(-0.1)
-    assert "does not hold" in crossing.line()
-    assert claims.better_everywhere("c", ours, other, lower_is_better=False).holds is False
-
-
-def test_no_gain_is_no_win_and_the_seeds_deviation_is_told():
-    assert claims.better_everywhere("c", line(3.0, 3.0), line(3.0, 3.0), lower_is_better=True).holds is False
-    ours, other = [[(0.1, 2.9), (1.0, 2.9)], [(0.1, 2.7), (1.0, 2.7)]], line(3.0, 3.0, seeds=2)
-    found = claims.better_everywhere("c", ours, other, lower_is_better=True)
-    assert "Better at 19 of 19 budgets from 10 % to 100 %, at 19 by more than the seeds' deviation" in found.sentence
-    assert "the largest gain +0.2000 ± 0.1414 at 10 %" in found.sentence
-    noisy = [[(0.1, 3.1), (1.0, 3.1)], [(0.1, 2.7), (1.0, 2.7)]]
-    assert "at 0 by more than the seeds' deviation" in claims.better_everywhere("c", noisy, other, lower_is_better=True).sentence
-    assert "±" not in claims.better_everywhere("c", ours[:1], other[:1], lower_is_better=True).sentence
-
-
-def test_every_seeds_own_cost_of_keeping_quality_is_told():
-    ours = [[(0.2, 0.9), (1.0, 0.9)], [(0.2, 0.5), (1.0, 0.5)]]
-    found = claims.keeps_quality_at_half(ours, line(0.9, 0.9, seeds=2), dense=[0.9, 0.9])
-    assert found.numbers["ours_by_seed"] == [pytest.approx(0.2), None]
-    assert "By seed 20 %, never and 10 %, 10 %." in found.sentence
-
-
-def test_what_can_be_saved_without_a_drop():
-    series = [[(0.2, 0.5), (0.3, 0.9), (1.0, 0.9)], [(0.2, 0.5), (0.3, 0.9), (1.0, 0.9)]]
-    found = claims.saves(series, dense=[0.9, 0.9])
-    assert found.holds is True
-    assert found.numbers["cost"] == pytest.approx(0.2975, abs=0.005)
-    assert found.sentence.startswith(
-        "70.2 % with at most 1 point lost against dense; from these shares of the FLOPs on by seed: 29.8 %, 29.8 %"
-    )
-    assert claims.saves(series, dense=[0.9, 0.9], claimed=0.8).holds is False
-    never = claims.saves(series[:1], dense=[0.95])
-    assert (never.holds, never.sentence) == (False, "Nothing with at most 1 point lost against dense.")
 
 
 def test_what_cannot_be_run_is_one_line(tmp_path, capsys):
@@ -91,114 +39,6 @@ def test_what_cannot_be_run_is_one_line(tmp_path, capsys):
         error = capsys.readouterr().err
         assert message in error
         assert sum(line.startswith("error: ") for line in error.splitlines()) == 1
-
-
-def test_all_experts_are_run_by_nobody_or_by_somebody():
-    assert claims.never_all_experts({"tau = 0.1": [0.0, 0.0]}).holds is True
-    found = claims.never_all_experts({"tau = 0.1": [0.0, 0.0], "tau = 0.01": [0.0, 0.02]})
-    assert found.holds is False
-    assert "tau = 0.01: 1 ± 1.4 %" in found.sentence
-
-
-def test_curves_without_a_common_budget_are_not_judged():
-    found = claims.better_everywhere("c", line(1, 1, low=0.1, high=0.3), line(1, 1, low=0.5, high=0.9), lower_is_better=True)
-    assert found.holds is None
-    assert "cannot be told" in found.line()
-
-
-def test_values_are_those_on_each_seeds_own_line():
-    series = [[(0.0, 0.0), (1.0, 1.0)], [(0.5, 3.0), (0.0, 1.0), (1.0, 4.0)]]
-    assert claims.values_at(series, 0.25) == pytest.approx([0.25, 2.0])
-    assert claims.values_at([*series, [(0.5, 1.0), (1.0, 1.0)]], 0.25) is None
-
-
-@pytest.mark.parametrize(
-    ("ours", "holds", "ratio"),
-    [
-        pytest.param([(0.1, 0.80), (0.2, 0.90), (1.0, 0.90)], True, 0.19 / 0.8, id="at a quarter"),
-        pytest.param([(0.1, 0.50), (0.5, 0.80), (0.6, 0.90), (1.0, 0.90)], False, 0.59 / 0.8, id="at three quarters"),
-    ],
-)
-def test_quality_kept_at_half_the_cost(ours, holds, ratio):
-    other = [[(0.4, 0.7), (0.8, 0.89), (1.0, 0.91)]]
-    found = claims.keeps_quality_at_half([ours], other, dense=[0.9])
-    assert found.holds is holds
-    assert found.numbers["ratio"] == pytest.approx(ratio, rel=0.02)
-
-
-def test_quality_that_is_never_reached_is_said():
-    assert claims.keeps_quality_at_half(line(0.5, 0.8), line(0.5, 0.95), dense=[0.9]).holds is False
-    assert "MoEfication never is" in claims.keeps_quality_at_half(line(0.9, 0.9), line(0.5, 0.8), dense=[0.9]).sentence
-
-
-def test_a_dip_after_the_first_crossing_counts():
-    series = [[(0.1, 0.9), (0.3, 0.9), (0.4, 0.5), (0.5, 0.9), (1.0, 0.9)]]
-    assert claims.cheapest_within(series, 0.85) == pytest.approx(0.4875, abs=0.01)
-    assert claims.cheapest_within(series, 0.95) is None
-
-
-def test_steps_of_the_ablation_and_the_floor():
-    steps = {"a": line(0.5, 0.9), "b": line(0.6, 0.9), "c": line(0.7, 0.9)}
-    assert claims.each_step_better(steps, lower_is_better=False).holds is True
-    worse = claims.each_step_better({**steps, "d": line(0.6, 0.9)}, lower_is_better=False)
-    assert worse.holds is False
-    assert worse.numbers["d"] < 0 < worse.numbers["c"]
-    assert claims.lower_floor(line(0, 0, low=0.2), line(0, 0, low=0.4)).holds is True
-    assert claims.lower_floor(line(0, 0, low=0.4), line(0, 0, low=0.4)).holds is False
-
-
-def test_early_exit_is_judged_at_medium_budgets_only():
-    ours = [[(0.1, 0.2), (0.3, 0.9), (1.0, 0.9)]]
-    assert claims.best_only_at_the_lowest(line(0.8, 0.85), ours).holds is True
-    assert claims.best_only_at_the_lowest(line(0.95, 0.95), ours).holds is False
-
-
-def test_the_four_curves_of_figure_9():
-    curves = {"relu": line(3.2, 3), "relu_hoyer": line(3.1, 3), "gelu": line(5, 3), "gelu_hoyer": line(3.15, 3)}
-    assert [v.holds for v in claims.sparsified_gelu_is_like_relu(curves)] == [True, True, True]
-    curves |= {"gelu": line(3.2, 3), "gelu_hoyer": line(4, 3), "relu": line(6, 3)}
-    assert [v.holds for v in claims.sparsified_gelu_is_like_relu(curves)] == [False, False, False]
-
-
-def test_sizes_in_both_orders():
-    fine = {1: line(3.5, 3), 2: line(3.1, 3), 8: line(3.2, 3), 32: line(3.4, 3)}
-    smaller, single = claims.smaller_experts_are_better(fine, accounting="ours")
-    assert (smaller.holds, single.holds) == (True, True)
-    assert single.numbers["gap"] > 0
-    coarse = {1: line(3.0, 3), 2: line(3.3, 3), 8: line(3.2, 3)}
-    assert [v.holds for v in claims.smaller_experts_are_better(coarse, accounting="ours")] == [False, False]
-
-
-def test_sparser_bases():
-    falling, flat = {0.0: line(4, 3), 1e-3: line(3.5, 3)}, {0.0: line(5, 3), 1e-3: line(5, 3)}
-    assert [v.holds for v in claims.sparser_bases_are_better(falling, flat)] == [True, False, True]
-    assert [v.holds for v in claims.sparser_bases_are_better(flat, falling)] == [False, True, False]
-
-
-def test_non_zeros_and_their_spread():
-    plain, sparse = [[(0.4, 0.04), (0.2, 0.02)]], [[(0.05, 0.02), (0.05, 0.02)]]
-    assert [v.holds for v in claims.fewer_but_more_varied(plain, sparse)] == [True, True]
-    assert [v.holds for v in claims.fewer_but_more_varied(sparse, plain)] == [False, False]
-
-
-def test_executed_experts_by_depth():
-    base, sparse = {"0.1": [[0.8, 0.9, 1.0]]}, {"0.1": [[0.1, 0.2, 0.3]]}
-    assert [v.holds for v in claims.fewer_executed_experts(base, sparse)] == [True, True]
-    assert [v.holds for v in claims.fewer_executed_experts(sparse, {"0.1": [[0.9, 0.8, 0.7]]})] == [False, False]
-    assert claims.projections_are_less_sparse(base, sparse, name="q").holds is True
-    assert claims.projections_are_less_sparse(sparse, base, name="q").holds is False
-
-
-def test_rank_correlation_of_ties_and_reversed_order():
-    assert claims.rank_correlation([1, 2, 5]) == 1
-    assert claims.rank_correlation([3, 2, 1]) == -1
-    assert claims.rank_correlation([2, 2, 2]) == 0
-    assert claims.rank_correlation([1, 1, 2]) == pytest.approx(0.866, abs=1e-3)
-
-
-def test_break_even_of_routers():
-    assert claims.pays_unless_all_run({128: 0.9, 512: 0.6}, width=128).holds is True
-    assert claims.pays_unless_all_run({128: 0.9, 512: 0.6}, width=512).holds is False
 
 
 # -- accounting
@@ -226,20 +66,39 @@ def site(**changes):
 )
 def test_the_authors_count_d_more_for_each_expert(size, gated, extra):
     sites = [site(gate="mlp.gate" if gated else None)] * 3
-    experts = [384 // size] * 3
-    found = authors_ffn_flops_fraction(point(0.4, 0.5, 0.7), sites, experts)
-    assert found == pytest.approx(0.5 + 0.4 * extra)
-    whole = authors_flops_fraction(point(0.4, 0.5, 0.7), sites, experts, ffn_share=0.6)
+    cost = {"ffn_dense": 60.0, "ffn_unconverted": 0.0, "router": 6.0, "experts": 60.0}
+    ffn, whole = authors_flops_fractions(point(0.4, 0.5, 0.7), cost, sites, [384 // size] * 3, dense_flops=100.0)
+    assert ffn == pytest.approx(0.5 + 0.4 * extra)
     assert whole == pytest.approx(0.7 + 0.6 * 0.4 * extra)
 
 
-def test_unequal_ffns_are_refused_and_so_is_a_share_out_of_range():
-    with pytest.raises(ValueError, match="differ in shape"):
-        authors_ffn_flops_fraction(point(0.4, 0.5, 0.7), [site(), site(d_ff=192)], [96, 96])
+def test_the_authors_count_of_ffns_and_projections_is_a_sum_over_layers():
+    """Layers that run different shares of their experts, counted one by one."""
+    names = ("q", "k")
+    ffns, mlps = [site(name="a"), site(name="b")], [site(name=name, d_ff=48) for name in names]
+    active, experts = {"a": 0.2, "b": 0.6, "q": 0.9, "k": 0.5}, {"a": 96, "b": 96, "q": 12, "k": 12}
+    dense = {s.name: 2 * 2 * 96 * s.d_ff for s in (*ffns, *mlps)}
+    router = {"a": 1000, "b": 1000, "q": 300, "k": 300}
+    layers = 2 * 96 * 96 * len(names)  # what the MLPs replaced; ours cost as much
+    ffn_dense, dense_flops = dense["a"] + dense["b"] + layers, 4e5
+    executed = {name: active[name] * dense[name] + router[name] for name in active}
+    in_projections = sum(executed[name] for name in names)
+    found = replace(point(0.5, sum(executed.values()) / ffn_dense, 0.8), projection_flops_fraction=in_projections / layers)
+    cost = {"ffn_dense": ffn_dense, "ffn_unconverted": 0.0, "router": 2000.0, "experts": dense["a"] + dense["b"]}
+    cost |= {"projections_dense": layers, "projections": sum(dense[name] + router[name] for name in names)}
+    counts = [experts[s.name] for s in (*ffns, *mlps)]
+    ffn, whole = authors_flops_fractions(found, cost, [*ffns, *mlps], counts, dense_flops=dense_flops, replaced=set(names))
+    added = sum(2 * 96 * active[name] * experts[name] for name in active)
+    assert ffn == pytest.approx(found.ffn_flops_fraction + added / ffn_dense)
+    assert whole == pytest.approx(found.flops_fraction + added / dense_flops)
+
+
+def test_ffns_whose_experts_add_unequal_shares_are_refused():
+    cost = {"ffn_dense": 60.0, "ffn_unconverted": 0.0, "router": 6.0, "experts": 60.0}
+    with pytest.raises(ValueError, match="differ in what their experts add"):
+        authors_flops_fractions(point(0.4, 0.5, 0.7), cost, [site(), site()], [96, 48], dense_flops=100.0)
     with pytest.raises(ValueError, match="one of each"):
-        authors_ffn_flops_fraction(point(0.4, 0.5, 0.7), [site()], [])
-    with pytest.raises(ValueError, match="ffn_share"):
-        authors_flops_fraction(point(0.4, 0.5, 0.7), [site()], [96], ffn_share=0.0)
+        authors_flops_fractions(point(0.4, 0.5, 0.7), cost, [site()], [], dense_flops=100.0)
 
 
 def test_cost_ratio_is_the_closed_form():
@@ -296,8 +155,17 @@ def test_stages_of_other_code_are_refused_in_one_line_unless_they_are_kept(tmp_p
     with pytest.raises(ConfigError, match=r"other code of moeify \(unknown; now a\)"):
         check_stages(tmp_path / "old", now="a")
     (stages / "library.json").write_text("[]")
-    with pytest.raises(CheckpointError, match=r"library.json' cannot be read"):
+    with pytest.raises(CheckpointError, match=r"library.json' cannot be read .*; choose another --out\."):
         check_stages(stages, now="a")
+    with pytest.raises(CheckpointError, match="choose another --work\\."):
+        check_stages(stages, now="a", options=("--work", "--keep-runs"))
+
+
+def test_another_command_names_its_own_options(tmp_path):
+    (tmp_path / "library.json").write_text('{"codes": ["a"]}')
+    with pytest.raises(ConfigError, match="choose another --folder, or --keep where the change") as error:
+        check_stages(tmp_path, now="b", options=("--folder", "--keep"))
+    assert "--out" not in str(error.value)
 
 
 def test_a_figure_knows_the_code_that_its_stages_are_of(tmp_path):
@@ -406,7 +274,8 @@ def test_a_file_that_is_no_figure_is_an_error(tmp_path, capsys):
 
 def stage(folder, result, *, dense_flops=100.0):
     folder.mkdir(parents=True)
-    (folder / "curve.json").write_text(json.dumps({"dense": {"flops_per_token": dense_flops}, "cost": {"ffn_dense": 60.0}}))
+    cost = {"ffn_dense": 60.0, "ffn_unconverted": 0.0, "experts": 60.0, "router": 0.0}
+    (folder / "curve.json").write_text(json.dumps({"dense": {"flops_per_token": dense_flops}, "cost": cost}))
     return Stage(label=folder.name, key=folder.name, folder=folder, result=result, seconds=1.0)
 
 
@@ -423,6 +292,14 @@ def finished(root, *, seed=0, **sweeps):
     return Finished(seed=seed, stages=stages, recipe=recipe)
 
 
+@pytest.fixture
+def manifest(monkeypatch):
+    """Every converted model has experts of four neurons."""
+    record = SimpleNamespace(site=site(), num_experts=96)
+    monkeypatch.setattr(measure, "read_manifest", lambda _folder: SimpleNamespace(sites=(record,), projections=()))
+
+
+@pytest.mark.usefixtures("manifest")
 def test_curves_are_losses_over_the_flops_of_the_unchanged_model(tmp_path):
     curves = [Curve(name=name, label=name, training="relu") for name in ("plain", "full")]
     data = measured_curves(curves, [finished(tmp_path / str(seed), seed=seed, plain=100.0, full=105.0) for seed in (0, 1)])
@@ -430,22 +307,24 @@ def test_curves_are_losses_over_the_flops_of_the_unchanged_model(tmp_path):
     cheap, dear = data["curves"]["plain"]["points"][1]
     assert (cheap["ffn"], cheap["all"], cheap["y"]) == (0.5, 0.7, 2.0)
     assert (dear["all"], dear["y"]) == (1.0, 1.0)
-    assert "authors_ffn" not in dear
     assert data["curves"]["full"]["points"][0][1]["all"] == pytest.approx(1.05)
     assert measure.series(data, "plain", "ffn") == [[(0.5, 2.0), (1.0, 1.0)]] * 2
 
 
-def test_curves_with_the_authors_accounting_and_early_exit(tmp_path, monkeypatch):
-    record = SimpleNamespace(site=site(), num_experts=96)
-    monkeypatch.setattr(measure, "read_manifest", lambda _folder: SimpleNamespace(sites=(record,)))
-    one = finished(tmp_path, plain=100.0)
+@pytest.mark.usefixtures("manifest")
+def test_curves_with_the_authors_accounting_and_early_exit(tmp_path):
+    one = finished(tmp_path, plain=100.0, full=105.0)
     exits = stage(tmp_path / "exits", {"points": [{"theta": 0.5, "quality": math.e, "flops_fraction": 0.3}]})
     one = replace(one, stages={**one.stages, "sweep.ztw.validation": exits})
-    data = measured_curves([Curve(name="plain", label="plain", training="relu")], [one], authors=True)
+    data = measured_curves([Curve(name=name, label=name, training="relu") for name in ("plain", "full")], [one])
     cheap = data["curves"]["plain"]["points"][0][0]
     assert cheap["authors_ffn"] == pytest.approx(0.5 + 0.5 * 0.125)
     assert cheap["authors_all"] == pytest.approx(0.7 + 0.6 * 0.5 * 0.125)
-    assert data["curves"]["ztw"]["points"] == [[{"theta": 0.5, "all": 0.3, "y": 1.0}]]
+    of_full = data["curves"]["full"]["points"][0][0]
+    assert of_full["authors_all"] == pytest.approx(1.05 * 0.7 + 0.6 * 0.5 * 0.125), "over the model in which nothing was replaced"
+    assert data["curves"]["ztw"]["points"] == [[{"theta": 0.5, "all": 0.3, "authors_all": 0.3, "y": 1.0}]]
+    assert measure.is_measured(data, "authors_all")
+    assert not measure.is_measured(data, "authors_ffn"), "early exit has none"
     for name in ("both.svg", "again.svg"):
         draw_curves(data, [tmp_path / name], title="both", axes=("all", "authors_ffn"))
     assert (tmp_path / "both.svg").read_text().count("ZTW") == 1  # early exit is no share of the FFNs
@@ -590,6 +469,7 @@ def test_methods_that_save_outside_of_ffns_are_compared_by_all_flops():
     figure["data"] = {**figure["data"], "y": "accuracy", "curves": {**figure["data"]["curves"], "ztw": exits}}
     text = page_text([figure], pictures="")
     assert "By share of the dense FLOPs of the whole model, routers included (accuracy, higher is better;" in text
+    assert "By share of the dense FLOPs of the whole model as the authors count: not measured." in text
     assert "| ZTW |  | 0.5000 ± 0.0000 |" in text
 
 
@@ -625,3 +505,35 @@ def test_a_page_is_checked_against_its_figures(tmp_path, capsys):
     page.write_text(page.read_text().replace("holds", "fails"))
     assert main(["--page", str(page), "--out", str(tmp_path / "docs" / "figures"), "--check"]) == 2
     assert "write it: python -m bench.paper" in capsys.readouterr().err
+
+
+def test_what_a_page_says_of_claims_is_asked_anew_of_the_numbers(tmp_path):
+    make_figure(FIGURES["14"], Run(inputs={}, out=tmp_path / "out"))
+    path = tmp_path / "out" / "fig14.json"
+    first = json.loads(path.read_text())
+    path.write_text(json.dumps({**first, "claims": [{"claim": "of another day", "holds": True, "sentence": "."}]}))
+    write_page(tmp_path / "out" / "paper.md", tmp_path / "out")
+    assert "of another day" not in (tmp_path / "out" / "paper.md").read_text()
+    assert json.loads(path.read_text()) == first, "the file says the same as the page"
+
+
+def test_tables_are_by_both_ways_to_count():
+    figure = synthetic("9")
+    for curve in figure["data"]["curves"].values():
+        curve["points"] = [[{**point, "authors_ffn": point["ffn"] + 0.1} for point in points] for points in curve["points"]]
+    text = page_text([figure], pictures="")
+    assert text.count("| Sadmoe | 3.1000 ± 0.0000 | 3.2000") == 1
+    assert "By share of the dense FLOPs of the FFNs as the authors count (loss" in text
+    assert "| Sadmoe |  | 3.1000 ± 0.0000 |" in text
+    assert "not measured" not in text
+
+
+_PAGE = HERE.parent.parent / "docs" / "paper"
+
+
+@pytest.mark.parametrize("number", [number for number in FIGURES if (_PAGE / f"fig{number}.json").exists()])
+def test_a_claim_that_does_not_hold_has_a_note(number):
+    """Of the figures that docs/paper.md shows."""
+    figure = read_figure(_PAGE / f"fig{number}.json")
+    failed = [claim["claim"] for claim in stated(FIGURES[number], figure["data"]) if claim["holds"] is False]
+    assert not failed or number in NOTES, failed

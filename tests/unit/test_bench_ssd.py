@@ -61,7 +61,7 @@ def test_finished_arms_are_found_again_and_the_picture_is_drawn(rows, monkeypatc
     with pytest.raises(ConfigError, match="of other data"):
         list(case.run(quick=True, steps=20, work=work, arms=("dense",), data="builtin:stdlib"))
     monkeypatch.setattr("bench.paper.code.library_code", lambda: "other")
-    with pytest.raises(ConfigError, match="other code"):
+    with pytest.raises(ConfigError, match=r"other code .* choose another --work, or --keep-runs where"):
         list(case.run(quick=True, steps=20, work=work, arms=("dense",)))
 
 
