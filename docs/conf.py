@@ -153,19 +153,19 @@ TABLES = ("moeify.select.RULES", "moeify.split.SPLITS", "moeify.routers.ROUTERS"
 """What people are told to extend."""
 _OF_PACKAGES = {
     "baselines": "features places",
-    "budget": "curves price search",
+    "budget": "curves price scale search",
     "data": "batches config packed sources tokens",
     "evaluate": "analysis quality sweep",
     "export": "native_moe onnx_ffn",
     "hf": "card quantizer random registration shards streamed",
     "kernels": "cpu cpu_linear cpu_neurons cpu_op cpu_train gather gpu_ffn gpu_linear gpu_routed gradients grouped linear plan "
     "reference routed_op tiles",
-    "pipeline": "builtin convert decode harness heldout info inputs measure names panels pretrain_data pretrain_log pretrain_recipe "
-    "pretrain_result project recipe reports results run_recipe sparsify stages start stopping stream tasks thin timing "
+    "pipeline": "builtin content convert decode harness heldout info inputs measure names panels pretrain_data pretrain_log pretrain_recipe "
+    "pretrain_result project recipe reports results seed_run sparsify stages start stopping stream tasks thin timing "
     "training_cost work",
     "report": "chart html text",
     "select": "calibrate rule",
-    "serving": "app rules",
+    "serving": "app rules sampling",
     "sites": "attention formula int8 linear probe projection site",
     "sparsity": "activation allocation blocks channel channel_profile inflight rotation transform",
     "split": "balanced_kmeans record",
