@@ -160,8 +160,8 @@ _OF_PACKAGES = {
     "hf": "card quantizer random registration shards streamed",
     "kernels": "cpu cpu_linear cpu_neurons cpu_op cpu_train gather gpu_ffn gpu_linear gpu_routed gradients grouped linear plan "
     "reference routed_op tiles",
-    "pipeline": "builtin content convert decode harness heldout info inputs measure names panels pretrain_data pretrain_log pretrain_recipe "
-    "pretrain_result project recipe reports results seed_run sparsify stages start stopping stream tasks thin timing "
+    "pipeline": "builtin content convert decode harness heldout info inputs measure names panels pretrain_data pretrain_log "
+    "pretrain_recipe pretrain_result project recipe reports results seed_run sparsify stages start stopping stream tasks thin timing "
     "training_cost work",
     "report": "chart html text",
     "select": "calibrate rule",

@@ -79,11 +79,13 @@ class SeedRun:
     # -- the stages
 
     def dense(self) -> None:
+        """The starting model measured, and trained without enforcement."""
         self._measure("start", None)  # first: it finds what is wrong with the data of all measurements before hours of training
         self._train("dense", self.recipe.train)
         self._measure("dense.quality", self.done["dense"])
 
     def sparsify(self) -> None:
+        """Every variant trained."""
         for variant in self.recipe.variant:
             name = f"sparsify.{variant.name}"
             config = self.recipe.train_of(variant)
@@ -91,27 +93,32 @@ class SeedRun:
             self._measure(f"{name}.quality", self.done[name])
 
     def convert(self) -> None:
+        """Every variant converted."""
         for variant in self.recipe.variant:
             options = self.recipe.convert_of(variant)
             self._convert(f"convert.{variant.name}", self.done[f"sparsify.{variant.name}"], options.config, options.calibration)
 
     def finetune(self) -> None:
+        """Every converted variant trained further."""
         if self.recipe.finetune is not None:
             for variant in self.recipe.variant:
                 if variant.finetune:
                     self._finetune(variant)
 
     def routers(self) -> None:
+        """Their routers fitted, and rules calibrated, anew."""
         if self.recipe.finetune is not None or self.recipe.routers is not None:
             for variant in self.recipe.variant:
                 if variant.finetune:
                     self._routers(variant)
 
     def control(self) -> None:
+        """The dense model trained for as many tokens as the main variant took."""
         self._train("control", replace(self.recipe.train, steps=self._control_steps()))
         self._measure("control.quality", self.done["control"])
 
     def moefication(self) -> None:
+        """The same model in ReLU, trained for as many, converted by MoEfication."""
         baseline = self.recipe.moefication
         if baseline is None:
             return
@@ -123,6 +130,7 @@ class SeedRun:
         self._convert(f"convert.{MOEFICATION}", self.done[MOEFICATION], baseline.config, self._baseline_calibration())
 
     def ztw(self) -> None:
+        """Heads for early exit trained on the dense model."""
         options, dense = self.recipe.ztw, self.done["dense"]
         if options is None:
             return
@@ -145,6 +153,7 @@ class SeedRun:
         self._run(ZTW, inputs, work, timed=True)
 
     def sweep(self) -> None:
+        """Quality against cost of every converted model."""
         models = [(name, converted, self.recipe.sweep.rule) for name, converted in self._converted().items()]
         if self.recipe.moefication is not None:
             models.append((MOEFICATION, self.done[f"convert.{MOEFICATION}"], None))  # whose rule is a part of it
