@@ -19,7 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from moeify.errors import ConfigError
 from moeify.hf.shards import TensorWriter
-from moeify.hf.streamed import skeleton
+from moeify.hf.skeleton import skeleton
 from moeify.hf.tokenizer import byte_tokenizer
 
 COMMAND = (sys.executable, "-c", "from moeify.cli import main; main()", "convert")

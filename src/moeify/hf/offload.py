@@ -35,7 +35,8 @@ from .load import (
 )
 from .registration import register
 from .shards import TensorFiles
-from .streamed import StreamedModel, skeleton
+from .skeleton import check_headers, skeleton
+from .streamed import StreamedModel
 
 _MARK = "offload.json"
 _RANDOM, _WILLNEED = 1, 3  # of madvise
@@ -74,7 +75,9 @@ def load_offloaded(source: str | Path, folder: str | Path, *, dtype: torch.dtype
     processor, config = load_processor(where, {}, name), load_config(where, {}, name)
     paths = weight_files(Path(where))
     dtype = dtype or _dtype_of(config)
-    model: Any = skeleton(model_class_of(config, name), config, dtype=dtype).eval()
+    cls = model_class_of(config, name)
+    check_headers(cls, config, paths, source=name)
+    model: Any = skeleton(cls, config, dtype=dtype).eval()
     quantizer = MoeifyQuantizer(MoeifyConfig(manifest))
     take_generation_config(model, where)
     with torch.device("meta"):  # routers are as large as the manifest says, until the files' headers are compared with it
