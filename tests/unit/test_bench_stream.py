@@ -1,6 +1,7 @@
-"""The case that converts a model larger than memory: what it passes on, and that it sees a process' memory."""
+"""The case that converts a model larger than memory: what it passes on, that it sees a process' memory, and its limit at full size."""
 
 import json
+import os
 import sys
 
 import pytest
@@ -29,3 +30,12 @@ def test_the_peak_of_a_command_is_its_own(tmp_path):
     code = "for _ in range(4): b'x' * ({} << 20)"
     small, large = (stream._peaks([sys.executable, "-c", code.format(mb)], str(tmp_path))["VmHWM"] / 1024 for mb in (1, 100))
     assert 90 < large - small < 110
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.environ.get("MOEIFY_LARGE_TESTS"), reason="minutes, and 5 GB of disk: set MOEIFY_LARGE_TESTS=1")
+def test_a_checkpoint_of_2_gb_is_converted_within_1_gib():
+    (row,) = stream.run(quick=False, layers=29)
+    assert row["checkpoint_mb"] >= 2000
+    assert row["experts"] == 4096 // 8
+    assert row["peak_mb"] < 1024
