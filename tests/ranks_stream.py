@@ -1,11 +1,16 @@
 """A streamed conversion on several processes: functions that `ranks.results` runs in each."""
 
+import os
+import signal
 from pathlib import Path
+
+import torch
 
 from moeify._dist import Ranks
 from moeify.convert import ConvertConfig
 from moeify.data import DataConfig
 from moeify.errors import MoeifyError
+from moeify.hf.shards import TensorWriter
 from moeify.pipeline import CalibrationConfig, convert_checkpoint, stream
 from moeify.routers import NormRouterConfig
 from moeify.train.fit import RouterTrainConfig
@@ -55,3 +60,25 @@ def failing(*, folder, out, rank):
     finally:
         stream.fit_site = fit
     return None
+
+
+def killed(*, folder, out, at):
+    """A conversion in a process that SIGKILL ends: at "tokens.json", when that file or what becomes it has been opened and has nothing in
+    it yet; at "tensors", when the first of the result is written."""
+
+    def die():
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    write_text = Path.write_text
+
+    def opened(path, *args, **options):
+        if at in path.name:
+            path.open("w").close()
+            die()
+        return write_text(path, *args, **options)
+
+    Path.write_text = opened
+    if at == "tensors":
+        TensorWriter.write = lambda *_: die()
+    torch.set_num_threads(1)
+    convert(folder=folder, out=out, stream=True)

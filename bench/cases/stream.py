@@ -18,8 +18,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from moeify.errors import ConfigError
+from moeify.hf.load import read_manifest
 from moeify.hf.shards import TensorWriter
-from moeify.hf.streamed import skeleton
+from moeify.hf.skeleton import skeleton
 from moeify.hf.tokenizer import byte_tokenizer
 
 COMMAND = (sys.executable, "-c", "from moeify.cli import main; main()", "convert")
@@ -61,6 +62,7 @@ def run(
                 "--window": 64 if quick else 512,
                 "--dtype": dtype,
                 "--router-epochs": 1,
+                "--expert-size": expert_size,
             }
             out = Path(folder) / mode.strip("-")
             start = time.perf_counter()
@@ -72,6 +74,7 @@ def run(
                 "layers": layers,
                 "tokens": tokens,
                 "expert_size": expert_size,
+                "experts": read_manifest(out).sites[0].num_experts,  # of what was written
                 "checkpoint_mb": size / 1e6,
                 "peak_mb": peaks["VmHWM"] / 1024,
                 "peak_own_mb": peaks["RssAnon"] / 1024,

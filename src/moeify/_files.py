@@ -40,6 +40,14 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Write a file that takes its name when its content is on the disk: a kill leaves all of it, or nothing under that name."""
+    temporary = path.with_name(path.name + ".new")
+    temporary.write_text(text)
+    sync(temporary)
+    temporary.replace(path)
+
+
 @contextmanager
 def locked(path: Path, *, wait: bool = True) -> Iterator[None]:
     """Hold a file's lock, which vanishes with the process, however that ends. The file is made, and deleted again.

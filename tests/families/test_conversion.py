@@ -8,9 +8,12 @@ import pytest
 import torch
 from families.models import SUPPORTED, build
 from torch import nn
+from transformers import AutoConfig
 
 from moeify.controls import set_impl, set_mode, set_rule
 from moeify.convert import ConvertConfig, convert, to_dense
+from moeify.hf.load import weight_files
+from moeify.hf.skeleton import check_headers
 from moeify.kernels import impls_for
 from moeify.layers import moe_layers
 from moeify.quantize import quantize
@@ -177,6 +180,7 @@ def test_save_and_load_in_moe_mode_is_bit_equal(family_id, tmp_path):
     before = outputs(model, inputs)
 
     model.save_pretrained(tmp_path)
+    check_headers(type(model), AutoConfig.from_pretrained(tmp_path), weight_files(tmp_path), source=family_id)
     loaded = type(model).from_pretrained(tmp_path).eval()
 
     assert {name: layer.rule for name, layer in moe_layers(loaded).items()} == dict.fromkeys(moe_layers(model), DynKMass(mass=0.7))
@@ -205,6 +209,7 @@ def test_int8_weights_run_in_every_kernel_and_load_bit_equal(family_id, tmp_path
     quantize(model)
     before = outputs(model, inputs)
     model.save_pretrained(tmp_path)
+    check_headers(type(model), AutoConfig.from_pretrained(tmp_path), weight_files(tmp_path), source=family_id)
     loaded = type(model).from_pretrained(tmp_path).eval()
     assert_bit_equal(loaded.state_dict(), model.state_dict())
     for parameter in loaded.parameters():

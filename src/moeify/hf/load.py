@@ -7,7 +7,8 @@ import importlib.util
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from .._bounds import MOST_ITEMS
 from .._config import did_you_mean
 from .._progress import NO_PROGRESS, Progress
 from .._random import seeded
@@ -22,12 +24,22 @@ from ..errors import CheckpointError, MoeifyError, UnsupportedModelError
 from ..manifest import Manifest
 from .folders import MANIFEST_FILE, first_line
 from .registration import QUANT_METHOD, register
+from .skeleton import check_complete, check_headers, of_base
 
 _MOST_JSON = 2**28
 """Bytes of a JSON file of a checkpoint; tens of megabytes are the knobs and presets of a model of thousands of layers."""
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model")
 _PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
+_ADAPTER = "adapter_config.json"
+_HAS_ADAPTER = (
+    f"has a PEFT adapter ({_ADAPTER}) beside a model, which some loaders would put on it and others not; merge it (merge_and_unload, "
+    "save_pretrained), or keep it in a folder of its own and load it with peft."
+)
+_RANKS_SHARD = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
+"""What transformers writes of a model that is spread over processes, and reads in place of model.safetensors."""
+_COUNT = re.compile(r"layers?$|num_labels$")
+"""Keys of a config whose values become lists, in the config itself."""
 
 
 def load_model(
@@ -66,14 +78,18 @@ def load_model(
         config = load_config(where, file_options, source)
         cls = model_class_of(config, source) if auto_class is None else auto_class
         processor = load_processor(where, file_options, source)  # before the weights: a bad one is found at once
+        if not options and Path(where).is_dir():
+            check_headers(cls, config, weight_files(Path(where)), source=source, new_head=new_head)
         task.advance(1)
     with progress.task(f"load {source}", total=1) as task, seeded(seed):
         try:
-            # Shapes that differ are let through here: `check_complete` names the tensor, transformers' own error does not.
+            # Shapes that differ are let through here: `check_complete` names the tensor, transformers' own error does not. Where files are
+            # local, `check_headers` has seen them.
             model, info = cls.from_pretrained(
                 where,
                 dtype=dtype,
                 use_safetensors=True,
+                trust_remote_code=False,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,
                 **options,
@@ -82,13 +98,11 @@ def load_model(
         except MoeifyError:
             raise
         except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
-            raise CheckpointError(f"'{source}': {first_line(error)}") from error
+            raise CheckpointError(f"'{source}': {_why(error)}") from error
         task.advance(1)
-    if new_head is not None and (prefix := model.base_model_prefix):
-        info = {
-            key: [entry for entry in info[key] if _name_of(entry).startswith(f"{prefix}.")] for key in ("missing_keys", "mismatched_keys")
-        }
-    check_complete(info, source, type(model).__name__)
+    if getattr(model, "_hf_peft_config_loaded", False):  # of a Hub id; the loading info is then the adapter's
+        raise CheckpointError(f"'{source}' {_HAS_ADAPTER}")
+    check_complete(info if new_head is None else of_base(info, model), source, type(model).__name__)
     _check_finite(model, source, progress=progress)
     return model.eval(), processor
 
@@ -147,11 +161,6 @@ def read_manifest(directory: Path) -> Manifest:
     return Manifest.from_dict({k: v for k, v in stored.items() if k != "quant_method"}, where=str(path))
 
 
-def _name_of(entry: Any) -> str:
-    """Tensor of an entry of transformers' loading info: a name, or a name with two shapes."""
-    return str(entry if isinstance(entry, str) else entry[0])
-
-
 def locate(source: str) -> tuple[str, dict[str, Any]]:
     """Where transformers is to look, and with which options."""
     path = Path(source).expanduser()
@@ -199,7 +208,11 @@ def _check_folder(path: Path) -> None:
         raise CheckpointError(f"'{config_file}' is not JSON: {first_line(error)}") from error
     if not isinstance(config, dict):
         raise CheckpointError(f"'{config_file}' is not a JSON object.")
+    _check_counts(config, config_file)
+    if (path / _ADAPTER).exists():
+        raise CheckpointError(f"'{path}' {_HAS_ADAPTER}")
     weights = weight_files(path)
+    _check_only_weights(path, config, weights)
     if not weights:
         pickled = sorted(p.name for p in path.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
         if pickled:
@@ -218,6 +231,30 @@ def _check_folder(path: Path) -> None:
             raise CheckpointError(
                 f"'{file}' is truncated or not a safetensors file ({first_line(error)}); download or save it again."
             ) from error
+
+
+def _check_counts(config: Mapping[str, Any], config_file: Path) -> None:
+    """Refuse numbers of layers or labels of which reading the config would make lists that fill the memory."""
+    left: list[Any] = [config]
+    while left:
+        value = left.pop()
+        for key, entry in value.items() if isinstance(value, dict) else ():
+            if isinstance(entry, (int, float)) and _COUNT.search(key) and entry > MOST_ITEMS:
+                raise CheckpointError(
+                    f"'{config_file}': {key!r} is {entry if entry < 10**30 else 'huge'}; no model has more than {MOST_ITEMS}."
+                )
+        left += [entry for entry in (value.values() if isinstance(value, dict) else value) if isinstance(entry, (dict, list))]
+
+
+def _check_only_weights(path: Path, config: Mapping[str, Any], weights: Sequence[Path]) -> None:
+    """Refuse a folder in which transformers would read other weights than `weight_files`."""
+    if shard := next((p.name for p in sorted(path.iterdir()) if _RANKS_SHARD.match(p.name)), None):
+        raise CheckpointError(f"'{path}' has weights of a model that was spread over processes ({shard}); save it whole (save_pretrained).")
+    read = "model.safetensors" if weights == [path / "model.safetensors"] else "model.safetensors.index.json"
+    if (named := config.get("transformers_weights")) not in (None, read):
+        raise CheckpointError(
+            f"'{path / 'config.json'}' names other weights, {str(named)[:200]!r}; moeify reads {read}: remove that entry."
+        )
 
 
 def weight_files(path: Path) -> list[Path]:
@@ -275,7 +312,8 @@ def load_config(where: str, options: Mapping[str, Any], source: str) -> Any:
             near = near if near.startswith("; did") else "."
             raise UnsupportedModelError(f"'{source}': transformers does not know the model family {family!r} of its config.json{near}")
     try:
-        config = AutoConfig.from_pretrained(where, **options)
+        with _asking_nobody():
+            config = AutoConfig.from_pretrained(where, trust_remote_code=False, **options)
     except OSError as error:
         if Path(where).is_dir():
             raise CheckpointError(f"'{source}': {first_line(error)}") from error
@@ -288,11 +326,14 @@ def load_config(where: str, options: Mapping[str, Any], source: str) -> Any:
     except StrictDataclassError as error:
         raise CheckpointError(f"'{source}': config.json: {first_line(error)}") from error
     except (ValueError, KeyError) as error:
-        raise UnsupportedModelError(f"'{source}': {first_line(error)}") from error
+        raise UnsupportedModelError(f"'{source}': {_why(error)}") from error
     quantized = getattr(config, "quantization_config", None)
     method = quantized.get("quant_method") if isinstance(quantized, dict) else getattr(quantized, "quant_method", None)
     if method not in (None, QUANT_METHOD):
         raise UnsupportedModelError(f"'{source}' has weights quantised by {method}; moeify needs floating-point weights.")
+    named = getattr(config, "transformers_weights", None)  # of a folder `locate` has looked at it
+    if named is not None and not str(named).endswith((".safetensors", ".safetensors.index.json")):
+        raise CheckpointError(f"'{source}': config.json names the weights {str(named)[:200]!r}, which are no safetensors file.")
     return config
 
 
@@ -337,20 +378,6 @@ def take_generation_config(model: Any, where: str | os.PathLike[str]) -> None:
             raise CheckpointError(f"'{path}': {first_line(error)}") from error
 
 
-def check_complete(info: Mapping[str, Any], source: str, cls: str) -> None:
-    """transformers fills missing tensors with random numbers and only logs it."""
-    for name, found, expected in sorted(info["mismatched_keys"], key=lambda entry: str(entry[0])):
-        raise CheckpointError(
-            f"'{source}': the tensor '{name}' has shape {tuple(found)}, {cls} has {tuple(expected)}: config.json is of another model."
-        )
-    # Sentence encoders are often saved without the pooler that their class has and that they do not use.
-    missing = sorted(key for key in info["missing_keys"] if "pooler" not in key.split("."))
-    if missing:
-        raise CheckpointError(
-            f"'{source}' lacks {len(missing)} tensors of {cls}, first '{missing[0]}': its weights are of another model, or incomplete."
-        )
-
-
 def _check_finite(model: nn.Module, source: str, *, progress: Progress) -> None:
     parameters = dict(model.named_parameters())
     with progress.task(f"check {source}", total=len(parameters)) as task:
@@ -375,17 +402,35 @@ def load_processor(where: str, options: Mapping[str, Any], source: str) -> Any:
     from transformers import AutoProcessor, AutoTokenizer
 
     try:
-        if options:
-            return AutoTokenizer.from_pretrained(where, **options)
-        if any(_has_file(where, name) for name in _PROCESSOR_FILES):
-            return AutoProcessor.from_pretrained(where)
-        if any(_has_file(where, name) for name in _TOKENIZER_FILES):
-            return AutoTokenizer.from_pretrained(where)
+        with _asking_nobody():
+            if options:
+                return AutoTokenizer.from_pretrained(where, trust_remote_code=False, **options)
+            if any(_has_file(where, name) for name in _PROCESSOR_FILES):
+                return AutoProcessor.from_pretrained(where, trust_remote_code=False)
+            if any(_has_file(where, name) for name in _TOKENIZER_FILES):
+                return AutoTokenizer.from_pretrained(where, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises Exception itself, its callers KeyError and others
-        raise CheckpointError(
-            f"'{source}': the tokenizer or processor cannot be loaded: {type(error).__name__}: {first_line(error)}"
-        ) from error
+        raise CheckpointError(f"'{source}': the tokenizer or processor cannot be loaded: {type(error).__name__}: {_why(error)}") from error
     return None
+
+
+@contextmanager
+def _asking_nobody() -> Iterator[None]:
+    """Inside, transformers does not ask on the terminal whether to run a checkpoint's code: it refuses. Some of its loaders lose
+    ``trust_remote_code=False`` on the way to the next one, which then would ask."""
+    from transformers import dynamic_module_utils
+
+    before = dynamic_module_utils.TIME_OUT_REMOTE_CODE  # seconds for an answer
+    dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0
+    try:
+        yield
+    finally:
+        dynamic_module_utils.TIME_OUT_REMOTE_CODE = before
+
+
+def _why(error: Exception) -> str:
+    """What an error of transformers says; it names an option that moeify has not."""
+    return "it needs code of the checkpoint's own, which moeify does not run" if "trust_remote_code" in str(error) else first_line(error)
 
 
 def _has_file(where: str, name: str) -> bool:

@@ -35,7 +35,8 @@ from .load import (
 )
 from .registration import register
 from .shards import TensorFiles
-from .streamed import StreamedModel, skeleton
+from .skeleton import check_headers, skeleton
+from .streamed import StreamedModel
 
 _MARK = "offload.json"
 _RANDOM, _WILLNEED = 1, 3  # of madvise
@@ -74,7 +75,9 @@ def load_offloaded(source: str | Path, folder: str | Path, *, dtype: torch.dtype
     processor, config = load_processor(where, {}, name), load_config(where, {}, name)
     paths = weight_files(Path(where))
     dtype = dtype or _dtype_of(config)
-    model: Any = skeleton(model_class_of(config, name), config, dtype=dtype).eval()
+    cls = model_class_of(config, name)
+    check_headers(cls, config, paths, source=name)
+    model: Any = skeleton(cls, config, dtype=dtype).eval()
     quantizer = MoeifyQuantizer(MoeifyConfig(manifest))
     take_generation_config(model, where)
     with torch.device("meta"):  # routers are as large as the manifest says, until the files' headers are compared with it
@@ -84,6 +87,9 @@ def load_offloaded(source: str | Path, folder: str | Path, *, dtype: torch.dtype
         "dtype": str(dtype),
         "files": [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in paths],
         "sites": [layer.site.name for layer in moe_layers(model).values()],
+        "sizes": {
+            file: linear_weight(model.get_submodule(path)).numel() * dtype.itemsize for path, (file, _) in _matrix_files(model).items()
+        },
     }
     is_there = _open(folder, state)
     owned = {part: streamed.own_tensors(part).keys() for part in streamed.parts()}
@@ -106,8 +112,7 @@ def load_offloaded(source: str | Path, folder: str | Path, *, dtype: torch.dtype
 
 def _load_part(streamed: StreamedModel, part: str, folder: Path, own: Container[str], *, dtype: torch.dtype, write: bool) -> None:
     """Keep a part's ``own`` tensors in memory but the matrices of FFNs, which are written, if need be, and mapped."""
-    model = streamed.model
-    names = {path: (i, layer) for i, layer in enumerate(moe_layers(model).values()) for path in (*layer.site.first, layer.site.down)}
+    files = _matrix_files(streamed.model)
     kept: list[tuple[nn.Module, str, str, Tensor]] = []
     with streamed.loaded(part):
         for slot in streamed.slots(part):
@@ -118,10 +123,8 @@ def _load_part(streamed: StreamedModel, part: str, folder: Path, own: Container[
             check_finite_tensor(tensor, slot.path, streamed.source)
             if ".moe.router." not in slot.path and tensor.is_floating_point():
                 tensor = tensor.to(dtype)
-            if path in names and name == "weight":
-                i, layer = names[path]
-                is_down = path == layer.site.down
-                file = folder / f"{i:04d}-{path.rpartition('.')[2]}"
+            if path in files and name == "weight":
+                file, is_down = folder / files[path][0], files[path][1]
                 linear = slot.module
                 rows = linear_weight(linear).t() if is_down else linear_weight(linear)
                 if write:
@@ -134,6 +137,15 @@ def _load_part(streamed: StreamedModel, part: str, folder: Path, own: Container[
         getattr(module, table)[name] = nn.Parameter(tensor, requires_grad=False) if table == "_parameters" else tensor
 
 
+def _matrix_files(model: nn.Module) -> dict[str, tuple[str, bool]]:
+    """Of each matrix of an FFN, by its module's path, the name of its file and whether it is a down projection."""
+    return {
+        path: (f"{i:04d}-{path.rpartition('.')[2]}", path == layer.site.down)
+        for i, layer in enumerate(moe_layers(model).values())
+        for path in (*layer.site.first, layer.site.down)
+    }
+
+
 def _map(path: Path, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """A file as a tensor whose pages are read when they are touched."""
     tensor = torch.from_file(str(path), shared=False, size=torch.Size(shape).numel(), dtype=dtype).view(*shape)
@@ -142,14 +154,14 @@ def _map(path: Path, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
 
 
 def _open(folder: Path, state: dict[str, Any]) -> bool:
-    """Whether the folder has the files of this very checkpoint; it is ours and empty if not."""
+    """Whether the folder has the files of this very checkpoint, none of them cut; it is ours and empty if not."""
     mark = folder / _MARK
     if folder.exists():
         if not folder.is_dir() or (any(folder.iterdir()) and not mark.is_file()):
             raise CheckpointError(f"'{folder}' is in the way and holds no {_MARK}; choose another folder.")
         if mark.is_file():
             try:
-                if json.loads(mark.read_text()) == state:
+                if json.loads(mark.read_text()) == state and all(_size(folder / file) == size for file, size in state["sizes"].items()):
                     return True
             except ValueError:
                 pass
@@ -157,6 +169,11 @@ def _open(folder: Path, state: dict[str, Any]) -> bool:
     folder.mkdir(parents=True, exist_ok=True)
     mark.write_text("{}")
     return False
+
+
+def _size(path: Path) -> int | None:
+    """Bytes of a file; None where there is none."""
+    return path.stat().st_size if path.is_file() else None
 
 
 def _ask_for(layer: MoEFFN, plan: DispatchPlan) -> None:

@@ -18,9 +18,10 @@ from ..errors import CheckpointError, UnsupportedModelError
 from ..layers import MoEFFN
 from ..sites.site import is_transposed
 from ..sparsity.activation import restore_activations
-from .load import check_complete, check_finite_tensor, load_config, load_processor, locate, model_class_of, weight_files
+from .load import check_finite_tensor, load_config, load_processor, locate, model_class_of, weight_files
 from .registration import register
 from .shards import TensorFiles
+from .skeleton import check_complete, check_headers, file_keys, skeleton, tied_names
 
 
 @dataclass(frozen=True)
@@ -240,8 +241,13 @@ class StreamedModel:
         return getattr(slot.module, slot.table)[slot.name]  # type: ignore[no-any-return] # of a dict of tensors
 
     def _find_slots(self, source: str) -> dict[str, list[Slot]]:
-        keys, self._is_renamed = _file_keys(self.model, list(self._files.infos))
-        tied = _tied_names(self.model)
+        keys, self._is_renamed, computed = file_keys(self.model, list(self._files.infos))
+        if computed is not None:
+            raise UnsupportedModelError(
+                f"'{computed}' is not a tensor of {type(self.model).__name__}: transformers computes its own from such while it loads; "
+                "convert without --stream."
+            )
+        tied = tied_names(self.model)
         slots: dict[str, list[Slot]] = {}
         missing, mismatched = [], []
         for path, module in self.model.named_modules(remove_duplicate=False):
@@ -293,38 +299,20 @@ def open_streamed(source: str, *, dtype: torch.dtype, device: torch.device | Non
     processor = load_processor(located, {}, source)
     config = load_config(located, {}, source)
     cls = model_class_of(config, source)
+    stored = getattr(config, "quantization_config", None)
+    if isinstance(stored, dict) and any(stored.get(kind) for kind in ("sites", "channels", "projections")):
+        raise UnsupportedModelError(
+            f"'{source}' is converted already, thinned, or has replaced layers; --stream reads plain dense checkpoints."
+        )
+    paths = weight_files(where)
+    check_headers(cls, config, paths, source=source)
     model = skeleton(cls, config, dtype=dtype)
     if any(p in name for name, _ in model.named_parameters() for p in _fp32_patterns(model, dtype)):
         raise UnsupportedModelError(
             f"{cls.__name__} keeps some weights in float32 whatever the others are; use --dtype float32 with --stream."
         )
     restore_activations(model)
-    stored = getattr(config, "quantization_config", None)
-    if isinstance(stored, dict) and any(stored.get(kind) for kind in ("sites", "channels", "projections")):
-        raise UnsupportedModelError(
-            f"'{source}' is converted already, thinned, or has replaced layers; --stream reads plain dense checkpoints."
-        )
-    files = TensorFiles(weight_files(where))
-    return StreamedModel(model.eval(), files, dtype=dtype, device=device, source=source), processor
-
-
-def skeleton(cls: Any, config: Any, *, dtype: torch.dtype) -> Any:
-    """A transformers model whose parameters are on the meta device and whose buffers are real: those that no file holds (rotary
-    frequencies, masks) are what the family's own code computes."""
-    register_parameter = nn.Module.register_parameter
-
-    def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        if parameter is not None and not parameter.is_meta:
-            parameter = nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
-        register_parameter(module, name, parameter)
-
-    cast(Any, nn.Module).register_parameter = on_meta  # what accelerate's init_empty_weights does, too
-    try:
-        model = cls._from_config(config, dtype=dtype)
-    finally:
-        cast(Any, nn.Module).register_parameter = register_parameter
-    model.tie_weights()
-    return model
+    return StreamedModel(model.eval(), TensorFiles(paths), dtype=dtype, device=device, source=source), processor
 
 
 def checkpoint_numbers(source: str) -> int | None:
@@ -362,62 +350,6 @@ def block_names(model: nn.Module) -> list[str]:
 def _has_layers(stack: nn.Module) -> bool:
     """Whether an element of a list could hold an FFN."""
     return any(sum(isinstance(m, nn.Linear) or is_transposed(m) for m in element.modules()) > 1 for element in stack.children())
-
-
-def _file_keys(model: nn.Module, keys: Sequence[str]) -> tuple[dict[str, str], bool]:
-    """The name in the files of every tensor of the model that is there under a name that can be told; and whether transformers had to.
-
-    Raises:
-        UnsupportedModelError: some are computed from tensors of other names while a checkpoint is loaded.
-    """
-    names = set(model.state_dict())
-    prefix = f"{getattr(model, 'base_model_prefix', '')}.".lstrip(".")
-    found: dict[str, str] = {}
-    for key in keys:
-        for name in (key, key.removeprefix(prefix), f"{prefix}{key}"):
-            if name in names:
-                found.setdefault(name, key)
-                break
-    more, computed = _renamed_by_transformers(model, keys, names) if names - set(found) else ({}, None)
-    if computed is not None:
-        raise UnsupportedModelError(
-            f"'{computed}' is not a tensor of {type(model).__name__}: transformers computes its own from such while it loads; convert "
-            "without --stream."
-        )
-    more = {name: key for key, name in more.items() if name not in found}
-    return found | more, bool(more)
-
-
-def _renamed_by_transformers(model: nn.Module, keys: Sequence[str], names: set[str]) -> tuple[dict[str, str], str | None]:
-    """File names that transformers translates by patterns alone, and one of a tensor that it does more with."""
-    try:  # not public, and younger than the oldest transformers that we take
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-    except ImportError:
-        return {}, None
-    rules = get_model_conversion_mapping(cast(Any, model))
-    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
-    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
-    state = model.state_dict()
-    found: dict[str, str] = {}
-    computed = None
-    for key in keys:
-        name, pattern = rename_source_key(key, renamings, converters, cast(Any, model).base_model_prefix or None, state)
-        if pattern is None and name in names:
-            found[key] = name
-        elif pattern is not None and key not in names:
-            computed = key
-    return found, computed
-
-
-def _tied_names(model: nn.Module) -> dict[int, list[str]]:
-    """Names of each tensor that has several."""
-    found: dict[int, list[str]] = {}
-    for path, module in model.named_modules(remove_duplicate=False):
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                found.setdefault(id(parameter), []).append(f"{path}.{name}".lstrip("."))
-    return {key: names for key, names in found.items() if len(names) > 1}
 
 
 def _fp32_patterns(model: nn.Module, dtype: torch.dtype) -> list[str]:

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from .. import _config
 from .._dist import Ranks
+from .._files import write_whole
 from .._progress import NO_PROGRESS, Progress
 from ..convert import ConvertConfig, apply_site, plan_conversion
 from ..data import DataConfig, check_source
@@ -244,7 +245,7 @@ class _Conversion:
 
         def done(block: str, inputs: FFNInputs) -> None:
             if not (self.work / _TOKENS).exists():
-                (self.work / _TOKENS).write_text(json.dumps(max(inputs.num_tokens(site.name) for site in by_block[block])))
+                write_whole(self.work / _TOKENS, json.dumps(max(inputs.num_tokens(site.name) for site in by_block[block])))
             if self.ranks.size == 1:
                 for i, (record, options) in enumerate(plan):
                     if record.site in by_block[block]:
@@ -334,7 +335,7 @@ class _Conversion:
             target_active=self.calibration.target_active,
             scope=self.calibration.scope,
         )
-        calibrated |= {"tokens": json.loads((self.work / _TOKENS).read_text()), "seed": self.calibration.seed, "run": run}
+        calibrated |= {"tokens": self._num_tokens(), "seed": self.calibration.seed, "run": run}
         records = [replace(record, rule=rules[record.site.name], always_on=fitted[record.site.name].always_on) for record, _ in plan]
         with whole_folder(self.out, overwrite=self.overwrite) as partial_folder:
             manifest = self._write(records, fitted, partial_folder)
@@ -355,6 +356,14 @@ class _Conversion:
             (partial_folder / MANIFEST_FILE).write_text(text + "\n")
         remove_work(self.work)
         return result
+
+    def _num_tokens(self) -> int:
+        """Of the calibration data, as the capture counted them."""
+        path = self.work / _TOKENS
+        try:
+            return int(json.loads(path.read_text()))
+        except (OSError, ValueError, TypeError) as error:
+            raise CheckpointError(f"'{path}' is damaged; delete '{self.work}' and run again.") from error
 
     def _write(self, records: Sequence[SiteRecord], fitted: Mapping[str, FittedSite], folder: Path) -> Manifest:
         """Read, permute and write one part after the other; the skeleton is a converted one then."""

@@ -2,6 +2,7 @@
 
 transformers builds the server: model, handlers, routes. What is ours is put around them:
 
+    loading          is `load_model`'s, with all its checks, and the model is handed over
     handle_request   reads the preset off the request, gives the request an id that begins with it
     one at a time    the thread that runs the model puts the preset's rules in place before each request
     packed batches   a hook before the model's forward reads off the requests' ids which tokens are whose
@@ -33,7 +34,7 @@ from .. import _config
 from .._config import did_you_mean
 from .._random import seeded
 from ..errors import CheckpointError, ConfigError, MoeifyError
-from ..hf.load import model_class
+from ..hf.load import load_model, model_class
 from ..pipeline.names import torch_device, torch_dtype
 from ..presets import RESERVED
 from ..presets import presets as presets_of
@@ -88,14 +89,16 @@ def build(directory: str | os.PathLike[str], config: ServeConfig, *, device: str
     cls = model_class(path)
     if not (hasattr(cls, "can_generate") and cls.can_generate()):
         raise CheckpointError(f"'{directory}' holds a {cls.__name__}, which generates no text; serve a language model.")
-    torch_device(device)
-    if dtype != "auto":
-        torch_dtype(dtype)
+    place = torch_device(device)
+    kind: Any = "auto" if dtype == "auto" else torch_dtype(dtype)
     serve_class = _serve_class()
     options = {key: value for key, value in vars(config).items() if key.startswith("cb_")}
+    model, processor = load_model(path, dtype=kind)  # not the server's own loading, which fills what is missing with random numbers
+    if processor is None:
+        raise CheckpointError(f"'{directory}' cannot be served: it has no tokenizer; save one in that folder.")
     try:
         serve = serve_class(
-            force_model=str(path),
+            force_model=None,
             continuous_batching=config.continuous_batching,
             device=device,
             dtype=dtype,
@@ -103,11 +106,24 @@ def build(directory: str | os.PathLike[str], config: ServeConfig, *, device: str
             non_blocking=True,
             **options,
         )
+        _hand_over(serve._model_manager, str(path), model.to(place), processor)
     except MoeifyError:
         raise
     except (OSError, ValueError, RuntimeError, ImportError, KeyError, AttributeError) as error:
         raise CheckpointError(f"'{directory}' cannot be served: {' '.join(str(error).split())[:300]}") from error
     return _with_presets(serve, path, config)
+
+
+def _hand_over(manager: Any, name: str, model: Any, processor: Any) -> None:
+    """Make a loaded model the one that transformers' manager of models knows, for good."""
+    import transformers
+
+    needed = ("_load_model", "_load_processor", "load_model_and_processor", "process_model_name", "model_timeout")
+    if lacks := next((attribute for attribute in needed if not hasattr(manager, attribute)), None):
+        raise MoeifyError(_unknown_version(transformers.__version__, f"ModelManager.{lacks}"))
+    manager.force_model, manager.model_timeout = name, -1
+    manager._load_model, manager._load_processor = (lambda *_, **__: model), (lambda *_, **__: processor)
+    manager.load_model_and_processor(manager.process_model_name(name))
 
 
 def serve(

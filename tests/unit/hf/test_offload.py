@@ -1,10 +1,12 @@
 """Converted models whose weights are not in memory: accelerate's device maps, and experts that are read when they are selected."""
 
 import ctypes
+import json
 import mmap
 import os
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import tiny
@@ -162,3 +164,14 @@ def test_files_of_another_checkpoint_are_made_anew(saved, tmp_path):
     load_offloaded(saved, tmp_path / "offload", dtype=torch.bfloat16)
     model, _ = load_offloaded(other, tmp_path / "offload")
     assert torch.equal(logits(model), logits(load_model(other)[0]))
+
+
+def test_files_that_were_cut_or_lost_since_are_made_anew(saved, tmp_path):
+    expected = logits(load_offloaded(saved, tmp_path / "offload")[0])
+    files = sorted((tmp_path / "offload").glob("0*"))
+    sizes = {path.name: path.stat().st_size for path in files}
+    assert json.loads((tmp_path / "offload" / "offload.json").read_text())["sizes"] == sizes
+    for damage in (lambda path: os.truncate(path, 100), Path.unlink):
+        damage(files[1])
+        assert torch.equal(logits(load_offloaded(saved, tmp_path / "offload")[0]), expected)
+        assert {path.name: path.stat().st_size for path in files} == sizes
