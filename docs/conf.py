@@ -157,7 +157,7 @@ _OF_PACKAGES = {
     "data": "batches config packed sources tokens",
     "evaluate": "analysis quality sweep",
     "export": "native_moe onnx_ffn",
-    "hf": "card quantizer random registration shards streamed",
+    "hf": "card quantizer random registration shards skeleton streamed",
     "kernels": "cpu cpu_linear cpu_neurons cpu_op cpu_train gather gpu_ffn gpu_linear gpu_routed gradients grouped linear plan "
     "reference routed_op tiles",
     "pipeline": "builtin content convert decode harness heldout info inputs measure names panels pretrain_data pretrain_log "
