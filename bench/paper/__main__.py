@@ -104,6 +104,7 @@ def _run_of(options: argparse.Namespace, numbers: Sequence[str]) -> Run:
         out=options.out,
         seeds=options.seeds or ((0,) if options.smoke else (0, 1, 2)),
         smoke=options.smoke,
+        large=options.large,
         device=options.device,
         library=check_stages(options.out / "stages", keep=options.keep_stages) if has_stages else (),
         progress=make_progress() if sys.stderr.isatty() else NO_PROGRESS,
@@ -118,6 +119,7 @@ def _parser() -> _Parser:
     parser.add_argument("--out", type=Path, default=Path("paper-out"), metavar="DIR", help="figures and stages, used again by later calls")
     parser.add_argument("--seeds", type=_seeds, metavar="0,1,2", help="default: 0,1,2; of a smoke run 0")
     parser.add_argument("--smoke", action="store_true", help="tiny models and few steps: does it run; data that is missing is made up")
+    parser.add_argument("--large", action="store_true", help="a GPT of 85 M parameters, trained longer: with --device cuda")
     parser.add_argument(
         "--jobs", type=_jobs, default=1, metavar="N", help="processes that share the stages, with an equal part of the threads each"
     )

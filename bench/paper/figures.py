@@ -80,8 +80,9 @@ class Figure:
         made: dict[str, Any] = {}
         if self.model is not None:
             made["library"] = list(run.library)
-            made["pretraining"] = identity(pretraining(self.model, run.inputs, smoke=run.smoke))
-            made["experiment"] = identity(experiment(self.model, self.curves(run.smoke), run.inputs, smoke=run.smoke, ztw=self.ztw))
+            size = {"smoke": run.smoke, "large": run.large}
+            made["pretraining"] = identity(pretraining(self.model, run.inputs, **size))
+            made["experiment"] = identity(experiment(self.model, self.curves(run.smoke), run.inputs, **size, ztw=self.ztw))
         return {
             "figure": self.number,
             "schema": SCHEMA,

@@ -147,8 +147,8 @@ def share(figures: Sequence[Figure], run: Run, *, jobs: int) -> Iterator[Figure]
 
 def _open_folders(piece: Piece, run: Run) -> None:
     """Make the folders of a model's stages, before two processes do it at once."""
-    pretrained = pretraining(piece.model, run.inputs, smoke=run.smoke)
-    for recipe in (pretrained, experiment(piece.model, piece.curves, run.inputs, smoke=run.smoke)):
+    size = {"smoke": run.smoke, "large": run.large}
+    for recipe in (pretraining(piece.model, run.inputs, **size), experiment(piece.model, piece.curves, run.inputs, **size)):
         open_folder(run.out / "stages" / recipe.name, owner=recipe.name)
 
 
@@ -188,7 +188,7 @@ def _threads(count: int) -> Iterator[None]:
 def _workers(count: int, pieces: Sequence[Piece], run: Run) -> Iterator[list[_Worker]]:
     """Processes at work; whatever ends the block ends them."""
     context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
-    asked = {"inputs": dict(run.inputs), "out": run.out, "seeds": run.seeds, "smoke": run.smoke, "device": run.device}
+    asked = {"inputs": dict(run.inputs), "out": run.out, "seeds": run.seeds, "smoke": run.smoke, "large": run.large, "device": run.device}
     workers: list[_Worker] = []
     try:
         for number in range(1, count + 1):

@@ -33,6 +33,8 @@ class Run:
     """Of weights, order of data and conversion."""
     smoke: bool = False
     """Every stage in seconds: does it run, not what it gives."""
+    large: bool = False
+    """The GPT is of GPT-2's size, for a GPU."""
     device: str = "cpu"
     """Where models run."""
     library: tuple[str, ...] = ()
@@ -72,7 +74,7 @@ def run_experiment(model: str, curves: Sequence[Curve], run: Run, *, stage: str,
         stage: the last stage.
         ztw: early exit, too.
     """
-    recipe = experiment(model, curves, run.inputs, smoke=run.smoke, ztw=ztw)
+    recipe = experiment(model, curves, run.inputs, smoke=run.smoke, large=run.large, ztw=ztw)
     finished = []
     for seed in run.seeds:
         done = pretrain(model, run, seed=seed)
@@ -86,7 +88,7 @@ def run_experiment(model: str, curves: Sequence[Curve], run: Run, *, stage: str,
 
 def pretrain(model: str, run: Run, *, seed: int) -> dict[str, Stage]:
     """The stages of the model that everything starts from."""
-    recipe = replace(pretraining(model, run.inputs, smoke=run.smoke), seeds=(seed,))
+    recipe = replace(pretraining(model, run.inputs, smoke=run.smoke, large=run.large), seeds=(seed,))
     folder = run.out / "stages" / recipe.name
     (stages,) = run_stages(recipe, folder, stage="dense", device=run.device, progress=run.progress, say=run.say, wait=run.wait)
     return stages

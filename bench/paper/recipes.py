@@ -42,6 +42,20 @@ _TINY = {
 }
 
 
+_LARGE = {
+    "gpt_pretrain": (
+        *(f"model.architecture.{size}" for size in ("n_embd=768", "n_layer=12", "n_head=12", "n_inner=3072", "n_positions=256")),
+        *("data.window=256", "validation.window=256", "data.max_tokens=20_000_000", "validation.max_tokens=131_072"),
+        *("train.steps=4000", "train.batch_sequences=64", "train.lr=6e-4", "train.warmup_steps=200"),
+    ),
+    "gpt": (
+        *("data.window=256", "validation.window=256", "data.max_tokens=20_000_000", "validation.max_tokens=131_072"),
+        *("train.steps=1000", "train.batch_sequences=64", "train.lr=2e-4", "train.warmup_steps=100"),
+    ),
+}
+"""Settings of a GPT of 85 M parameters, for a GPU. Not yet run on one."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Curve:
     """One line of a figure: a way to train, and a way to convert."""
@@ -58,9 +72,9 @@ class Curve:
     """Further options to change of that conversion."""
 
 
-def pretraining(model: str, inputs: Mapping[str, Path], *, smoke: bool = False) -> RecipeConfig:
+def pretraining(model: str, inputs: Mapping[str, Path], *, smoke: bool = False, large: bool = False) -> RecipeConfig:
     """The recipe whose dense model is what the model's figures start from."""
-    recipe = _read(f"{model}_pretrain", _data_settings(model, inputs), smoke=smoke)
+    recipe = _read(f"{model}_pretrain", _data_settings(model, inputs), smoke=smoke, large=large)
     if model == "bert":
         if "minilm" in inputs:
             recipe = replace(recipe, model=ModelConfig(source=str(inputs["minilm"])))
@@ -71,9 +85,11 @@ def pretraining(model: str, inputs: Mapping[str, Path], *, smoke: bool = False) 
     return recipe
 
 
-def experiment(model: str, curves: Sequence[Curve], inputs: Mapping[str, Path], *, smoke: bool = False, ztw: bool = False) -> RecipeConfig:
+def experiment(
+    model: str, curves: Sequence[Curve], inputs: Mapping[str, Path], *, smoke: bool = False, large: bool = False, ztw: bool = False
+) -> RecipeConfig:
     """The recipe of a figure: its curves as variants of the model's base, whose ``model`` is still to be put in; with early exit or not."""
-    base = _read(model, _data_settings(model, inputs), smoke=smoke)
+    base = _read(model, _data_settings(model, inputs), smoke=smoke, large=large)
     trainings = {variant.name: variant for variant in base.variant}
     variants = []
     for curve in curves:
@@ -115,8 +131,8 @@ def drawing_version() -> str:
     return checksum([HERE / "draw.py"], HERE)
 
 
-def _read(name: str, settings: Sequence[str], *, smoke: bool) -> RecipeConfig:
-    return read_recipe(HERE / f"{name}.toml", settings=settings, smoke=smoke)
+def _read(name: str, settings: Sequence[str], *, smoke: bool, large: bool) -> RecipeConfig:
+    return read_recipe(HERE / f"{name}.toml", settings=[*settings, *(_LARGE.get(name, ()) if large else ())], smoke=smoke)
 
 
 def _data_settings(model: str, inputs: Mapping[str, Path]) -> list[str]:

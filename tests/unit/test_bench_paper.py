@@ -537,3 +537,14 @@ def test_a_claim_that_does_not_hold_has_a_note(number):
     figure = read_figure(_PAGE / f"fig{number}.json")
     failed = [claim["claim"] for claim in stated(FIGURES[number], figure["data"]) if claim["holds"] is False]
     assert not failed or number in NOTES, failed
+
+
+def test_a_large_gpt_is_another_model_of_the_same_curves():
+    curves = FIGURES["5"].curves(False)
+    small, large = (experiment("gpt", curves, {}, large=large) for large in (False, True))
+    assert [variant.name for variant in small.variant] == [variant.name for variant in large.variant]
+    assert (small.train.steps, large.train.steps, large.data.window) == (250, 1000, 256)
+    sizes = [pretraining("gpt", {}, large=large).model.architecture for large in (False, True)]
+    assert [(size["n_layer"], size["n_embd"], size["n_positions"]) for size in sizes] == [(4, 192, 128), (12, 768, 256)]
+    for model in ("bert", "vit"):  # theirs are what they are
+        assert pretraining(model, {"minilm": HERE}, large=True) == pretraining(model, {"minilm": HERE})
