@@ -24,7 +24,7 @@ demo: $(VENV)/.runtime
 # The checks two at a time, for each has one thread; the longest first. Tests are small: two processes of one thread each are as fast as two threads.
 test: $(VENV)/.dev
 	$(MAKE) --no-print-directory -j 2 types docs docs-check contracts lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

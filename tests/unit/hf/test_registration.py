@@ -6,9 +6,8 @@ import sys
 import pytest
 
 ORDERS = {
-    "moeify first": "import moeify; import transformers",
     "everything of transformers first": "import transformers.quantizers.auto; import moeify",
-    "registered again after": "import moeify; import transformers.quantizers; moeify.hf.register()",
+    "moeify first, and again": "import moeify; import transformers.quantizers; moeify.hf.register()",
     "through our own module": "from moeify.hf.quantizer import MoeifyQuantizer",
 }
 

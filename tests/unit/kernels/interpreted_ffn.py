@@ -72,7 +72,7 @@ def test_it_is_as_accurate_as_torch(dtype, activation, gated, biased, conv1d, T,
 
 
 @settings(
-    max_examples=10,
+    max_examples=5,
     deadline=None,
     phases=[Phase.explicit, Phase.reuse, Phase.generate],
     suppress_health_check=[HealthCheck.function_scoped_fixture],

@@ -69,7 +69,7 @@ def test_it_is_as_accurate_as_torch(dtype, biased, int8, K, N):
         assert call(x).equal(out), "not the same bits again"
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     K=st.integers(1, 70),
     N=st.integers(1, 50),
